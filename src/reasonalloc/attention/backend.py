@@ -1,0 +1,92 @@
+"""The choice of an attention backend for decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from reasonalloc.attention.rows import attend_rows, received_attention
+from reasonalloc.registry import unknown_name
+from reasonalloc.storage.slab import RaggedSlab
+
+Attend = Callable[[Tensor, RaggedSlab, float], Tensor]
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """Attention of one query per sequence over a slab.
+
+    Attributes:
+        name: "rows" (plain torch), "compiled" (numba, CPU) or "varlen" (CUDA).
+        attend: ``(query [batch, query_heads, 1, dim], slab, scaling) -> [batch, query_heads, 1, value_dim]``.
+            If the slab tracks received attention, it is added there.
+    """
+
+    name: str
+    attend: Attend
+
+
+def _rows(query: Tensor, slab: RaggedSlab, scaling: float) -> Tensor:
+    if slab.received is not None:
+        received_attention(query, slab, scaling)
+    return attend_rows(query, slab, scaling)
+
+
+def _make_rows() -> Attend:
+    return _rows
+
+
+def _make_compiled() -> Attend:
+    from reasonalloc.attention.compiled import attend_compiled
+
+    return attend_compiled
+
+
+def _make_varlen() -> Attend:
+    from reasonalloc.attention.varlen import attend_varlen
+
+    return attend_varlen
+
+
+BACKENDS: dict[str, Callable[[], Attend]] = {"rows": _make_rows, "compiled": _make_compiled, "varlen": _make_varlen}
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, tracks_received: bool) -> AttentionBackend:
+    """The backend of that name, or for "auto" the fastest one that serves this device and dtype.
+
+    Raises:
+        ValueError: an unknown name, or a backend that cannot serve this device or dtype.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise unknown_name("attention backend", name, ["auto", *BACKENDS])
+    problems = {candidate: _problem(candidate, device, dtype, tracks_received) for candidate in BACKENDS}
+    if name == "auto":
+        name = next(candidate for candidate in ("varlen", "compiled", "rows") if not problems[candidate])
+    if problems[name]:
+        raise ValueError(f"attention backend {name!r} cannot serve this cache: {problems[name]}; use 'auto' or 'rows'")
+    return AttentionBackend(name, BACKENDS[name]())
+
+
+def _problem(name: str, device: torch.device, dtype: torch.dtype, tracks_received: bool) -> str:
+    """Why a backend cannot be used here, or "" if it can."""
+    if name == "compiled":
+        if device.type != "cpu":
+            return f"it runs on the CPU, the cache is on {device}"
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"it has no {dtype}"
+        return "" if find_spec("numba") else "numba is not installed (pip install 'reasonalloc[cpu]')"
+    if name == "varlen":
+        if device.type != "cuda":
+            return f"it runs on CUDA, the cache is on {device}"
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"it has no {dtype}"
+        if tracks_received:
+            return "it does not return attention weights, which the scorer accumulates"
+        from reasonalloc.attention.varlen import kernel
+
+        return "" if kernel() else "this torch has no varlen_attn with seqused_k"
+    return ""

@@ -1,0 +1,1 @@
+"""Engine adapters: thin layers that put the ragged cache into an inference engine."""

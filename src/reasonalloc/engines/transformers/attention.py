@@ -1,0 +1,67 @@
+"""The attention and mask functions that transformers calls when ``attn_implementation="reasonalloc"``.
+
+The cache's ``update`` returns the new keys tagged with the layer that they belong to; the attention function sees
+the tag and hands the work to that layer. Untagged keys (no cache, or somebody else's cache) go to stock sdpa, so
+the implementation can stay set for good.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from reasonalloc.engines.transformers.support import ATTENTION_NAME, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from reasonalloc.engines.transformers.cache import RaggedLayer
+
+_TAG = "_reasonalloc_layer"
+_REFUSED = ("softcap", "s_aux", "sliding_window", "position_bias")
+
+
+def tag(key: Tensor, layer: RaggedLayer) -> Tensor:
+    """A new view of ``key`` that carries its layer; the caller's own tensor object stays untouched."""
+    key = key.view_as(key)
+    setattr(key, _TAG, layer)
+    return key
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers asks for it: ``[batch, heads, queries, dim]`` in, ``[batch, queries, heads, dim]`` out."""
+    layer: RaggedLayer | None = getattr(key, _TAG, None)
+    if layer is None:
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return out, None
+    refused = [name for name in _REFUSED if kwargs.get(name) is not None]
+    if refused:
+        raise UnsupportedModelError(f"a ragged cache cannot serve attention with {', '.join(refused)}")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.no_grad():
+        new = layer.new_tokens(attention_mask, query.shape[0], query.shape[2])
+        if layer.cache.slab is None and new.columns > 1:
+            out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+            layer.cache.prefill(query, key, value, new, scaling)
+            return out, None
+        out = layer.cache.attend(query, key, value, new, scaling)
+        return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION_NAME, attention_forward)
+# Without a mask function of its own name, transformers passes no mask at all and padding is lost.
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

@@ -1,0 +1,111 @@
+"""A record of every routing: who got how many tokens, when, and why."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One layer at one routing round.
+
+    Attributes:
+        step: tokens that the sequences had seen, padding included.
+        layer: index of the layer.
+        total: the layer's budget per sequence, over all heads.
+        budgets: tokens per sequence and head from this round on.
+        kept: tokens per sequence and head after the round (protected prompt tokens included).
+        held: tokens per sequence and head before it.
+        threshold: pooled score that a token had to reach, per sequence; None for allocators without one.
+    """
+
+    step: int
+    layer: int
+    total: list[int]
+    budgets: list[list[int]]
+    kept: list[list[int]]
+    held: list[list[int]]
+    threshold: list[float] | None
+
+
+class Recorder:
+    """Collects routings; give it to a cache and save it when the generation is done."""
+
+    FIELDS = ("total", "budgets", "kept", "held", "threshold")
+
+    def __init__(self) -> None:
+        self.routings: list[Routing] = []
+
+    def add(self, routing: Routing) -> None:
+        """Keep one routing."""
+        self.routings.append(routing)
+
+    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The record as arrays ``[rounds, layers, batch(, heads)]``, and ``step`` as ``[rounds]``.
+
+        Raises:
+            ValueError: nothing was recorded, or the batch changed between rounds.
+        """
+        if not self.routings:
+            raise ValueError("no routing was recorded: the cache never held more than its budget for an interval")
+        layers = sorted({routing.layer for routing in self.routings})
+        by_layer = [[r for r in self.routings if r.layer == layer] for layer in layers]
+        rounds = min(map(len, by_layer))
+        table = [[column[i] for column in by_layer] for i in range(rounds)]
+        if len({len(r.total) for row in table for r in row}) > 1:
+            raise ValueError("the batch changed while recording; save it as JSON instead")
+        arrays = {"step": np.array([row[0].step for row in table])}
+        for name in self.FIELDS:
+            values = [[getattr(r, name) for r in row] for row in table]
+            if not any(v is None for row in values for v in row):
+                arrays[name] = np.array(values)
+        return arrays
+
+    def save(self, path: str | Path) -> None:
+        """Write the record, atomically: ``.json`` (any record) or ``.npz`` (fixed batch, see ``arrays``)."""
+        path = Path(path)
+        if path.suffix == ".json":
+            text = json.dumps({"schema": 1, "routings": [vars(r) for r in self.routings]})
+            write_atomically(path, text.encode())
+        elif path.suffix == ".npz":
+            arrays = self.arrays()
+            with tempfile.TemporaryFile() as buffer:
+                np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+                buffer.seek(0)
+                write_atomically(path, buffer.read())
+        else:
+            raise ValueError(f"a record is saved as .json or .npz, got {path.name!r}")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recorder:
+        """Read a record saved as JSON. Raises ``ValueError`` if the file is not one."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no record at {path}")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            recorder = cls()
+            recorder.routings = [Routing(**entry) for entry in data["routings"]]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a record of routings saved as JSON: {error}") from error
+        return recorder
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that readers see the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

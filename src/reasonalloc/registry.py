@@ -1,0 +1,65 @@
+"""Named policies: scorers and allocators found by name, from this package or from a plug-in."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+Policy = TypeVar("Policy")
+
+
+def unknown_name(kind: str, name: str, known: list[str]) -> ValueError:
+    """The error for a name nobody registered: it names the value, the nearest name and all names."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(sorted(known))}.")
+
+
+class Registry(Generic[Policy]):
+    """Classes of one kind of policy by name.
+
+    A class enters by the decorator ``register("name")`` or, from an installed package, by an entry point in
+    ``group``; entry points are read when a name is not found, so importing this package stays cheap.
+    """
+
+    def __init__(self, kind: str, group: str) -> None:
+        self.kind = kind
+        self.group = group
+        self._classes: dict[str, type[Policy]] = {}
+
+    def register(self, name: str) -> Callable[[type[Policy]], type[Policy]]:
+        """Class decorator that enters a class under ``name``. Raises ``ValueError`` on a second, other class."""
+
+        def enter(cls: type[Policy]) -> type[Policy]:
+            known = self._classes.get(name)
+            if known is not None and known.__qualname__ != cls.__qualname__:
+                raise ValueError(f"{self.kind} {name!r} is already registered by {known.__module__}.{known.__name__}")
+            self._classes[name] = cls
+            return cls
+
+        return enter
+
+    def names(self) -> list[str]:
+        """Every known name, sorted, those of installed plug-ins included."""
+        return sorted({*self._classes, *(point.name for point in entry_points(group=self.group))})
+
+    def create(self, policy: str | Policy) -> Policy:
+        """An instance: made with its defaults where ``policy`` is a name, else ``policy`` itself.
+
+        Raises ``ValueError`` for an unknown name, with the nearest one.
+        """
+        if not isinstance(policy, str):
+            return policy
+        if policy not in self._classes:
+            for point in entry_points(group=self.group, name=policy):
+                self.register(policy)(point.load())
+        if policy not in self._classes:
+            raise unknown_name(self.kind, policy, self.names())
+        return self._classes[policy]()
+
+    def name_of(self, policy: Policy) -> str:
+        """The registered name of an instance's class, or the class's own name where it is not registered."""
+        names = [name for name, cls in self._classes.items() if cls is type(policy)]
+        return names[0] if names else type(policy).__name__

@@ -1,0 +1,190 @@
+"""The ragged slab of one layer.
+
+One tensor of key slots and one of value slots per layer. Each (sequence, head) owns a contiguous *span* of them:
+its budget plus room for the tokens of one interval. Spans differ in size; the sum of a sequence's spans does not
+change when a routing moves budget between heads, so a slab is allocated once and re-used in place. Padding is
+never stored.
+
+Lengths and span starts are mirrored on the host: between compressions they grow by known amounts, so nothing in
+the decode loop has to wait for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reasonalloc.storage.tokens import LayerTokens
+
+HostInts = npt.NDArray[np.int64]
+
+
+class RaggedSlab:
+    """Key/value slots of one layer, owned in spans by its (sequence, head) rows.
+
+    Attributes:
+        keys, values: ``[slots, dim]`` in the model's dtype.
+        positions: ``[slots]`` int32, the token's index in its sequence; also filled ahead for the span's free slots.
+        received: ``[slots]`` float32, accumulated attention, or None if it is not tracked.
+        starts, lengths, capacities: ``[batch, heads]`` on the host: first slot, live tokens, slots of each span.
+        seen: ``[batch]`` on the host: real tokens of each sequence so far, evicted ones included.
+    """
+
+    def __init__(
+        self,
+        keys: Float[Tensor, "batch heads tokens dim"],
+        values: Float[Tensor, "batch heads tokens value_dim"],
+        capacities: HostInts,
+        track_received: bool,
+    ) -> None:
+        """An empty slab for tensors like ``keys`` and ``values`` (their content is not read)."""
+        self.device = keys.device
+        self.keys = keys.new_empty(0, keys.shape[-1])
+        self.values = values.new_empty(0, values.shape[-1])
+        self.positions = torch.empty(0, dtype=torch.int32, device=self.device)
+        self.received = torch.empty(0, device=self.device) if track_received else None
+        self.seen = np.zeros(keys.shape[0], dtype=np.int64)
+        self._layout(capacities, np.zeros_like(capacities))
+        self._resize(int(capacities.sum()))
+        self._number_slots()
+
+    @property
+    def batch(self) -> int:
+        """Sequences in the slab."""
+        return int(self.lengths.shape[0])
+
+    @property
+    def heads(self) -> int:
+        """Key/value heads in the slab."""
+        return int(self.lengths.shape[1])
+
+    @property
+    def slots(self) -> int:
+        """Token slots in the slab, over all spans."""
+        return int(self.keys.shape[0])
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the key and value tensors."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of everything kept per slot beside keys and values."""
+        return self.positions.nbytes + (0 if self.received is None else self.received.nbytes)
+
+    # ---- growing --------------------------------------------------------------------------------------------
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether every span can take ``tokens`` more."""
+        return bool((self.lengths + tokens <= self.capacities).all())
+
+    def append(
+        self, keys: Float[Tensor, "batch heads 1 dim"], values: Float[Tensor, "batch heads 1 value_dim"]
+    ) -> None:
+        """Add one token to every row. The caller has made room."""
+        slots = (self.starts_device + self.lengths_device).flatten()
+        self.keys.index_copy_(0, slots, keys.reshape(-1, keys.shape[-1]))
+        self.values.index_copy_(0, slots, values.reshape(-1, values.shape[-1]))
+        if self.received is not None:
+            self.received.index_fill_(0, slots, 0.0)
+        self._advance(np.ones(self.batch, dtype=np.int64))
+
+    def extend(self, tokens: LayerTokens, counts: HostInts) -> None:
+        """Add several tokens to every row, ``counts`` of each sequence. The caller has made room."""
+        filled = tokens.valid.flatten()
+        first = (self.starts_device + self.lengths_device)[..., None]
+        slots = (first + tokens.index).flatten()[filled]
+        self.keys[slots] = tokens.keys.flatten(0, 2)[filled]
+        self.values[slots] = tokens.values.flatten(0, 2)[filled]
+        if self.received is not None:
+            self.received[slots] = 0.0
+        self._advance(counts)
+
+    def truncate(self, tokens: int) -> None:
+        """Forget the newest ``tokens`` of every row (a rejected speculation)."""
+        self._advance(np.full(self.batch, -tokens, dtype=np.int64))
+
+    def _advance(self, counts: HostInts) -> None:
+        self.lengths += counts[:, None]
+        self.seen += counts
+        if self.device.type != "cpu":  # on the CPU the device's view shares the host's memory
+            self.lengths_device += torch.from_numpy(counts)[:, None].to(self.device, non_blocking=True)
+
+    def _number_slots(self) -> None:
+        """Give every slot the position its token will have: one write here spares one per decoded token and head."""
+        first_free = (self.starts + self.lengths - self.seen[:, None]).reshape(-1)
+        numbers = np.arange(self.slots) - first_free.repeat(self.capacities.reshape(-1))
+        self.positions.copy_(torch.from_numpy(numbers.astype(np.int32)))
+
+    # ---- reading and rewriting --------------------------------------------------------------------------------
+
+    def padded(self) -> LayerTokens:
+        """All live tokens, a padded copy: one layer's extra memory, taken at a compression only."""
+        at = torch.arange(int(self.lengths.max(initial=0)), device=self.device)
+        slots = (self.starts_device[..., None] + at).clamp(max=max(self.slots - 1, 0))
+        received = None if self.received is None else self.received[slots]
+        lengths = self.lengths_device.clone()
+        return LayerTokens(self.keys[slots], self.values[slots], lengths, self.positions[slots], received)
+
+    def store(self, tokens: LayerTokens, lengths: HostInts, capacities: HostInts, seen: HostInts) -> None:
+        """Replace the content by ``tokens``, in place where the number of slots does not change.
+
+        Args:
+            tokens: what each row holds from now on; must not share memory with the slab.
+            lengths: ``tokens.lengths`` on the host.
+            capacities: the new spans.
+            seen: real tokens of each sequence so far.
+        """
+        filled = tokens.valid
+        self.seen = seen.copy()
+        self._layout(capacities, lengths)
+        self._resize(int(capacities.sum()))
+        self._number_slots()
+        slots = (self.starts_device[..., None] + tokens.index)[filled]
+        self.keys[slots] = tokens.keys[filled]
+        self.values[slots] = tokens.values[filled]
+        self.positions[slots] = tokens.positions[filled].to(torch.int32)
+        if self.received is not None and tokens.received is not None:
+            self.received[slots] = tokens.received[filled]
+
+    def grow(self, capacities: HostInts) -> None:
+        """Larger spans, same content."""
+        self.store(self.padded(), self.lengths.copy(), capacities, self.seen)
+
+    def select_sequences(self, indices: Sequence[int]) -> None:
+        """Keep, repeat and reorder sequences as ``indices`` says (beams, several samples, finished rows)."""
+        first = self.starts[:, 0]
+        last = first + self.capacities.sum(1)
+
+        def pick(x: Tensor) -> Tensor:
+            return torch.cat([x[first[i] : last[i]] for i in indices]) if len(indices) else x[:0]
+
+        self.keys, self.values, self.positions = pick(self.keys), pick(self.values), pick(self.positions)
+        if self.received is not None:
+            self.received = pick(self.received)
+        rows = np.asarray(indices, dtype=np.int64)
+        self.seen = self.seen[rows]
+        self._layout(self.capacities[rows], self.lengths[rows])
+
+    def _layout(self, capacities: HostInts, lengths: HostInts) -> None:
+        ends = capacities.reshape(-1).cumsum()
+        self.capacities = capacities.copy()
+        self.starts = (ends - capacities.reshape(-1)).reshape(capacities.shape)
+        self.lengths = lengths.copy()
+        self.starts_device: Int[Tensor, "batch heads"] = torch.from_numpy(self.starts).to(self.device)
+        self.lengths_device: Int[Tensor, "batch heads"] = torch.from_numpy(self.lengths).to(self.device)
+
+    def _resize(self, slots: int) -> None:
+        if slots == self.slots:
+            return
+        self.keys = self.keys.new_empty(slots, self.keys.shape[1])
+        self.values = self.values.new_empty(slots, self.values.shape[1])
+        self.positions = self.positions.new_empty(slots)
+        if self.received is not None:
+            self.received = self.received.new_zeros(slots)
