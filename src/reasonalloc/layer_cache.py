@@ -185,13 +185,14 @@ class LayerCache:
         assert self._held is not None
         queries, new = self._held
         self._held = None
+        is_prompt = self.seen_columns == new.columns
         if columns:
             if new.real is not None:
                 raise ValueError("cannot roll back a padded chunk: decode speculatively with batch size 1")
             self.slab.truncate(columns)
             self.seen_columns -= columns
             queries, new = queries.without_last(columns), NewTokens.all_real(self.slab.batch, known - columns)
-        self._settle(queries, new)
+        self._settle(queries, new, is_prompt)
 
     def select_sequences(self, indices: Sequence[int]) -> None:
         """Keep, repeat and reorder sequences (beams, several samples, finished rows)."""
@@ -252,11 +253,11 @@ class LayerCache:
                 return
         self._compress()
 
-    def _settle(self, queries: Queries, new: NewTokens) -> None:
+    def _settle(self, queries: Queries, new: NewTokens, is_prompt: bool) -> None:
         """Observe accepted tokens; compress after the prompt, and then after every interval."""
         self._observe(queries, new)
-        self._protect_prompt(new.counts)
-        is_prompt = not self.decoding
+        if is_prompt:
+            self._protect_prompt(new.counts)
         self.decoding = True
         self.steps += new.columns
         if is_prompt or self.steps >= self.compression.interval:
