@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from reference import ARCHITECTURES, compression, follow_reference, kept_columns, prompts, random_chunks, tiny_model
+from reference import (
+    ARCHITECTURES,
+    compression,
+    follow_reference,
+    kept_columns,
+    prompts,
+    random_chunks,
+    tiny_model,
+)
 from transformers import DynamicCache
 
 import reasonalloc as ra
@@ -111,7 +119,10 @@ def check_close(tolerance):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_eviction_equals_masked_reference(method):
-    model, reference = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64, attention="masked-reference")
+    model, reference = (
+        tiny_model(dtype=torch.float64),
+        tiny_model(dtype=torch.float64, attention="masked-reference"),
+    )
     cache = ra.Cache(model.config, compression(method))
     follow_reference(model, reference, cache, random_chunks((9, 40, 61), 300), check_close(1e-9))
     stats = cache.stats()
@@ -125,7 +136,10 @@ def test_eviction_equals_masked_reference_in_low_precision(kind, dtype):
     model, reference = tiny_model(kind, dtype), tiny_model(kind, dtype, attention="masked-reference")
     cache = ra.Cache(model.config, compression("reasonalloc"))
     follow_reference(
-        model, reference, cache, random_chunks((9, 40), 300 if dtype == torch.float32 else 40),
+        model,
+        reference,
+        cache,
+        random_chunks((9, 40), 300 if dtype == torch.float32 else 40),
         check_close(1e-3 if dtype == torch.float32 else 0.2),
     )
     assert cache.stats().backend == "compiled"
@@ -147,7 +161,10 @@ def turns():
 @pytest.mark.parametrize("method", ["reasonalloc", "h2o", "rkv", "tova"])
 @pytest.mark.parametrize("prompt", ["compete", "protect"])
 def test_turns_with_padding_in_between(method, prompt):
-    model, reference = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64, attention="masked-reference")
+    model, reference = (
+        tiny_model(dtype=torch.float64),
+        tiny_model(dtype=torch.float64, attention="masked-reference"),
+    )
     cache = ra.Cache(model.config, compression(method, prompt=prompt))
     steps = turns()
     real = torch.cat([mask for _, mask in steps], 1)[:, :-40]
@@ -295,7 +312,12 @@ def test_protected_prompt_stays_whole(method):
     cache = ra.Cache(model.config, compression(method, prompt="protect"))
     ids, mask = prompts((9, 61))
     model.generate(
-        ids, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=120, prefill_chunk_size=25
+        ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        do_sample=False,
+        max_new_tokens=120,
+        prefill_chunk_size=25,
     )
     for layer in cache.layer_caches:
         kept = kept_columns(layer, [list(range(52, 180)), list(range(180))])
@@ -349,7 +371,9 @@ def test_reset_cache_serves_another_batch():
 def test_drop_finished_equals_the_stock_loop(method):
     ids, mask = prompts((9, 40, 61))
     model = tiny_model(dtype=torch.float64)
-    probe = model.generate(ids, attention_mask=mask, past_key_values=ra.Cache(model.config, compression(method)), **GREEDY)
+    probe = model.generate(
+        ids, attention_mask=mask, past_key_values=ra.Cache(model.config, compression(method)), **GREEDY
+    )
     stop = probe[1, 61 + 20].item()  # a token that some sequence emits halfway
     options = {**GREEDY, "attention_mask": mask, "eos_token_id": stop, "pad_token_id": 0}
     stock, dropped = (ra.Cache(model.config, compression(method)) for _ in range(2))
@@ -366,13 +390,22 @@ def test_drop_finished_samples_and_refuses_what_it_cannot_do():
     cache = ra.Cache(model.config, compression("reasonalloc"))
     torch.manual_seed(0)
     out = model.generate(
-        ids, attention_mask=mask, past_key_values=cache, do_sample=True, max_new_tokens=30, custom_generate=ra.drop_finished
+        ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        do_sample=True,
+        max_new_tokens=30,
+        custom_generate=ra.drop_finished,
     )
     assert out.shape == (2, 70)
     with pytest.raises(ValueError, match=r"past_key_values=reasonalloc\.Cache"):
         model.generate(ids, attention_mask=mask, max_new_tokens=2, custom_generate=ra.drop_finished)
     with pytest.raises(ValueError, match="output_logits"):
         model.generate(
-            ids, past_key_values=cache, max_new_tokens=2, custom_generate=ra.drop_finished,
-            return_dict_in_generate=True, output_logits=True,
+            ids,
+            past_key_values=cache,
+            max_new_tokens=2,
+            custom_generate=ra.drop_finished,
+            return_dict_in_generate=True,
+            output_logits=True,
         )

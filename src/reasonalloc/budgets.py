@@ -27,7 +27,9 @@ class LayerBudgets:
         self.shape = shape
         self.budget = compression.budget
         allocator = compression.layer_allocator
-        self._fixed = allocator.allocate(shape, self.budget, compression.kept_window, compression.demand_profile).numpy()
+        self._fixed = allocator.allocate(
+            shape, self.budget, compression.kept_window, compression.demand_profile
+        ).numpy()
         self.dynamic = allocator if isinstance(allocator, DynamicLayers) else None
         self.reset()
 

@@ -213,6 +213,7 @@ METHODS: dict[str, Method] = {
         "equal layers, ReasonAlloc's heads", {"scorer": "rkv", "layers": "uniform", "heads": "threshold"}
     ),
     "reasonalloc-dynamic": Method(
-        "ReasonAlloc, layers measured while decoding", {"scorer": "rkv", "layers": "dynamic", "heads": "threshold"}
+        "ReasonAlloc, layers measured while decoding",
+        {"scorer": "rkv", "layers": "dynamic", "heads": "threshold"},
     ),
 }

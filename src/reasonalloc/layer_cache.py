@@ -14,15 +14,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from reasonalloc.allocation import attention_demand
 from reasonalloc.attention import AttentionBackend, attend_rows, choose_backend, received_attention
 from reasonalloc.budgets import LayerBudgets
 from reasonalloc.compression import Compression
-from reasonalloc.eviction import rank_candidates, route_heads, select
+from reasonalloc.compressor import LayerCompressor
 from reasonalloc.query_window import Queries, QueryWindow
 from reasonalloc.recorder import Recorder, Routing
-from reasonalloc.scoring.scorer import Observation
-from reasonalloc.scoring.window_attention import query_logits, softmax_over, visible
 from reasonalloc.storage import LayerTokens, RaggedSlab
 from reasonalloc.storage.slab import HostInts
 from reasonalloc.storage.tokens import drop_padding
@@ -83,7 +80,7 @@ class LayerCache:
     ) -> None:
         self.layer = layer
         self.compression = compression
-        self.budgets = budgets
+        self.compressor = None if budgets is None else LayerCompressor(layer, compression, budgets)
         self.backend_name = backend
         self.recorder = recorder
         self.window = QueryWindow(compression.observed_queries)
@@ -102,10 +99,14 @@ class LayerCache:
         self.holding = False
         self._held: tuple[Queries, NewTokens] | None = None
         self._scaling = 1.0
-        self._generator: torch.Generator | None = None
         self.window.clear()
 
-    # ---- the engine's calls -------------------------------------------------------------------------------------
+    @property
+    def _store(self) -> RaggedSlab:
+        assert self.slab is not None, "no token was stored yet"
+        return self.slab
+
+    # ---- the engine's calls ----
 
     def prefill(
         self,
@@ -122,17 +123,17 @@ class LayerCache:
         """
         self._scaling = scaling
         self._open(key, value)
-        assert self.slab is not None
         tokens = _chunk(key, value, new)
         queries = Queries(query, new.real)
-        if self.holding or self.compression.tracks_received or not self._over_budget(new.counts):
+        direct = not self.holding and not self.compression.tracks_received and self.compression.prompt == "compete"
+        if not (direct and self._over_budget(new.counts)):
             self._extend(tokens, new)
             self._after_chunk(queries, new)
             return
         self.seen_columns += new.columns
-        self.slab.seen += new.counts
+        self._store.seen += new.counts
         self.window.push(queries)
-        self._route(tokens)
+        self._rewrite(tokens)
 
     def attend(
         self,
@@ -146,23 +147,22 @@ class LayerCache:
         self._scaling = scaling
         if self.slab is None:
             self._open(key, value)
-        assert self.slab is not None and self.backend is not None
         if self._held is not None:  # nobody rolled back: the speculation is over
             self.rollback(0)
             self.holding = False
         if new.columns > 1 or new.real is not None or self.holding:
             self._extend(_chunk(key, value, new), new)
-            out = attend_rows(query, self.slab, scaling, new.hidden(query.device).clamp(min=0))
+            out = attend_rows(query, self._store, scaling, new.hidden(query.device).clamp(min=0))
             self._after_chunk(Queries(query, new.real), new)
             return out
         self.decoding = True
-        if not self.slab.has_room(1):
-            self.slab.grow(self._enlarged(1))
-        self.slab.append(key, value)
+        self._make_room(1)
+        self._store.append(key, value)
         self.seen_columns += 1
         self.steps += 1
         self.window.push(Queries(query))
-        out = self.backend.attend(query, self.slab, scaling)
+        assert self.backend is not None
+        out = self.backend.attend(query, self._store, scaling)
         if self.steps >= self.compression.interval:
             self._compress()
         return out
@@ -191,7 +191,7 @@ class LayerCache:
                 raise ValueError("cannot roll back a padded chunk: decode speculatively with batch size 1")
             self.slab.truncate(columns)
             self.seen_columns -= columns
-            queries, new = queries.without_last(columns), NewTokens.all_real(self.slab.batch, known - columns)
+            queries, new = queries.without_last(columns), NewTokens.all_real(self._store.batch, known - columns)
         self._settle(queries, new, is_prompt)
 
     def select_sequences(self, indices: Sequence[int]) -> None:
@@ -202,43 +202,36 @@ class LayerCache:
         self.window.select(indices)
         self.protected = self.protected[np.asarray(indices, dtype=np.int64)]
 
-    # ---- taking tokens in ---------------------------------------------------------------------------------------
+    # ---- taking tokens in ----
 
     def _open(self, key: Tensor, value: Tensor) -> None:
         batch, heads = key.shape[:2]
         tracks = self.compression.tracks_received
         self.backend = choose_backend(self.backend_name, key.device, key.dtype, tracks)
         self.protected = np.zeros(batch, dtype=np.int64)
-        if self.budgets is None:
+        if self.compressor is None:
             capacities = np.zeros((batch, heads), dtype=np.int64)
         else:
-            capacities = self._first_spans(batch, heads)
+            self.compressor.start(key.device)
+            capacities = self.compressor.first_spans(batch, heads)
         self.slab = RaggedSlab(key, value, capacities, tracks)
-        self._generator = torch.Generator(device=key.device)
-        self._generator.manual_seed(self.compression.seed * 1_000_003 + self.layer)
 
     def _extend(self, tokens: LayerTokens, new: NewTokens) -> None:
-        assert self.slab is not None
-        if not self.slab.has_room(new.columns):
-            self.slab.grow(self._enlarged(new.columns))
-        self.slab.extend(tokens, new.counts)
+        self._make_room(new.counts[:, None])
+        self._store.extend(tokens, new.counts)
         self.seen_columns += new.columns
 
-    def _enlarged(self, tokens: int) -> HostInts:
-        """Spans with room for ``tokens`` more. A cache without budget grows in steps of a quarter, to copy rarely."""
-        assert self.slab is not None
-        needed = self.slab.lengths + tokens
-        if self.budgets is None:
-            needed = needed + self.slab.lengths // 4 + self.compression.interval
+    def _make_room(self, tokens: HostInts | int) -> None:
+        """Enlarge the spans if they cannot take ``tokens`` more; without a budget by a quarter, to copy rarely."""
+        slab = self._store
+        needed = slab.lengths + tokens
+        if (needed <= slab.capacities).all():
+            return
+        if self.compressor is None:
+            needed = needed + slab.lengths // 4 + self.compression.interval
         elif self.compression.prompt == "protect" and not self.decoding:
-            needed = needed + self._first_spans(self.slab.batch, self.slab.heads)
-        return np.maximum(self.slab.capacities, needed)
-
-    def _first_spans(self, batch: int, heads: int) -> HostInts:
-        """Spans before any routing: the layer's total in equal parts, the odd tokens to the first heads."""
-        assert self.budgets is not None
-        share, odd = np.divmod(self.budgets.totals(self.layer, batch)[:, None], heads)
-        return share + (np.arange(heads) < odd) + self.compression.interval
+            needed = needed + self.compressor.first_spans(slab.batch, slab.heads)
+        slab.grow(np.maximum(slab.capacities, needed))
 
     def _after_chunk(self, queries: Queries, new: NewTokens) -> None:
         if self.holding:
@@ -264,116 +257,56 @@ class LayerCache:
             self._compress()
 
     def _observe(self, queries: Queries, new: NewTokens) -> None:
-        assert self.slab is not None
         self.window.push(queries)
-        if self.slab.received is not None:
-            received_attention(queries.states, self.slab, self._scaling, new.hidden(queries.states.device))
+        if self._store.received is not None:
+            received_attention(queries.states, self._store, self._scaling, new.hidden(queries.states.device))
 
     def _protect_prompt(self, counts: HostInts) -> None:
         if self.compression.prompt == "protect" and not self.decoding:
             self.protected = self.protected + counts
 
-    # ---- compression --------------------------------------------------------------------------------------------
+    # ---- compression ----
 
-    def _over_budget(self, extra: HostInts | None = None) -> bool:
+    def _over_budget(self, extra: HostInts | int = 0) -> bool:
         """Whether any sequence holds more than the layer's total, with ``extra`` tokens more per head."""
-        if self.budgets is None:
+        if self.compressor is None:
             return False
-        assert self.slab is not None
-        held = self.slab.lengths.sum(1) - self.protected * self.slab.heads
-        if extra is not None and self.compression.prompt == "compete":
-            held = held + extra * self.slab.heads
-        return bool((held > self.budgets.totals(self.layer, self.slab.batch)).any())
+        slab = self._store
+        held = slab.lengths.sum(1) + (extra - self.protected) * slab.heads
+        return bool((held > self.compressor.totals(slab.batch)).any())
 
     def _compress(self) -> None:
         self.steps = 0
-        if self.budgets is None:
+        if self.compressor is None:
             return
-        if self.layer == 0:
-            self.budgets.open_round()
-        assert self.slab is not None
-        if self.budgets.dynamic is not None or self._over_budget():
-            self._route(self.slab.padded())
+        self.compressor.open_round()
+        if self.compressor.measures_demand or self._over_budget():
+            self._rewrite(self._store.padded())
 
-    def _route(self, tokens: LayerTokens) -> None:
-        """One routing round: score, split over heads, select, and rewrite the slab with what stays."""
-        assert self.slab is not None and self.budgets is not None
-        device = tokens.keys.device
-        totals = self.budgets.totals(self.layer, self.slab.batch)
-        protected = torch.from_numpy(self.protected).to(device)
-        if self.budgets.dynamic is not None:
-            self._report_demand(tokens, totals)
-        scores = self._score(tokens, totals)
-        candidates = rank_candidates(scores, tokens.valid, tokens.newest(self.compression.kept_window), protected)
-        total = torch.from_numpy(totals).to(device)
-        split = route_heads(self.compression.head_allocator, candidates, total, self.compression.kept_window)
-        index, kept = select(candidates, split.budgets, self.compression.storage_order == "score")
-        self._rewrite(tokens, index, kept, split.budgets, totals, split.threshold)
-
-    def _rewrite(
-        self,
-        tokens: LayerTokens,
-        index: Tensor,
-        kept: Tensor,
-        budgets: Tensor,
-        totals: HostInts,
-        threshold: Tensor | None,
-    ) -> None:
-        assert self.slab is not None
-        host_kept, host_budgets, held = (x.cpu().numpy() for x in (kept, budgets, tokens.lengths))
-        capacities = host_budgets + self.protected[:, None] + self.compression.interval
-        evicted = int(held.sum() - host_kept.sum())
-        self.slab.store(tokens.gather(index, kept), host_kept, capacities, self.slab.seen)
+    def _rewrite(self, tokens: LayerTokens) -> None:
+        """One routing round: plan what stays, and rewrite the slab with it."""
+        assert self.compressor is not None
+        slab = self._store
+        plan = self.compressor.plan(tokens, self.window, self.protected, self._scaling)
+        kept, budgets, held = (x.cpu().numpy() for x in (plan.kept, plan.split.budgets, tokens.lengths))
+        capacities = budgets + self.protected[:, None] + self.compression.interval
+        evicted = int(held.sum() - kept.sum())
+        slab.store(tokens.gather(plan.index, plan.kept), kept, capacities, slab.seen)
         self.evicted += evicted
         self.compressions += evicted > 0
         if self.recorder is not None:
+            threshold = plan.split.threshold
             self.recorder.add(
                 Routing(
                     self.seen_columns,
                     self.layer,
-                    totals.tolist(),
-                    host_budgets.tolist(),
-                    host_kept.tolist(),
+                    plan.totals.tolist(),
+                    budgets.tolist(),
+                    kept.tolist(),
                     held.tolist(),
                     None if threshold is None else threshold.tolist(),
                 )
             )
-
-    def _score(self, tokens: LayerTokens, totals: HostInts) -> Tensor:
-        scorer = self.compression.token_scorer
-        scores = scorer.score(self._observation(tokens, totals, scorer.observed_queries))
-        if scores.shape != tokens.keys.shape[:3]:
-            raise ValueError(
-                f"scorer {type(scorer).__name__} returned shape {tuple(scores.shape)}, "
-                f"expected one score per token: {tuple(tokens.keys.shape[:3])}"
-            )
-        return scores
-
-    def _observation(self, tokens: LayerTokens, totals: HostInts, wanted: int) -> Observation:
-        window = self.window.read() if wanted else None
-        queries = None if window is None else window.last(wanted)
-        assert self._generator is not None
-        return Observation(
-            tokens,
-            None if queries is None else queries.states,
-            None if queries is None else queries.real,
-            self._scaling,
-            self.compression.kept_window,
-            torch.from_numpy(totals / tokens.keys.shape[1]).to(tokens.keys.device, torch.float32),
-            self._generator,
-        )
-
-    def _report_demand(self, tokens: LayerTokens, totals: HostInts) -> None:
-        assert self.budgets is not None and self.budgets.dynamic is not None
-        dynamic = self.budgets.dynamic
-        seen = self._observation(tokens, totals, dynamic.queries)
-        columns = (tokens.valid[:, :, None] & visible(seen))[:, :, None]
-        demand = attention_demand(softmax_over(query_logits(seen), columns), dynamic.rho)
-        if seen.real_queries is None:
-            self.budgets.report(self.layer, demand.mean((1, 2, 3)))
-        else:
-            real = seen.real_queries[:, None, None].expand_as(demand).to(demand.dtype)
-            self.budgets.report(self.layer, (demand * real).sum((1, 2, 3)) / real.sum((1, 2, 3)).clamp(min=1))
 
 
 def _chunk(key: Tensor, value: Tensor, new: NewTokens) -> LayerTokens:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from reasonalloc.budgets import LayerBudgets
 from reasonalloc.layer_cache import LayerCache
 
 
@@ -56,7 +57,8 @@ class CacheStats:
         policies = ", ".join(f"{key} {value}" for key, value in self.method.items())
         lines = [
             f"{self.batch} sequence(s), {self.seen} tokens seen ({policies}; attention: {self.backend})",
-            f"keys and values {_size(self.kv_bytes)}, index {_size(self.index_bytes)}, queries {_size(self.query_bytes)}",
+            f"keys and values {_size(self.kv_bytes)}, "
+            f"index {_size(self.index_bytes)}, queries {_size(self.query_bytes)}",
             f"kept tokens per head: min {kept.min()}, mean {kept.mean():.1f}, max {kept.max()}",
             f"{self.compressions} compressions, {self.evicted} entries evicted",
             "layer  kept per head (mean over sequences)",
@@ -73,11 +75,10 @@ def _size(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
-def collect(layers: list[LayerCache], method: dict[str, str]) -> CacheStats:
+def collect(layers: list[LayerCache], budgets: LayerBudgets | None, method: dict[str, str]) -> CacheStats:
     """The statistics of a cache made of these layers."""
     slabs = [layer.slab for layer in layers if layer.slab is not None]
     full = len(slabs) == len(layers)
-    budgets = layers[0].budgets
     batch = slabs[0].batch if full else 0
     return CacheStats(
         seen=layers[0].seen_columns,

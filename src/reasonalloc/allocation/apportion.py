@@ -113,5 +113,7 @@ def _largest_remainder(shares: Tensor, total: Tensor, weights: Tensor) -> Tensor
     # Two stable sorts: by remainder, then by weight, then by index; ties never favour a smaller demand.
     by_weight = weights.argsort(dim=-1, descending=True, stable=True)
     order = by_weight.gather(-1, rest.gather(-1, by_weight).argsort(dim=-1, descending=True, stable=True))
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
     return (whole + (rank < missing)).to(torch.int64)

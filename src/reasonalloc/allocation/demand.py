@@ -49,7 +49,9 @@ class DemandProfile:
 
     def __post_init__(self) -> None:
         if len(self.layers) != self.shape.layers:
-            raise ValueError(f"the profile has {len(self.layers)} layer demands for a model of {self.shape.layers} layers")
+            raise ValueError(
+                f"the profile has {len(self.layers)} layer demands for a model of {self.shape.layers} layers"
+            )
         if not all(math.isfinite(d) and d >= 0 for d in self.layers):
             raise ValueError(f"layer demands must be finite and not negative, got {list(self.layers)}")
         if not 0 < self.rho <= 1:
@@ -57,7 +59,10 @@ class DemandProfile:
 
     def check(self, shape: ModelShape, model_type: str) -> None:
         """Raise ``ValueError``, naming every difference, if the profile is of another model."""
-        own, other = {"model_type": self.model_type, **vars(self.shape)}, {"model_type": model_type, **vars(shape)}
+        own, other = (
+            {"model_type": self.model_type, **vars(self.shape)},
+            {"model_type": model_type, **vars(shape)},
+        )
         different = [f"{key}: profile {own[key]!r}, model {other[key]!r}" for key in own if own[key] != other[key]]
         if different and not (different == different[:1] and not self.model_type):
             raise ValueError(

@@ -50,7 +50,12 @@ def check_bounds(exponent: float, lower: float, upper: float) -> None:
 
 
 def split_over_layers(
-    weights: Float[Tensor, "*batch layers"], shape: ModelShape, budget: int, window: int, lower: float, upper: float
+    weights: Float[Tensor, "*batch layers"],
+    shape: ModelShape,
+    budget: int,
+    window: int,
+    lower: float,
+    upper: float,
 ) -> Int[Tensor, "*batch layers"]:
     """Exact layer totals in proportion to ``weights``, clipped to multiples of the mean, window always affordable."""
     mean = float(shape.kv_heads * budget)
@@ -172,4 +177,3 @@ class DynamicLayers(LayerAllocator):
     ) -> Int[Tensor, "batch layers"]:
         """R(.) on averaged demands, one exact split per sequence."""
         return split_over_layers(smooth(demand, self.exponent), shape, budget, window, self.lower, self.upper)
-

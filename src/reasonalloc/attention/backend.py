@@ -52,7 +52,11 @@ def _make_varlen() -> Attend:
     return attend_varlen
 
 
-BACKENDS: dict[str, Callable[[], Attend]] = {"rows": _make_rows, "compiled": _make_compiled, "varlen": _make_varlen}
+BACKENDS: dict[str, Callable[[], Attend]] = {
+    "rows": _make_rows,
+    "compiled": _make_compiled,
+    "varlen": _make_varlen,
+}
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, tracks_received: bool) -> AttentionBackend:

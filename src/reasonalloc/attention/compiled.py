@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 _NOTHING = np.empty(0, dtype=np.float32)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _as_float32(typingctx: Any, bits: Any) -> Any:
     """Reinterpret 32 bits as a float32: numba has no such cast for scalars."""
 
@@ -37,7 +37,7 @@ def _load(source: Any, slot: int, row: Any) -> None:
     """Copy one slot into a float32 row; bfloat16 arrives as its 16 bits, the upper half of a float32."""
 
 
-@overload(_load, inline="always")  # type: ignore[untyped-decorator]
+@overload(_load, inline="always")
 def _load_overload(source: Any, slot: Any, row: Any) -> Any:
     if source.dtype == types.uint16:
 
@@ -54,7 +54,7 @@ def _load_overload(source: Any, slot: Any, row: Any) -> Any:
     return load_float32
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, fastmath=True, cache=True)
 def _attend(query: Any, keys: Any, values: Any, starts: Any, lengths: Any, received: Any, out: Any) -> None:
     rows, group, dim = query.shape
     for r in numba.prange(rows):
@@ -96,6 +96,7 @@ def attend_compiled(
     query: Float[Tensor, "batch query_heads 1 dim"], slab: RaggedSlab, scaling: float
 ) -> Float[Tensor, "batch query_heads 1 value_dim"]:
     """Attention of one query per sequence over all tokens of its rows; adds to ``slab.received`` if it is tracked."""
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     rows, width = slab.batch * slab.heads, slab.values.shape[1]
     out = torch.empty(rows, query.shape[1] // slab.heads, width)
     received = _NOTHING if slab.received is None else slab.received.numpy()

@@ -35,7 +35,9 @@ def attend_rows(
         rows = query[b, h * group : (h + 1) * group].reshape(1, 1, group * queries, -1)
         keys, values = slab.keys[start : start + length], slab.values[start : start + length]
         mask = None if hidden is None else _visible(length, hidden[b]).repeat(group, 1)
-        mixed = F.scaled_dot_product_attention(rows, keys[None, None], values[None, None], attn_mask=mask, scale=scaling)
+        mixed = F.scaled_dot_product_attention(
+            rows, keys[None, None], values[None, None], attn_mask=mask, scale=scaling
+        )
         out[b, h * group : (h + 1) * group] = mixed.view(group, queries, -1)
     return out
 
@@ -52,7 +54,7 @@ def received_attention(
     ``hidden`` = -1. The weights are never held for more than a block of queries.
     """
     assert slab.received is not None
-    batch, query_heads, queries, dim = query.shape
+    query_heads, queries = query.shape[1:3]
     group = query_heads // slab.heads
     for b, h, start, length in _rows(slab):
         rows = query[b, h * group : (h + 1) * group]

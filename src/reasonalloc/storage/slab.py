@@ -80,10 +80,6 @@ class RaggedSlab:
 
     # ---- growing --------------------------------------------------------------------------------------------
 
-    def has_room(self, tokens: int) -> bool:
-        """Whether every span can take ``tokens`` more."""
-        return bool((self.lengths + tokens <= self.capacities).all())
-
     def append(
         self, keys: Float[Tensor, "batch heads 1 dim"], values: Float[Tensor, "batch heads 1 value_dim"]
     ) -> None:

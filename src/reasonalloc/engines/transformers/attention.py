@@ -41,7 +41,7 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers asks for it: ``[batch, heads, queries, dim]`` in, ``[batch, queries, heads, dim]`` out."""
+    """Attention as transformers wants it: ``[batch, heads, queries, dim]`` to ``[batch, queries, heads, dim]``."""
     layer: RaggedLayer | None = getattr(key, _TAG, None)
     if layer is None:
         out, _ = sdpa_attention_forward(

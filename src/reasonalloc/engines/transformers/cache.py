@@ -38,7 +38,7 @@ class _ForwardPass:
         return self._new
 
 
-class RaggedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
+class RaggedLayer(cache_utils.CacheLayerMixin):
     """transformers' view of one ``LayerCache``: the storage is ragged, the length it reports is logical."""
 
     is_sliding = False
@@ -115,7 +115,7 @@ class RaggedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         raise NotImplementedError("a ragged cache cannot be offloaded")
 
 
-class Cache(cache_utils.Cache):  # type: ignore[misc]
+class Cache(cache_utils.Cache):
     """A KV cache of bounded size for any transformers decoder with full attention.
 
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="reasonalloc")
@@ -128,7 +128,12 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     """
 
     def __init__(
-        self, config: Any, compression: Compression, *, attention: str = "auto", recorder: Recorder | None = None
+        self,
+        config: Any,
+        compression: Compression,
+        *,
+        attention: str = "auto",
+        recorder: Recorder | None = None,
     ) -> None:
         """
         Args:
@@ -150,9 +155,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         self.recorder = recorder
         self.budgets = None if compression.budget is None else LayerBudgets(compression, self.shape)
         forward_pass = _ForwardPass()
-        caches = [
-            LayerCache(i, compression, self.budgets, attention, recorder) for i in range(self.shape.layers)
-        ]
+        caches = [LayerCache(i, compression, self.budgets, attention, recorder) for i in range(self.shape.layers)]
         super().__init__(layers=[RaggedLayer(cache, forward_pass) for cache in caches])
 
     @property
@@ -173,7 +176,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
                 "the model's attention does not read the ragged cache: load the model with "
                 f"attn_implementation={ATTENTION_NAME!r}, or call model.set_attn_implementation({ATTENTION_NAME!r})"
             )
-        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def reset(self) -> None:
         """Empty the cache; it can then serve a new batch."""
@@ -211,4 +214,4 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
                 "heads": HEAD_ALLOCATORS.name_of(compression.head_allocator),
             }
         )
-        return collect(self.layer_caches, method)
+        return collect(self.layer_caches, self.budgets, method)

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from reasonalloc.engines.transformers.cache import Cache
 
-_PER_STEP = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "return_dict_in_generate")
+_PER_STEP = (
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict_in_generate",
+)
 
 
 def drop_finished(

@@ -55,7 +55,9 @@ def model_shape(config: Any) -> ModelShape:
 def _reasons(config: Any, text: Any) -> list[str]:
     other = sorted(set(getattr(text, "layer_types", None) or ()) - FULL_ATTENTION)
     window = getattr(text, "sliding_window", None)
-    windowed = window is not None and getattr(text, "use_sliding_window", True) and not getattr(text, "layer_types", None)
+    windowed = (
+        window is not None and getattr(text, "use_sliding_window", True) and not getattr(text, "layer_types", None)
+    )
     kv_scheme = getattr(getattr(config, "quantization_config", None), "kv_cache_scheme", None)
     if isinstance(getattr(config, "quantization_config", None), dict):
         kv_scheme = config.quantization_config.get("kv_cache_scheme")
@@ -75,6 +77,10 @@ def check_states(key: torch.Tensor) -> None:
     """Refuse key states that cannot be stored. Raises ``UnsupportedModelError``."""
     if key.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise UnsupportedModelError(f"a ragged cache stores {names}; this model's keys are {key.dtype} (quantised cache?)")
+        raise UnsupportedModelError(
+            f"a ragged cache stores {names}; this model's keys are {key.dtype} (quantised cache?)"
+        )
     if key.device.type == "mps":
-        raise UnsupportedModelError("budgets are computed in float64, which the mps device does not have; use cpu or cuda")
+        raise UnsupportedModelError(
+            "budgets are computed in float64, which the mps device does not have; use cpu or cuda"
+        )

@@ -1,0 +1,55 @@
+"""What the benchmarks share: a model in SmolLM2's shape, the machine's description, results as JSON."""
+
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import reasonalloc as ra
+from reasonalloc.recorder import write_atomically
+
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+}
+
+
+def smollm2_shape(dtype: torch.dtype = torch.float32) -> Any:
+    """A random model in the shape of SmolLM2-135M: speed and bytes do not depend on the weights."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMOLLM2)).to(dtype).eval()
+    model.set_attn_implementation("reasonalloc")
+    return model
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "reasonalloc": ra.__version__,
+    }
+
+
+def save(name: str, results: dict[str, Any]) -> None:
+    """Write the results beside the benchmarks."""
+    path = Path(__file__).parent / "results" / f"{name}.json"
+    write_atomically(path, json.dumps({"machine": machine(), **results}, indent=1).encode())
+    print(f"wrote {path}")

@@ -1,0 +1,88 @@
+"""Memory: ReasonAlloc's cache after a long generation against the full cache of the same text.
+
+    python benchmarks/memory.py [--model FOLDER] [--tokens 4000] [--batch 8] [--budget 128]
+
+Each cache lives in a process of its own. Bytes are read off the tensors, and confirmed by how much the process's
+resident memory grew from before the first token to after the last.
+"""
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from common import save, smollm2_shape
+
+import reasonalloc as ra
+from reasonalloc.demo import kv_bytes
+
+
+def resident() -> int:
+    gc.collect()
+    return int(psutil.Process().memory_info().rss)
+
+
+def measure(kind: str, model_path: str, tokens: int, batch: int, budget: int) -> dict[str, Any]:
+    if model_path:
+        from reasonalloc.engines.transformers.loading import load
+
+        model, _ = load(model_path, "float32", "cpu")
+    else:
+        model = smollm2_shape()
+    vocabulary = model.config.vocab_size
+    torch.manual_seed(1)
+    ids = torch.randint(3, vocabulary, (batch, 1))
+    with torch.no_grad():  # buffers that any forward pass allocates are not the cache's
+        model(torch.randint(3, vocabulary, (batch, 64)), use_cache=False)
+    before = resident()
+    if kind == "full":
+        cache: Any = transformers.DynamicCache(config=model.config)
+        with torch.no_grad():
+            for _ in range(0, tokens, 50):
+                model(torch.randint(3, vocabulary, (batch, 50)), past_key_values=cache, logits_to_keep=1)
+    else:
+        cache = ra.Cache(model.config, ra.Compression.method(kind, budget))
+        with torch.no_grad():
+            for _ in range(tokens):
+                ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+    after = resident()
+    result = {"tokens": cache.get_seq_length(), "kv_bytes": kv_bytes(cache), "resident_growth": after - before}
+    if kind != "full":
+        result["total_bytes"] = cache.stats().total_bytes
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--model", default="", help="folder, .gguf or hub id; default: random weights in SmolLM2's shape"
+    )
+    parser.add_argument("--tokens", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--budget", type=int, default=128)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        print(json.dumps(measure(options.only, options.model, options.tokens, options.batch, options.budget)))
+        return
+    results = {}
+    for kind in ("full", "reasonalloc"):
+        command = [sys.executable, *sys.argv, "--only", kind]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        results[kind] = json.loads(done.stdout.splitlines()[-1])
+        print(kind, results[kind], flush=True)
+    full, ours = results["full"], results["reasonalloc"]
+    print(f"KV bytes: {ours['kv_bytes'] / full['kv_bytes']:.3%} of the full cache's")
+    print(f"all bytes of the cache: {ours['total_bytes'] / full['kv_bytes']:.3%}")
+    print(f"growth of resident memory: {ours['resident_growth'] / full['resident_growth']:.3%}")
+    print(f"bound (budget + interval) / tokens: {(options.budget + 128) / options.tokens:.3%}, plus 2 %")
+    save("memory", {"batch": options.batch, "budget": options.budget, "tokens": options.tokens, **results})
+
+
+if __name__ == "__main__":
+    main()

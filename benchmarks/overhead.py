@@ -1,0 +1,89 @@
+"""Routing overhead: decoding with ReasonAlloc against R-KV with equal budgets, in one run, rounds interleaved.
+
+    python benchmarks/overhead.py [--batch 8] [--budget 128] [--intervals 4] [--repeats 7]
+
+Both decode the same tokens on the same model. A measured block is one whole interval, its compression included;
+blocks of the methods alternate, so that a change of the machine's speed meets both alike. Ratios are per pair.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import save, smollm2_shape
+
+import reasonalloc as ra
+
+
+def block_seconds(model: Any, cache: ra.Cache, ids: torch.Tensor, steps: int) -> float:
+    began = time.perf_counter()
+    with torch.no_grad():
+        for _ in range(steps):
+            model(ids, past_key_values=cache)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--budget", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--methods", default="rkv,reasonalloc-head,reasonalloc-dynamic")
+    options = parser.parse_args()
+    model = smollm2_shape()
+    names = options.methods.split(",")
+    prompt = torch.randint(1, 49152, (options.batch, options.budget + 64))
+    ids = torch.randint(1, 49152, (options.batch, 1))
+    caches: dict[str, ra.Cache] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    compressing: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        caches[name] = ra.Cache(model.config, ra.Compression.method(name, options.budget))
+        with torch.no_grad():
+            model(prompt, past_key_values=caches[name])
+        time_compressions(caches[name], compressing[name])
+        block_seconds(model, caches[name], ids, 128)  # warm up: compilation, allocator
+        compressing[name].clear()
+    for repeat in range(options.repeats):
+        for name in names if repeat % 2 else reversed(names):  # neither is always first
+            seconds[name].append(block_seconds(model, caches[name], ids, 128))
+    base = names[0]
+    methods: dict[str, dict[str, Any]] = {}
+    for name in names:
+        ratios = [mine / theirs - 1 for mine, theirs in zip(seconds[name], seconds[base], strict=True)]
+        share = sum(compressing[name]) / sum(seconds[name])
+        entry: dict[str, Any] = {
+            "ms_per_step": [round(1e3 * s / 128, 3) for s in seconds[name]],
+            "overhead_median": statistics.median(ratios),
+            "overhead_quartiles": statistics.quantiles(ratios, n=4)[::2],
+            "compression_share": share,
+            "compression_ms_per_round": 1e3 * sum(compressing[name]) / options.repeats,
+        }
+        methods[name] = entry
+        low, high = entry["overhead_quartiles"]
+        print(
+            f"{name:22s} {1e3 * statistics.median(seconds[name]) / 128:8.2f} ms/step   over {base}: "
+            f"{entry['overhead_median']:+.2%} (quartiles {low:+.2%} {high:+.2%})   "
+            f"all compression work {share:.2%}, {entry['compression_ms_per_round']:.1f} ms per round"
+        )
+    save("overhead", {"batch": options.batch, "budget": options.budget, "interval": 128, "methods": methods})
+
+
+def time_compressions(cache: ra.Cache, into: list[float]) -> None:
+    """Add the seconds of every compression of this cache to ``into``."""
+    for layer in cache.layer_caches:
+        inner = layer._compress
+
+        def timed(inner: Callable[[], None] = inner) -> None:
+            began = time.perf_counter()
+            inner()
+            into.append(time.perf_counter() - began)
+
+        layer._compress = timed  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    main()

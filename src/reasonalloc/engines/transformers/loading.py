@@ -1,0 +1,80 @@
+"""Loading a model and its tokenizer from a folder, a GGUF file or the hub, ready for a ragged cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from reasonalloc.engines.transformers.support import ATTENTION_NAME
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """Model (in evaluation mode, attention set) and tokenizer.
+
+    Args:
+        model: a local folder, a local ``.gguf`` file, or a hub id.
+        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+        device: "auto" (CUDA if there is one), or any torch device.
+
+    Raises:
+        ValueError: an unknown dtype, or a model that cannot be loaded; the message says from where.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = Path(model).expanduser()
+    options: dict[str, Any] = {}
+    source = model
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"no GGUF file at {path}")
+        source, options = str(path.parent), _gguf_options(path.name)
+    elif path.is_dir():
+        source = str(path)
+    elif path.is_absolute() or model.startswith((".", "~")):
+        raise ValueError(f"no model folder at {path}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
+        network = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], attn_implementation=ATTENTION_NAME, **options
+        )
+    except OSError as error:
+        raise ValueError(
+            f"cannot load {model!r}: it is no local folder, and the model hub does not have it or cannot be reached"
+        ) from error
+    return network.to(device).eval(), tokenizer
+
+
+def _gguf_options(name: str) -> dict[str, Any]:
+    options: dict[str, Any] = {"gguf_file": name}
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # before 5.23 GGUF weights are always dequantised
+        return options
+    return {**options, "quantization_config": GgufConfig(dequantize=True)}
+
+
+def encode(tokenizer: Any, questions: list[str], chat: bool, device: torch.device) -> dict[str, torch.Tensor]:
+    """Left-padded inputs for ``generate``; with ``chat`` each question becomes a user's turn of the model's template.
+
+    Raises:
+        ValueError: an empty question.
+    """
+    if any(not question.strip() for question in questions):
+        raise ValueError("the prompt is empty")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat and tokenizer.chat_template:
+        turns = [[{"role": "user", "content": question}] for question in questions]
+        questions = [tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for turn in turns]
+        batch = tokenizer(questions, return_tensors="pt", padding=True, add_special_tokens=False)
+    else:
+        batch = tokenizer(questions, return_tensors="pt", padding=True)
+    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}

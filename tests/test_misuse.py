@@ -1,0 +1,138 @@
+"""What a tired user gets wrong: each ends in one clear error, before any work is lost."""
+
+import json
+import re
+
+import pytest
+import torch
+from reference import compression, prompts, tiny_model
+from transformers import DeepseekV2Config, Gemma2Config, GptOssConfig, MistralConfig, Qwen2Config, T5Config
+
+import reasonalloc as ra
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": 8}, "budget 8 leaves nothing beside the window of 8 newest tokens: ask for at least 9"),
+        ({"budget": -5}, "budget must be a whole number of tokens, at least 1, got -5"),
+        ({"budget": 128.0}, "budget must be a whole number of tokens, at least 1, got 128.0"),
+        ({"budget": 64, "interval": 0}, "interval must be a whole number of tokens, at least 1, got 0"),
+        ({"budget": 64, "window": -1}, "window must be a whole number of tokens, at least 0, got -1"),
+        ({"budget": 64, "scorer": "rvk"}, "unknown token scorer 'rvk'. Did you mean 'rkv'?"),
+        ({"budget": 64, "layers": "waves"}, "unknown layer allocator 'waves'. Did you mean 'wave'?"),
+        (
+            {"budget": 64, "heads": "tresholds"},
+            "unknown head allocator 'tresholds'. Did you mean 'threshold'?",
+        ),
+        ({"budget": 64, "prompt": "keep"}, "prompt must be one of compete, protect, got 'keep'"),
+        ({"budget": 64, "storage_order": "x"}, "storage_order must be one of position, score, got 'x'"),
+        ({"budget": 64, "layers": "wave"}, "layers='wave' needs the model's demand profile"),
+        ({"budget": 64, "scorer": "vase"}, "budget 64 leaves nothing beside the window of 64"),
+    ],
+)
+def test_compression_says_what_is_wrong(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ra.Compression(**arguments)
+
+
+def test_unknown_method_suggests_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown method 'reasonaloc'\. Did you mean 'reasonalloc'"):
+        ra.Compression.method("reasonaloc", 128)
+    with pytest.raises(ValueError, match="method 'rkv' needs a budget"):
+        ra.Compression.method("rkv")
+
+
+def test_missing_and_foreign_profile(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no demand profile at"):
+        ra.Compression(budget=64, profile=tmp_path / "none.json")
+    path = tmp_path / "wave.json"
+    path.write_text(json.dumps(ra.DemandProfile((1.0, 2.0), ra.ModelShape(2, 3, 6, 16), "qwen2").to_dict()))
+    with pytest.raises(
+        ValueError, match=r"another model \(model_type: profile 'qwen2', model 'llama'; layers: profile 2"
+    ):
+        ra.Cache(tiny_model().config, ra.Compression(budget=64, profile=path))
+
+
+def test_wrong_attention_implementation():
+    model = tiny_model(attention="sdpa")
+    with pytest.raises(
+        ValueError, match=r"uses attention implementation 'sdpa'.*set_attn_implementation\('reasonalloc'\)"
+    ):
+        ra.Cache(model.config, compression("reasonalloc"))
+    ids, _ = prompts((9,))
+    model.set_attn_implementation("reasonalloc")
+    cache = ra.Cache(model.config, compression("reasonalloc"))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="does not read the ragged cache"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MistralConfig(sliding_window=4096), "slides over a window of 4096"),
+        (
+            Qwen2Config(use_sliding_window=True, sliding_window=512, max_window_layers=2),
+            "layers of sliding_attention",
+        ),
+        (Gemma2Config(), "sliding_attention"),
+        (Gemma2Config(layer_types=["full_attention"] * 26), "soft-capped"),
+        (GptOssConfig(), "sinks"),
+        (DeepseekV2Config(), "latent"),
+        (T5Config(), "encoder-decoder"),
+    ],
+)
+def test_unsupported_models_are_refused_at_construction(config, reason):
+    with pytest.raises(ra.UnsupportedModelError, match=reason):
+        ra.Cache(config, compression("reasonalloc"))
+
+
+def test_qwen2_without_sliding_window_is_fine():
+    ra.Cache(Qwen2Config(), compression("reasonalloc"))
+
+
+def test_quantised_caches_are_refused():
+    config = tiny_model().config
+    config.quantization_config = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}
+    with pytest.raises(ra.UnsupportedModelError, match="cache is quantised"):
+        ra.Cache(config, compression("reasonalloc"))
+    cache = ra.Cache(tiny_model().config, compression("reasonalloc"))
+    states = torch.zeros(1, 3, 4, 16).to(torch.float8_e4m3fn)
+    with pytest.raises(ra.UnsupportedModelError, match="float8_e4m3fn"):
+        cache.update(states, states, 0)
+
+
+def test_wrong_arguments_to_cache():
+    model = tiny_model()
+    with pytest.raises(TypeError, match=r"pass model\.config, not the model"):
+        ra.Cache(model, compression("reasonalloc"))
+    with pytest.raises(TypeError, match=r"expected a reasonalloc\.Compression, got int"):
+        ra.Cache(model.config, 256)
+    ids, _ = prompts((9,))
+    for backend, message in (("fast", "unknown attention backend 'fast'"), ("varlen", "it runs on CUDA")):
+        cache = ra.Cache(model.config, compression("reasonalloc"), attention=backend)
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, past_key_values=cache, max_new_tokens=2)
+
+
+def test_custom_float_masks_are_refused():
+    model = tiny_model()
+    ids, _ = prompts((9,))
+    cache = ra.Cache(model.config, compression("reasonalloc"))
+    with pytest.raises(ValueError, match="boolean attention masks only"):
+        model(ids, past_key_values=cache, attention_mask=torch.zeros(1, 1, 9, 9))
+
+
+def test_scorer_of_wrong_shape_is_named():
+    class Flat(ra.Scorer):
+        def score(self, seen):
+            return seen.tokens.keys.sum((-1, -2))
+
+    model = tiny_model()
+    cache = ra.Cache(model.config, ra.Compression(budget=24, scorer=Flat(), interval=16))
+    ids, _ = prompts((61,))
+    with pytest.raises(
+        ValueError, match=r"scorer Flat returned shape \(1, 3\), expected one score per token: \(1, 3, 61\)"
+    ):
+        model.generate(ids, past_key_values=cache, max_new_tokens=2)
