@@ -61,9 +61,7 @@ def rounded_bounds(low: list[Fraction], high: list[Fraction], total: int) -> tup
     return lows, [max(pair) for pair in zip(lows, highs, strict=True)]
 
 
-def clip_and_redistribute(
-    weights: list[Fraction], total: int, low: list[int], high: list[int]
-) -> list[Fraction]:
+def clip_and_redistribute(weights: list[Fraction], total: int, low: list[int], high: list[int]) -> list[Fraction]:
     """Fix the items over their bound at the bound, share the rest anew, until nobody is over a bound."""
     if not any(weights):
         weights = [Fraction(1)] * len(weights)
@@ -89,12 +87,12 @@ def clip_and_redistribute(
 
 
 def exact_split(weights: list[Any], total: int, low: list[Any], high: list[Any]) -> list[int]:
-    """The split in proportion to ``weights``; of equal remainders the larger weight, then the lower index."""
+    """The split in proportion to ``weights``; of equal remainders the lower index."""
     exact = [[Fraction(x) for x in values] for values in (weights, low, high)]
     lows, highs = rounded_bounds(exact[1], exact[2], total)
     shares = clip_and_redistribute(exact[0], total, lows, highs)
     whole = [math.floor(share) for share in shares]
-    order = sorted(range(len(whole)), key=lambda i: (whole[i] - shares[i], -exact[0][i], i))
+    order = sorted(range(len(whole)), key=lambda i: (whole[i] - shares[i], i))
     for i in order[: total - sum(whole)]:
         whole[i] += 1
     assert sum(whole) == total
@@ -176,9 +174,7 @@ def test_monotone_and_equal_demands_differ_by_one_at_most(
 
 @quick(500)
 @given(problems(), st.integers(-900, 900))
-def test_scale_by_a_power_of_two_changes_nothing(
-    problem: tuple[list[int], int, dict[str, float]], power: int
-) -> None:
+def test_scale_by_a_power_of_two_changes_nothing(problem: tuple[list[int], int, dict[str, float]], power: int) -> None:
     demand, total, settings_ = problem
     scaled = robustify(floats(demand) * 2.0**power, total, **settings_)
     assert scaled.tolist() == robustify(floats(demand), total, **settings_).tolist()
@@ -186,9 +182,7 @@ def test_scale_by_a_power_of_two_changes_nothing(
 
 @quick(500)
 @given(problems(), st.randoms(use_true_random=False))
-def test_permuted_demands_get_permuted_budgets(
-    problem: tuple[list[int], int, dict[str, float]], random: Any
-) -> None:
+def test_permuted_demands_get_permuted_budgets(problem: tuple[list[int], int, dict[str, float]], random: Any) -> None:
     demand, total, settings_ = problem
     settings_ = settings_ | {"exponent": settings_["exponent"] or 0.5}  # exponent 0 makes all demands equal
     demand = list(dict.fromkeys(demand))
@@ -322,9 +316,7 @@ def test_negative_total_is_an_error() -> None:
         robustify(floats([1.0, 2.0]), -1)
 
 
-@pytest.mark.parametrize(
-    ("lower", "upper"), [(1.1, 2), (-0.1, 2), (0.25, 0.9), (float("nan"), 2), (0, float("nan"))]
-)
+@pytest.mark.parametrize(("lower", "upper"), [(1.1, 2), (-0.1, 2), (0.25, 0.9), (float("nan"), 2), (0, float("nan"))])
 def test_bounds_that_no_split_meets_are_an_error(lower: float, upper: float) -> None:
     with pytest.raises(ValueError, match="bounds"):
         robustify(floats([1.0, 2.0]), 10, lower=lower, upper=upper)
@@ -364,10 +356,7 @@ def brute_demand(row: list[float], rho: float) -> int:
 @pytest.mark.parametrize("rho", [0.1, 0.5, 0.9, 0.93, 0.99])
 def test_attention_demand_equals_brute_force(rho: float) -> None:
     rng = generator(1)
-    logits = (
-        torch.randn(4, 25, 30, generator=rng, dtype=torch.float64)
-        * torch.tensor([0.1, 1, 3, 10])[:, None, None]
-    )
+    logits = torch.randn(4, 25, 30, generator=rng, dtype=torch.float64) * torch.tensor([0.1, 1, 3, 10])[:, None, None]
     rows = logits.masked_fill(torch.rand(logits.shape, generator=rng) < 0.3, float("-inf")).softmax(-1)
     demand = attention_demand(rows, rho)
     assert demand.shape == rows.shape[:-1]
@@ -427,9 +416,7 @@ def models(draw: st.DrawFn) -> tuple[DemandProfile, int, int]:
 @pytest.mark.parametrize("name", LAYERS)
 @quick(150)
 @given(model=models())
-def test_layer_totals_are_exact_and_afford_the_window(
-    name: str, model: tuple[DemandProfile, int, int]
-) -> None:
+def test_layer_totals_are_exact_and_afford_the_window(name: str, model: tuple[DemandProfile, int, int]) -> None:
     profile, budget, window = model
     shape = profile.shape
     totals = LAYER_ALLOCATORS.create(name).allocate(shape, budget, window, profile)
@@ -460,9 +447,7 @@ def pyramid_schedule(layers: int, budget: int, window: int, beta: int) -> list[i
     st.integers(1, 600),
     st.sampled_from([1, 7, 20]),
 )
-def test_pyramid_is_the_schedule_renormalised(
-    layers: int, heads: int, window: int, rest: int, beta: int
-) -> None:
+def test_pyramid_is_the_schedule_renormalised(layers: int, heads: int, window: int, rest: int, beta: int) -> None:
     budget, allocator = window + rest, PyramidLayers(beta)
     schedule = pyramid_schedule(layers, budget, window, beta)
     assert allocator.schedule(layers, budget, window) == schedule
@@ -526,9 +511,7 @@ def test_wave_without_a_profile_says_what_to_do() -> None:
 
 @quick(150)
 @given(models(), st.integers(1, 5), st.integers(0, 2**31))
-def test_dynamic_split_conserves_every_sequence(
-    model: tuple[DemandProfile, int, int], batch: int, seed: int
-) -> None:
+def test_dynamic_split_conserves_every_sequence(model: tuple[DemandProfile, int, int], batch: int, seed: int) -> None:
     profile, budget, window = model
     shape, mean = profile.shape, profile.shape.kv_heads * budget
     demand = 300 * torch.rand(batch, shape.layers, generator=generator(seed), dtype=torch.float64)
@@ -548,10 +531,7 @@ def test_dynamic_split_conserves_every_sequence(
         for policy in (WaveLayers, DynamicLayers, ThresholdHeads)
         for bad in ({"exponent": -0.5}, {"lower": 1.5}, {"lower": -0.1}, {"upper": 0.5})
     ]
-    + [
-        (DynamicLayers, bad)
-        for bad in ({"rho": 0.0}, {"rho": 1.1}, {"decay": 1.0}, {"decay": -0.1}, {"queries": 0})
-    ]
+    + [(DynamicLayers, bad) for bad in ({"rho": 0.0}, {"rho": 1.1}, {"decay": 1.0}, {"decay": -0.1}, {"queries": 0})]
     + [(AdaKVHeads, bad) for bad in ({"safeguard": -0.1}, {"safeguard": 1.1})],
 )
 def test_settings_out_of_range_are_errors(policy: type, bad: dict[str, float]) -> None:
@@ -604,9 +584,7 @@ def test_profile_of_bytes_that_are_no_text(tmp_path: Path) -> None:
         DemandProfile.load(tmp_path / "wave.json")
 
 
-@pytest.mark.parametrize(
-    "content", [{}, [], 3, None, "text", {"schema": 2}, PROFILE.to_dict() | {"schema": 99}]
-)
+@pytest.mark.parametrize("content", [{}, [], 3, None, "text", {"schema": 2}, PROFILE.to_dict() | {"schema": 99}])
 def test_profile_of_another_schema(tmp_path: Path, content: Any) -> None:
     with pytest.raises(ValueError, match="schema 1"):
         DemandProfile.load(write(tmp_path / "wave.json", json.dumps(content)))
@@ -663,9 +641,7 @@ def test_profile_bad_demand(tmp_path: Path, bad: float) -> None:
     with pytest.raises(ValueError, match="finite and not negative"):
         DemandProfile((1.0, bad), shape_of(2, 2))
     with pytest.raises(ValueError, match="finite and not negative"):
-        DemandProfile.load(
-            write(tmp_path / "x.json", PROFILE.to_dict() | {"demand": {"layers": [1, bad, 2]}})
-        )
+        DemandProfile.load(write(tmp_path / "x.json", PROFILE.to_dict() | {"demand": {"layers": [1, bad, 2]}}))
 
 
 @pytest.mark.parametrize("rho", [0.0, -1.0, 1.01, float("nan")])
@@ -713,9 +689,7 @@ def head_problem(seed: int) -> tuple[Tensor, Tensor, Tensor, int]:
     rng = generator(seed)
     batch, heads, tokens = number(1, 4, rng), number(1, 8, rng), number(2, 60, rng)
     window = number(0, 5, rng)
-    lengths = torch.randint(
-        0 if seed % 3 == 0 else min(window + 1, tokens), tokens + 1, (batch, heads), generator=rng
-    )
+    lengths = torch.randint(0 if seed % 3 == 0 else min(window + 1, tokens), tokens + 1, (batch, heads), generator=rng)
     lengths[:, 0] = tokens
     lengths[:, 0] = torch.maximum(lengths[:, 0], torch.tensor(window + 1))
     width = int(lengths.max())
@@ -848,9 +822,7 @@ def test_uniform_heads_equal_exact_arithmetic(seeds: range) -> None:
         budgets = UniformHeads().allocate(scores, lengths, total, window).budgets
         for row, k in enumerate(total.tolist()):
             held = lengths[row].tolist()
-            assert budgets[row].tolist() == exact_split(
-                [1] * len(held), k, [min(n, window) for n in held], held
-            )
+            assert budgets[row].tolist() == exact_split([1] * len(held), k, [min(n, window) for n in held], held)
 
 
 @pytest.mark.parametrize("seeds", HEAD_PROBLEMS)
@@ -862,19 +834,14 @@ def test_adakv_blends_counts_with_an_equal_share(seeds: range) -> None:
             counts, _ = brute_counts(scores[row], lengths[row], k)
             recent = [min(n, window) for n in lengths[row].tolist()]
             rest, heads = k - sum(recent), len(recent)
-            wish = [
-                Fraction(3 * (c - r), 4) + Fraction(rest, 4 * heads)
-                for c, r in zip(counts, recent, strict=True)
-            ]
+            wish = [Fraction(3 * (c - r), 4) + Fraction(rest, 4 * heads) for c, r in zip(counts, recent, strict=True)]
             free = [n - r for n, r in zip(lengths[row].tolist(), recent, strict=True)]
             extra = exact_split(wish, rest, [0] * heads, free)
             assert budgets[row].tolist() == [r + e for r, e in zip(recent, extra, strict=True)]
 
 
 def ample_scores(offsets: list[float], tokens: int = 100, window: int = 4) -> tuple[Tensor, Tensor]:
-    scores = (
-        torch.rand(1, len(offsets), tokens, generator=generator(9)) + torch.tensor(offsets)[None, :, None]
-    )
+    scores = torch.rand(1, len(offsets), tokens, generator=generator(9)) + torch.tensor(offsets)[None, :, None]
     scores[..., tokens - window :] = float("inf")
     return scores, torch.full((1, len(offsets)), tokens)
 
@@ -883,9 +850,7 @@ def ample_scores(offsets: list[float], tokens: int = 100, window: int = 4) -> tu
 @pytest.mark.parametrize("best", range(4))
 def test_a_head_whose_scores_dominate_gets_more(name: str, best: int) -> None:
     scores, lengths = ample_scores([5.0 * (head == best) for head in range(4)])
-    budgets = (
-        HEAD_ALLOCATORS.create(name).allocate(scores, lengths, torch.tensor([80]), 4).budgets[0].tolist()
-    )
+    budgets = HEAD_ALLOCATORS.create(name).allocate(scores, lengths, torch.tensor([80]), 4).budgets[0].tolist()
     others = [b for head, b in enumerate(budgets) if head != best]
     assert budgets[best] > max(others)
     assert sum(budgets) == 80

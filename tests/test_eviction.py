@@ -205,12 +205,8 @@ def test_the_problems_cover_what_matters() -> None:
 def test_of_equal_scores_the_lower_index_wins(by_score: bool) -> None:
     scores = torch.tensor([[[1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 0.0]]])
     newest = torch.arange(7) == 6
-    candidates = rank_candidates(
-        scores, torch.ones(1, 1, 7, dtype=torch.bool), newest[None, None], torch.tensor([0])
-    )
-    kept = [
-        select(candidates, torch.tensor([[budget]]), by_score)[0][0, 0].tolist() for budget in (2, 3, 5, 6)
-    ]
+    candidates = rank_candidates(scores, torch.ones(1, 1, 7, dtype=torch.bool), newest[None, None], torch.tensor([0]))
+    kept = [select(candidates, torch.tensor([[budget]]), by_score)[0][0, 0].tolist() for budget in (2, 3, 5, 6)]
     if by_score:
         assert kept == [[1, 6], [1, 3, 6], [1, 3, 5, 0, 6], [1, 3, 5, 0, 2, 6]]
     else:
@@ -245,9 +241,7 @@ def test_a_sequences_selection_does_not_depend_on_the_batch(by_score: bool) -> N
         together = kept_tokens(layer, by_score)
         for row in range(layer.batch):
             one = slice(row, row + 1)
-            own = rank_candidates(
-                layer.scores[one], layer.valid[one], layer.newest[one], layer.protected[one]
-            )
+            own = rank_candidates(layer.scores[one], layer.valid[one], layer.newest[one], layer.protected[one])
             index, kept = select(own, layer.budgets[one], by_score)
             for head in range(layer.heads):
                 assert index[0, head, : kept[0, head]].tolist() == together[row, head]
@@ -281,9 +275,7 @@ def test_a_sequence_within_its_total_keeps_all(name: str, seed: int) -> None:
     layer = Layer(seed)
     held = layer.own.sum(-1)
     for spare in (0, 1, 7, 1000):
-        budgets = route_heads(
-            HEAD_ALLOCATORS.create(name), layer.candidates(), held + spare, layer.window
-        ).budgets
+        budgets = route_heads(HEAD_ALLOCATORS.create(name), layer.candidates(), held + spare, layer.window).budgets
         assert budgets.sum(-1).equal(held + spare)
         assert (budgets >= layer.own).all()
         room = budgets - layer.own
@@ -521,9 +513,7 @@ def recorder_of(*routings: Routing) -> Recorder:
 
 
 def recorded(rounds: int = 3, layers: int = 4, threshold: list[float] | None = None) -> Recorder:
-    return recorder_of(
-        *(routing(r, layer, threshold=threshold) for r in range(rounds) for layer in range(layers))
-    )
+    return recorder_of(*(routing(r, layer, threshold=threshold) for r in range(rounds) for layer in range(layers)))
 
 
 def left_in(folder: Path) -> list[str]:

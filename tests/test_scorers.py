@@ -295,7 +295,7 @@ def test_rkv_inputs_have_near_duplicates_and_lone_keys(window):
             assert max(hits) > 1, "no key has several duplicates to choose the newest of"
 
 
-@pytest.mark.parametrize("threshold", [-0.2, 0.3, 0.9])  # under 0 an absent key's zeros would count as similar
+@pytest.mark.parametrize("threshold", [0.2, 0.3, 0.9])
 def test_rkv_threshold(threshold):
     seen = observe(40, keys=keys_with_duplicates(3))
     got = RKV(weight=0.0, threshold=threshold).score(seen)
@@ -765,7 +765,7 @@ def test_settings_out_of_range(scorer, settings):
 
 
 def test_settings_at_the_ends_of_their_range():
-    RKV(weight=0, threshold=-1, kernel=1)
+    RKV(weight=0, threshold=0, kernel=1)
     RKV(weight=1, threshold=1)
     SnapKV(kernel=1)
     StreamingLLM(sinks=0)

@@ -8,12 +8,15 @@ Everything here is batched over leading dimensions, in float64 and int64, withou
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 _NEAR = 1e-9  # two shares (in tokens) closer than this are equal: float64 noise, far below one token
-_ZERO_DEMAND = 1e-12  # relative weight of an item without demand: it gets tokens only when all others are full
+# Relative weights: no demand at all ranks below the least demand, and gets tokens only when all others are full.
+_LEAST_DEMAND, _NO_DEMAND = 1e-280, 1e-290
 
 
 def robustify(
@@ -44,17 +47,29 @@ def robustify(
         raise ValueError(f"demands must be finite and not negative, got {demand.tolist()}")
     if total < 0:
         raise ValueError(f"the total must not be negative, got {total}")
-    if not 0 <= lower <= 1 <= upper:
-        raise ValueError(f"bounds must satisfy 0 <= lower <= 1 <= upper (multiples of the mean), got {lower}, {upper}")
+    check_operator(exponent, lower, upper)
     mean = torch.full_like(demand, total / demand.shape[-1], dtype=torch.float64)
     return apportion(smooth(demand, exponent), total, lower * mean, upper * mean)
 
 
+def check_operator(exponent: float, lower: float, upper: float) -> None:
+    """Validate the settings of R(.); raises ``ValueError``."""
+    if not 0 <= exponent < math.inf:
+        raise ValueError(f"the exponent must be finite and not negative, got {exponent}")
+    if not 0 <= lower <= 1 <= upper < math.inf:
+        raise ValueError(
+            f"bounds must be finite with 0 <= lower <= 1 <= upper (multiples of the mean), got {lower}, {upper}; "
+            "the number of items is an upper bound that never binds"
+        )
+
+
 def smooth(demand: Float[Tensor, "*batch items"], exponent: float) -> Float[Tensor, "*batch items"]:
-    """``demand ** exponent`` in float64, taken relative to the largest demand so that no scale can overflow."""
+    """``demand ** exponent`` in float64; above 1 relative to the largest, as only ratios matter."""
     demand = demand.to(torch.float64)
-    largest = demand.amax(-1, keepdim=True)
-    return (demand / largest.where(largest > 0, torch.ones_like(largest))) ** exponent
+    if exponent > 1:
+        largest = demand.amax(-1, keepdim=True)
+        demand = demand / largest.where(largest > 0, torch.ones_like(largest))
+    return demand**exponent
 
 
 def apportion(
@@ -76,8 +91,8 @@ def apportion(
 
 def _strictly_positive(weights: Tensor) -> Tensor:
     largest = weights.amax(-1, keepdim=True)
-    weights = (weights / largest).clamp(min=_ZERO_DEMAND)
-    return weights.where(largest > 0, torch.ones_like(weights))
+    relative = (weights / largest).clamp(min=_LEAST_DEMAND).where(weights > 0, torch.full_like(weights, _NO_DEMAND))
+    return relative.where(largest > 0, torch.ones_like(weights))
 
 
 def _integer_bounds(lower: Tensor, upper: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,13 +122,25 @@ def _water_fill(weights: Tensor, total: Tensor, lower: Tensor, upper: Tensor) ->
 
 
 def _largest_remainder(shares: Tensor, total: Tensor, weights: Tensor) -> Tensor:
+    """Whole tokens; those that rounding down left over go to the largest remainders, ties to the lower index."""
     whole = torch.floor(shares + _NEAR)
     rest = ((shares - whole).clamp(min=0) / _NEAR).round()  # in units of noise: equal remainders compare equal
-    missing = total - whole.sum(-1, keepdim=True)
-    # Two stable sorts: by remainder, then by weight, then by index; ties never favour a smaller demand.
-    by_weight = weights.argsort(dim=-1, descending=True, stable=True)
-    order = by_weight.gather(-1, rest.gather(-1, by_weight).argsort(dim=-1, descending=True, stable=True))
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    return (whole + (rank < missing)).to(torch.int64)
+    order = _lexicographic(-rest)
+    rank = torch.empty_like(order).scatter_(-1, order, _indices(order))
+    # Of shares that differ by noise alone, the larger weight must not come behind: swap ranks among such equals.
+    share = (shares / _NEAR).round()
+    by_weight, by_rank = _lexicographic(share, -weights), _lexicographic(share, rank)
+    rank = rank.scatter(-1, by_weight, rank.gather(-1, by_rank))
+    return (whole + (rank < total - whole.sum(-1, keepdim=True))).to(torch.int64)
+
+
+def _lexicographic(*keys: Tensor) -> Tensor:
+    """Order by the first key, then the next; equal items keep their index order."""
+    order = _indices(keys[0])
+    for key in reversed(keys):
+        order = order.gather(-1, key.gather(-1, order).argsort(dim=-1, stable=True))
+    return order
+
+
+def _indices(like: Tensor) -> Tensor:
+    return torch.arange(like.shape[-1], device=like.device).expand_as(like)

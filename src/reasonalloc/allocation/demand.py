@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from torch import Tensor
 from reasonalloc.allocation.shape import ModelShape
 
 SCHEMA = 1
+Value = TypeVar("Value")
 
 
 def attention_demand(weights: Float[Tensor, "*rows tokens"], rho: float) -> Float[Tensor, "*rows"]:
@@ -28,7 +30,8 @@ def attention_demand(weights: Float[Tensor, "*rows tokens"], rho: float) -> Floa
         Whole numbers of tokens in the weights' dtype, at least 1.
     """
     covered = weights.sort(-1, descending=True).values.cumsum(-1)
-    return ((covered < rho).sum(-1) + 1).clamp(max=weights.shape[-1]).to(weights.dtype)
+    most = (weights > 0).sum(-1).clamp(min=1)  # rounding must not count absent tokens in
+    return torch.minimum((covered < rho).sum(-1) + 1, most).to(weights.dtype)
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,10 @@ class DemandProfile:
             {"model_type": self.model_type, **vars(self.shape)},
             {"model_type": model_type, **vars(shape)},
         )
+        if not self.model_type:  # a profile made by hand may leave the name out
+            own.pop("model_type")
         different = [f"{key}: profile {own[key]!r}, model {other[key]!r}" for key in own if own[key] != other[key]]
-        if different and not (different == different[:1] and not self.model_type):
+        if different:
             raise ValueError(
                 "the demand profile belongs to another model (" + "; ".join(different) + "); "
                 "calibrate this model, or choose layers='uniform' or layers='dynamic', which need no profile"
@@ -98,17 +103,37 @@ class DemandProfile:
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"{path}: expected a demand profile of schema {SCHEMA}, found {found!r}")
-        try:
-            model = dict(data["model"])
-            return cls(
-                layers=tuple(float(d) for d in data["demand"]["layers"]),
-                model_type=str(model.pop("model_type", "")),
-                shape=ModelShape(**{key: int(value) for key, value in model.items()}),
-                rho=float(data["rho"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: missing or unexpected field in the demand profile: {error}") from error
+        read = _FieldReader(path, data)
+        shape = {name: read(int, "model", name) for name in ("layers", "kv_heads", "query_heads", "head_dim")}
+        return cls(
+            layers=tuple(read(_floats, "demand", "layers")),
+            shape=ModelShape(**shape),
+            model_type=read(str, "model", "model_type"),
+            rho=read(float, "rho"),
+        )
 
     def tensor(self) -> Float[Tensor, "layers"]:
         """The layer demands as float64."""
         return torch.tensor(self.layers, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class _FieldReader:
+    """Reads one field of a JSON document; whatever is wrong with it, the error names the file and the field."""
+
+    path: Path
+    data: dict[str, Any]
+
+    def __call__(self, kind: Callable[[Any], Value], *names: str) -> Value:
+        value: Any = self.data
+        try:
+            for name in names:
+                value = value[name]
+            return kind(value)
+        except (KeyError, TypeError, ValueError) as error:
+            problem = "is missing" if isinstance(error, KeyError) else f"is wrong ({error})"
+            raise ValueError(f"{self.path}: field {'.'.join(names)} of the demand profile {problem}") from error
+
+
+def _floats(values: Any) -> list[float]:
+    return [float(value) for value in values]

@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reasonalloc.allocation.apportion import apportion
-from reasonalloc.allocation.layers import check_bounds
+from reasonalloc.allocation.apportion import apportion, check_operator, smooth
 from reasonalloc.registry import Registry
 
 
@@ -92,7 +91,7 @@ class ThresholdHeads(HeadAllocator):
     upper: float = 2.0
 
     def __post_init__(self) -> None:
-        check_bounds(self.exponent, self.lower, self.upper)
+        check_operator(self.exponent, self.lower, self.upper)
 
     def allocate(
         self,
@@ -109,7 +108,7 @@ class ThresholdHeads(HeadAllocator):
         high = torch.maximum(torch.minimum(self.upper * mean, held), low)
         # A head far over its upper bound (after the layer's total shrank) must not make the split infeasible.
         high = high.where(high.sum(-1, keepdim=True) >= total[:, None], held)
-        budgets = apportion(demand.to(torch.float64) ** self.exponent, total, low, high)
+        budgets = apportion(smooth(demand, self.exponent), total, low, high)
         return HeadSplit(budgets, threshold)
 
 
@@ -138,6 +137,7 @@ class AdaKVHeads(HeadAllocator):
         counts, threshold = pooled_counts(scores, total)
         recent = lengths.clamp(max=window)
         rest = total - recent.sum(-1)
-        wish = (1 - self.safeguard) * (counts - recent) + self.safeguard * rest[:, None] / lengths.shape[-1]
         free = (lengths - recent).to(torch.float64)
-        return HeadSplit(recent + apportion(wish.to(torch.float64), rest, torch.zeros_like(free), free), threshold)
+        own, equal = (counts - recent).to(torch.float64), rest.to(torch.float64)[:, None] / lengths.shape[-1]
+        wish = (1 - self.safeguard) * own + self.safeguard * equal
+        return HeadSplit(recent + apportion(wish, rest, torch.zeros_like(free), free), threshold)

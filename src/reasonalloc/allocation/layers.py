@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reasonalloc.allocation.apportion import apportion, smooth
+from reasonalloc.allocation.apportion import apportion, check_operator, smooth
 from reasonalloc.allocation.demand import DemandProfile
 from reasonalloc.allocation.shape import ModelShape
 from reasonalloc.registry import Registry
@@ -39,14 +39,6 @@ class LayerAllocator(ABC):
 
 
 LAYER_ALLOCATORS: Registry[LayerAllocator] = Registry("layer allocator", "reasonalloc.layers")
-
-
-def check_bounds(exponent: float, lower: float, upper: float) -> None:
-    """Validate the settings of R(.) for any allocator that uses it."""
-    if exponent < 0:
-        raise ValueError(f"exponent must not be negative, got {exponent}")
-    if not 0 <= lower <= 1 <= upper:
-        raise ValueError(f"bounds must satisfy 0 <= lower <= 1 <= upper (multiples of the mean), got {lower}, {upper}")
 
 
 def split_over_layers(
@@ -122,7 +114,7 @@ class WaveLayers(LayerAllocator):
     needs_profile = True
 
     def __post_init__(self) -> None:
-        check_bounds(self.exponent, self.lower, self.upper)
+        check_operator(self.exponent, self.lower, self.upper)
 
     def allocate(
         self, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
@@ -158,7 +150,7 @@ class DynamicLayers(LayerAllocator):
     upper: float = 2.0
 
     def __post_init__(self) -> None:
-        check_bounds(self.exponent, self.lower, self.upper)
+        check_operator(self.exponent, self.lower, self.upper)
         if not 0 < self.rho <= 1:
             raise ValueError(f"rho must be in (0, 1], got {self.rho}")
         if not 0 <= self.decay < 1:

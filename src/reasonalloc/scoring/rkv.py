@@ -46,8 +46,8 @@ class RKV(Scorer):
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:
             raise ValueError(f"weight must be in [0, 1], got {self.weight}")
-        if not -1 <= self.threshold <= 1:
-            raise ValueError(f"threshold is a cosine, in [-1, 1], got {self.threshold}")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold is a cosine, in [0, 1], got {self.threshold}")
         check_kernel(self.kernel)
 
     def score(self, seen: Observation) -> Float[Tensor, "batch heads tokens"]:

@@ -58,7 +58,8 @@ class VaSE(Scorer):
         order = ranges.argsort(dim=-1, descending=True, stable=True)
         rank = torch.empty_like(order).scatter_(-1, order, seen.tokens.index.expand_as(order))
         protected = candidates & (rank < count[:, None, None])
-        return self.lottery(seen, candidates).where(~protected, ranges.clamp(max=_LARGEST / 4) + _LARGEST / 4)
+        above = _LARGEST / 4 * (2 - rank / rank.shape[-1])  # beyond any lottery, in order of range
+        return self.lottery(seen, candidates).where(~protected, above)
 
     def value_range(self, seen: Observation, candidates: Bool[Tensor, "batch heads tokens"]) -> Tensor:
         """Range over a value's channels, infinite for the sinks, -infinite for tokens not in question."""
