@@ -178,29 +178,42 @@ def _agreement(tokens: torch.Tensor, full: torch.Tensor) -> tuple[float, float]:
 
 
 def _table(runs: list[Run]) -> Table:
-    table = Table(title="The same three questions, three ways to cache")
+    """One line a method. "same" is agreement with the full cache's tokens: the first ones, and all places."""
+    table = Table(title="The same three questions, three ways to cache", caption=_caption(runs), caption_justify="left")
+    table.add_column("method")
     for heading in (
-        "method",
-        "budgets",
-        "KV MB peak",
-        "KV MB end",
-        "kept per head min/mean/max",
+        "KV MB\npeak",
+        "KV MB\nend",
+        "kept\nmin",
+        "kept\nmean",
+        "kept\nmax",
         "tokens/s",
-        "agrees with full",
+        "same\nfirst",
+        "same\nall",
     ):
-        table.add_column(heading, justify="left" if heading in ("method", "budgets") else "right")
+        table.add_column(heading, justify="right")
     for item in runs:
         first, share = _agreement(item.tokens, runs[0].tokens)
         table.add_row(
             item.method,
-            item.policies,
             f"{item.peak_bytes / 1e6:.1f}",
             f"{item.end_bytes / 1e6:.1f}",
-            f"{item.kept.min()} / {item.kept.mean():.1f} / {item.kept.max()}",
+            f"{item.kept.min()}",
+            f"{item.kept.mean():.1f}",
+            f"{item.kept.max()}",
             f"{item.tokens.numel() / item.seconds:.1f}",
-            f"first {first:.0f} tokens, {share:.0%} of all",
+            f"{first:.0f}",
+            f"{share:.0%}",
         )
     return table
+
+
+def _caption(runs: list[Run]) -> str:
+    policies = "\n".join(f"{item.method}: {item.policies}" for item in runs)
+    return (
+        "kept: tokens per KV head at the end. same: tokens equal to the full cache's,\n"
+        "how many first ones (mean over questions), and what share of all places.\n" + policies
+    )
 
 
 def _save(runs: list[Run], tokenizer: Any, recorder: Recorder, output: Path, console: Console) -> None:

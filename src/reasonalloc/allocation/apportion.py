@@ -45,6 +45,8 @@ def robustify(
     """
     if not bool(torch.isfinite(demand).all()) or bool((demand < 0).any()):
         raise ValueError(f"demands must be finite and not negative, got {demand.tolist()}")
+    if demand.shape[-1] == 0:
+        raise ValueError("there is no item to give tokens to")
     if total < 0:
         raise ValueError(f"the total must not be negative, got {total}")
     check_operator(exponent, lower, upper)
@@ -128,8 +130,7 @@ def _largest_remainder(shares: Tensor, total: Tensor, weights: Tensor) -> Tensor
     order = _lexicographic(-rest)
     rank = torch.empty_like(order).scatter_(-1, order, _indices(order))
     # Of shares that differ by noise alone, the larger weight must not come behind: swap ranks among such equals.
-    share = (shares / _NEAR).round()
-    by_weight, by_rank = _lexicographic(share, -weights), _lexicographic(share, rank)
+    by_weight, by_rank = _lexicographic(whole, rest, -weights), _lexicographic(whole, rest, rank)
     rank = rank.scatter(-1, by_weight, rank.gather(-1, by_rank))
     return (whole + (rank < total - whole.sum(-1, keepdim=True))).to(torch.int64)
 
