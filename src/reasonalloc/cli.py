@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-# Idle OpenMP threads sleep instead of spinning: on a machine with anything else to do, spinning ones made a decoding
-# step over ten times slower. Must be set before torch is imported, which the commands do.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Idle OpenMP threads spin for microseconds, then sleep. By default they spin for milliseconds, which made a decoding
+# step over ten times slower as soon as another process wanted the core. To be set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Reasoning models in a small, fixed KV cache.")
 plot_app = typer.Typer(no_args_is_help=True, help="Draw what was recorded.")
@@ -110,10 +110,10 @@ def _generate(
     import transformers
 
     from reasonalloc.engines.transformers import Cache
-    from reasonalloc.engines.transformers.loading import encode, load
+    from reasonalloc.engines.transformers.loading import encode, load, quiet
     from reasonalloc.recorder import Recorder, write_atomically
 
-    transformers.logging.set_verbosity_error()
+    quiet()
     with errors.status(f"loading {model}"):
         network, tokenizer = load(model, dtype, device)
     recorder = Recorder() if record else None

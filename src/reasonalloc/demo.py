@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import queue
 import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,7 @@ from transformers.generation import BaseStreamer
 
 from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers import Cache
-from reasonalloc.engines.transformers.loading import encode, load
+from reasonalloc.engines.transformers.loading import encode, load, quiet
 from reasonalloc.recorder import Recorder, write_atomically
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -42,29 +46,33 @@ class Run:
 
     method: str
     policies: str
-    tokens: torch.Tensor
+    tokens: list[list[int]]
+    texts: list[str]
     seconds: float
     peak_bytes: int
     end_bytes: int
     kept: np.ndarray[Any, Any]
+    recorder: Recorder
 
 
 class _Watch(BaseStreamer):
-    """Counts steps for the progress bar, and keeps the peak of the cache's bytes."""
+    """Reports steps to the process that shows the progress, and keeps the peak of the cache's bytes."""
 
-    def __init__(self, progress: Progress, task: Any, cache: Any) -> None:
-        self.progress, self.task, self.cache = progress, task, cache
+    def __init__(self, method: str, reports: Any, cache: Any) -> None:
+        self.method, self.reports, self.cache = method, reports, cache
         self.steps, self.peak = -1, 0  # the first call carries the prompt
 
     def put(self, value: Any) -> None:
         self.steps += 1
         if self.steps % 16 == 0:
-            self.peak = max(self.peak, kv_bytes(self.cache))
-            self.progress.update(self.task, completed=self.steps)
+            self._report()
 
     def end(self) -> None:
+        self._report()
+
+    def _report(self) -> None:
         self.peak = max(self.peak, kv_bytes(self.cache))
-        self.progress.update(self.task, completed=self.steps)
+        self.reports.put((self.method, self.steps))
 
 
 def kv_bytes(cache: Any) -> int:
@@ -106,75 +114,76 @@ def find_model(console: Console) -> str:
 
 
 def run(model: str | None, budget: int, tokens: int, output: Path, console: Console) -> None:
-    """Run the demonstration; print the table, and write texts, figures, record and picture to ``output``."""
+    """Run the demonstration; print the table, and write texts, figures, record and picture to ``output``.
+
+    Each method runs in a process of its own, side by side: decoding a small batch keeps no more than a core busy.
+    """
     compressions = {name: Compression.method(name, budget) for name in METHODS}  # fails now rather than later
-    torch.manual_seed(0)
-    transformers.logging.set_verbosity_error()
     source = model or find_model(console)
-    with console.status(f"loading {source}"):
-        network, tokenizer = load(source, "float32")
-    inputs = encode(tokenizer, list(QUESTIONS), True, network.device)
     console.print(
         f"{len(QUESTIONS)} questions in one batch, {tokens} new tokens each (end-of-text is not allowed earlier), "
-        f"greedy, budget {budget} tokens per head"
+        f"greedy, budget {budget} tokens per head; the methods run side by side"
     )
-    recorder = Recorder()
+    threads = max(1, (os.cpu_count() or 1) // len(METHODS))
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    context = multiprocessing.get_context("spawn")
+    with (
+        context.Manager() as manager,
+        ProcessPoolExecutor(len(METHODS), mp_context=context) as pool,
+        Progress(*columns, console=console) as progress,
+    ):
+        reports = manager.Queue()
         tasks = {name: progress.add_task(name, total=tokens) for name in METHODS}
-        runs = [
-            _run_one(network, inputs, name, compressions[name], tokens, progress, tasks[name], recorder)
-            for name in METHODS
+        futures = [
+            pool.submit(_run_one, source, name, compressions[name], tokens, threads, reports) for name in METHODS
         ]
+        while not all(future.done() for future in futures):
+            _show(reports, progress, tasks)
+        _show(reports, progress, tasks)
+        runs = [future.result() for future in futures]
     console.print(_table(runs))
-    _save(runs, tokenizer, recorder, output, console)
+    _save(runs, output, console)
 
 
-def _run_one(
-    network: Any,
-    inputs: Any,
-    name: str,
-    compression: Compression,
-    tokens: int,
-    progress: Progress,
-    task: Any,
-    recorder: Recorder,
-) -> Run:
+def _show(reports: Any, progress: Progress, tasks: dict[str, Any]) -> None:
+    with suppress(queue.Empty):
+        method, steps = reports.get(timeout=0.5)
+        progress.update(tasks[method], completed=steps)
+
+
+def _run_one(source: str, name: str, compression: Compression, tokens: int, threads: int, reports: Any) -> Run:
+    torch.set_num_threads(threads)
+    quiet()
+    network, tokenizer = load(source, "float32")
+    inputs = encode(tokenizer, list(QUESTIONS), True, network.device)
+    recorder = Recorder()
     # The base line is what a user has today: transformers' own cache, attended to by stock sdpa.
     full = name == "full"
     cache = (
         transformers.DynamicCache(config=network.config)
         if full
-        else Cache(network.config, compression, recorder=recorder if name == "reasonalloc" else None)
+        else Cache(network.config, compression, recorder=recorder)
     )
-    watch = _Watch(progress, task, cache)
+    watch = _Watch(name, reports, cache)
     began = time.perf_counter()
     out = network.generate(
-        **inputs,
-        past_key_values=cache,
-        do_sample=False,
-        min_new_tokens=tokens,
-        max_new_tokens=tokens,
-        streamer=watch,
+        **inputs, past_key_values=cache, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, streamer=watch
     )
     seconds = time.perf_counter() - began
-    batch = len(inputs["input_ids"])
     if full:
-        kept, policies = np.full((1, batch), cache.get_seq_length()), "transformers' DynamicCache"
+        kept, policies = np.full((1, len(out)), cache.get_seq_length()), "transformers' DynamicCache, padding included"
     else:
         stats = cache.stats()
-        kept, policies = (
-            np.array(stats.kept),
-            f"{stats.method['layers']} layers, {stats.method['heads']} heads",
-        )
+        kept, policies = np.array(stats.kept), f"{stats.method['layers']} layers, {stats.method['heads']} heads"
     new = out[:, inputs["input_ids"].shape[1] :]
-    return Run(name, policies, new, seconds, watch.peak, kv_bytes(cache), kept)
+    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return Run(name, policies, new.tolist(), texts, seconds, watch.peak, kv_bytes(cache), kept, recorder)
 
 
-def _agreement(tokens: torch.Tensor, full: torch.Tensor) -> tuple[float, float]:
+def _agreement(tokens: list[list[int]], full: list[list[int]]) -> tuple[float, float]:
     """Mean number of first tokens equal to the full cache's, and mean share of all places that agree."""
-    same = tokens == full
-    return float(same.cumprod(1).sum(1).double().mean()), float(same.double().mean())
+    same = np.array(tokens) == np.array(full)
+    return float(same.cumprod(1).sum(1).mean()), float(same.mean())
 
 
 def _table(runs: list[Run]) -> Table:
@@ -201,7 +210,7 @@ def _table(runs: list[Run]) -> Table:
             f"{item.kept.min()}",
             f"{item.kept.mean():.1f}",
             f"{item.kept.max()}",
-            f"{item.tokens.numel() / item.seconds:.1f}",
+            f"{sum(map(len, item.tokens)) / item.seconds:.1f}",
             f"{first:.0f}",
             f"{share:.0%}",
         )
@@ -216,23 +225,29 @@ def _caption(runs: list[Run]) -> str:
     )
 
 
-def _save(runs: list[Run], tokenizer: Any, recorder: Recorder, output: Path, console: Console) -> None:
-    texts = {item.method: tokenizer.batch_decode(item.tokens, skip_special_tokens=True) for item in runs}
+def _save(runs: list[Run], output: Path, console: Console) -> None:
+    answers = {item.method: item.texts for item in runs}
     figures = {
-        item.method: {"seconds": item.seconds, "peak_bytes": item.peak_bytes, "end_bytes": item.end_bytes}
+        item.method: {
+            "seconds": item.seconds,
+            "peak_bytes": item.peak_bytes,
+            "end_bytes": item.end_bytes,
+            "same_first_and_all": _agreement(item.tokens, runs[0].tokens),
+        }
         for item in runs
     }
-    write_atomically(output / "texts.json", json.dumps({"questions": QUESTIONS, "answers": texts}, indent=1).encode())
+    write_atomically(output / "texts.json", json.dumps({"questions": QUESTIONS, "answers": answers}, indent=1).encode())
     write_atomically(output / "figures.json", json.dumps(figures, indent=1).encode())
-    if not recorder.routings:
-        return
-    recorder.save(output / "routing.json")
-    written = "texts.json, figures.json, routing.json"
-    try:
-        from reasonalloc.plots import plot_budgets
+    written = "texts.json, figures.json"
+    recorder = runs[-1].recorder
+    if recorder.routings:
+        recorder.save(output / "routing.json")
+        written += ", routing.json"
+        try:
+            from reasonalloc.plots import plot_budgets
 
-        plot_budgets(recorder, output / "budgets.png")
-        written += ", budgets.png"
-    except ImportError as error:
-        console.print(f"no picture: {error}")
+            plot_budgets(recorder, output / "budgets.png")
+            written += ", budgets.png"
+        except ImportError as error:
+            console.print(f"no picture: {error}")
     console.print(f"in {output}: {written}", highlight=False)

@@ -28,8 +28,9 @@ def visible(seen: Observation) -> Bool[Tensor, "batch heads queries tokens"]:
     """Which tokens existed when each observed query was made (a query sees itself)."""
     assert seen.queries is not None
     tokens, count = seen.tokens, seen.queries.shape[2]
-    newer = torch.arange(count - 1, -1, -1, device=tokens.keys.device)  # tokens younger than each query
-    return tokens.index < (tokens.lengths[..., None] - newer)[..., None]
+    newest = tokens.positions.gather(-1, (tokens.lengths - 1).clamp(min=0)[..., None])
+    age = torch.arange(count - 1, -1, -1, device=tokens.keys.device)  # of each query, in tokens
+    return tokens.valid[..., None, :] & (tokens.positions[..., None, :] <= (newest - age)[..., None])
 
 
 def softmax_over(logits: Tensor, columns: Bool[Tensor, "..."]) -> Tensor:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reasonalloc.engines.transformers.support import ATTENTION_NAME
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def quiet() -> None:
+    """Silence transformers' progress bars and warnings: the command line has its own."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    os.environ["TQDM_DISABLE"] = "1"  # the GGUF reader brings its own bar
 
 
 def load(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:

@@ -1,0 +1,129 @@
+"""The command line, on a tiny model saved to disk."""
+
+import json
+
+import pytest
+import torch
+from reference import tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import reasonalloc as ra
+from reasonalloc.cli import app
+
+PROMPT = " ".join(f"w{i}" for i in range(5, 60))
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def save(folder, model):
+    words = {"<pad>": 0, "<s>": 1, **{f"w{i}": i for i in range(2, 97)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>").save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("model"), tiny_model())
+
+
+@pytest.mark.parametrize("method", ["full", "rkv", "reasonalloc"])
+def test_generate_writes_text_record_and_statistics(model_folder, tmp_path, method):
+    record, stats = tmp_path / "routing.json", tmp_path / "stats.json"
+    result = run(
+        "generate", "-m", model_folder, "-p", PROMPT, "-b", 24, "--interval", 16, "--method", method,
+        "--max-new-tokens", 60, "--stats", stats, *(["--record", record] if method != "full" else []),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.split()) >= 60
+    found = json.loads(stats.read_text())
+    assert found["seen"] == 55 + 59
+    assert (found["evicted"] > 0) == (method != "full")
+    if method == "reasonalloc":
+        picture = tmp_path / "budgets.png"
+        drawn = run("plot", "budgets", record, "-o", picture)
+        assert drawn.exit_code == 0, drawn.output
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert len(ra.Recorder.load(record).arrays()["step"]) >= 3
+
+
+def test_generate_is_greedy_and_repeatable_and_streams(model_folder):
+    options = ("generate", "-m", model_folder, "-p", PROMPT, "-b", 24, "--interval", 16, "--max-new-tokens", 40)
+    plain, again, streamed = run(*options), run(*options), run(*options, "--stream")
+    assert plain.stdout == again.stdout
+    assert plain.stdout.split() == streamed.stdout.split()
+    sampled = [run(*options, "--temperature", 1, "--seed", seed).stdout for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_generate_equals_the_library(model_folder):
+    result = run("generate", "-m", model_folder, "-p", PROMPT, "-b", 24, "--interval", 16, "--max-new-tokens", 40)
+    model = tiny_model()
+    cache = ra.Cache(model.config, ra.Compression(budget=24, interval=16))
+    ids = torch.arange(5, 60)[None]
+    out = model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=40)[0, 55:]
+    assert result.stdout.split() == [f"w{i}" if i > 1 else i for i in out.tolist() if i > 1]
+
+
+def test_methods_lists_every_method():
+    result = run("methods")
+    assert all(name in result.stdout for name in ("full", "rkv", "pyramid-rkv", "reasonalloc", "tova"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-b", "-5"), "budget must be a whole number of tokens, at least 1, got -5"),
+        (("-b", "8"), "leaves nothing beside the window"),
+        ((), "needs a budget"),
+        (("-b", "64", "--method", "rvk"), "unknown method 'rvk'. Did you mean 'rkv'?"),
+        (("-b", "64", "--profile", "missing.json"), "no demand profile at missing.json"),
+        (("-b", "64", "--record", "routing.txt"), "saved as .json or .npz, got 'routing.txt'"),
+        (("-b", "64", "--dtype", "int4"), "unknown dtype 'int4'"),
+        (("-b", "64", "--interval", "0"), "interval must be a whole number of tokens, at least 1, got 0"),
+    ],
+)
+def test_wrong_options_end_in_one_sentence(model_folder, arguments, message):
+    result = run("generate", "-m", model_folder, "-p", PROMPT, *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("./no-such-folder", "no model folder at no-such-folder"),
+        ("/no/such/model.gguf", "no GGUF file at /no/such/model.gguf"),
+        ("nobody/no-such-model", "cannot load 'nobody/no-such-model'"),
+    ],
+)
+def test_missing_models(model, message):
+    result = run("generate", "-m", model, "-p", "hello", "-b", 64)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_sliding_window_model_and_empty_prompt(tmp_path, model_folder):
+    config = MistralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=64,
+    )  # fmt: skip
+    folder = save(tmp_path / "sliding", MistralForCausalLM(config))
+    result = run("generate", "-m", folder, "-p", PROMPT, "-b", 24)
+    assert result.exit_code == 2
+    assert "slides over a window of 64 tokens" in " ".join(result.stderr.split())
+    assert "the prompt is empty" in run("generate", "-m", model_folder, "-p", "  ", "-b", 24).stderr
+
+
+def test_plot_of_a_missing_or_wrong_record(tmp_path):
+    assert "no record at" in run("plot", "budgets", tmp_path / "none.json").stderr
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text("[]")
+    assert "is not a record of routings" in " ".join(run("plot", "budgets", wrong).stderr.split())
