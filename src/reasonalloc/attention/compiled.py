@@ -7,6 +7,9 @@ That makes unequal heads cost what equal heads of the same total cost. Sums are 
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -54,10 +57,12 @@ def _load_overload(source: Any, slot: Any, row: Any) -> Any:
     return load_float32
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
-def _attend(query: Any, keys: Any, values: Any, starts: Any, lengths: Any, received: Any, out: Any) -> None:
-    rows, group, dim = query.shape
-    for r in numba.prange(rows):
+@numba.njit(nogil=True, fastmath=True, cache=True)
+def _attend(
+    first: int, last: int, query: Any, keys: Any, values: Any, starts: Any, lengths: Any, received: Any, out: Any
+) -> None:
+    group, dim = query.shape[1:]
+    for r in range(first, last):
         start, length = starts[r], lengths[r]
         weights = np.empty((group, length), np.float32)
         row = np.empty(dim, np.float32)
@@ -96,20 +101,38 @@ def attend_compiled(
     query: Float[Tensor, "batch query_heads 1 dim"], slab: RaggedSlab, scaling: float
 ) -> Float[Tensor, "batch query_heads 1 value_dim"]:
     """Attention of one query per sequence over all tokens of its rows; adds to ``slab.received`` if it is tracked."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     rows, width = slab.batch * slab.heads, slab.values.shape[1]
     out = torch.empty(rows, query.shape[1] // slab.heads, width)
-    received = _NOTHING if slab.received is None else slab.received.numpy()
-    _attend(
+    arguments = (
         (query.float() * scaling).reshape(rows, -1, query.shape[-1]).numpy(),
         _array(slab.keys),
         _array(slab.values),
         slab.starts.reshape(-1),
         slab.lengths.reshape(-1),
-        received,
+        _NOTHING if slab.received is None else slab.received.numpy(),
         out.numpy(),
     )
+    bounds = _equal_work(slab.lengths, min(torch.get_num_threads(), rows))
+    if len(bounds) == 2:
+        _attend(0, rows, *arguments)
+    else:
+        list(_threads(len(bounds) - 1).map(lambda part: _attend(*part, *arguments), pairwise(bounds)))
     return out.view(*query.shape[:3], width).to(query.dtype)
+
+
+def _equal_work(lengths: Any, parts: int) -> list[int]:
+    """Row numbers that cut the rows into ``parts`` of about as many tokens each, both ends included."""
+    if parts == 1:
+        return [0, lengths.size]
+    tokens = lengths.reshape(-1).cumsum()
+    cuts = np.searchsorted(tokens, tokens[-1] * np.arange(1, parts) / parts, side="right")
+    return [0, *cuts.tolist(), lengths.size]
+
+
+@lru_cache(maxsize=1)
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Plain threads: numba's own parallel loops bring a second OpenMP runtime, which takes the cores from torch's."""
+    return ThreadPoolExecutor(count, thread_name_prefix="reasonalloc-attention")
 
 
 def _array(x: Tensor) -> Any:

@@ -25,12 +25,15 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def visible(seen: Observation) -> Bool[Tensor, "batch heads queries tokens"]:
-    """Which tokens existed when each observed query was made (a query sees itself)."""
+    """Which tokens existed when each observed query was made (a query sees itself).
+
+    Ages are read off the storage order: exact as long as a head still holds the tokens of all observed queries, that
+    is, unless window and interval are both smaller than the number of queries; then some older tokens are hidden too.
+    """
     assert seen.queries is not None
     tokens, count = seen.tokens, seen.queries.shape[2]
-    newest = tokens.positions.gather(-1, (tokens.lengths - 1).clamp(min=0)[..., None])
-    age = torch.arange(count - 1, -1, -1, device=tokens.keys.device)  # of each query, in tokens
-    return tokens.valid[..., None, :] & (tokens.positions[..., None, :] <= (newest - age)[..., None])
+    newer = torch.arange(count - 1, -1, -1, device=tokens.keys.device)  # tokens younger than each query
+    return tokens.index < (tokens.lengths[..., None] - newer)[..., None]
 
 
 def softmax_over(logits: Tensor, columns: Bool[Tensor, "..."]) -> Tensor:
