@@ -27,10 +27,17 @@ SMOLLM2 = {
 }
 
 
-def smollm2_shape(dtype: torch.dtype = torch.float32) -> Any:
-    """A random model in the shape of SmolLM2-135M: speed and bytes do not depend on the weights."""
+NARROW = {"hidden_size": 72, "intermediate_size": 64, "vocab_size": 1024}
+
+
+def smollm2_shape(narrow: bool = False) -> Any:
+    """A random model in the shape of SmolLM2-135M: speed and bytes do not depend on the weights.
+
+    With ``narrow`` only the cache has SmolLM2's shape, and the rest of the model costs next to nothing.
+    """
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMOLLM2)).to(dtype).eval()
+    config = transformers.LlamaConfig(**{**SMOLLM2, **(NARROW if narrow else {})})
+    model = transformers.LlamaForCausalLM(config).eval()
     model.set_attn_implementation("reasonalloc")
     return model
 

@@ -170,6 +170,7 @@ def run(model: str | None, budget: int, tokens: int, output: Path, console: Cons
     compressions = {name: Compression.method(name, budget) for name in METHODS}  # fails now rather than later
     quiet()
     source = model or find_model(console)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # two threads of one core only wait for each other
     with console.status(f"loading {source}"):
         network, tokenizer = load(source, "float32")
     inputs = encode(tokenizer, list(QUESTIONS), True, network.device)
