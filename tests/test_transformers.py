@@ -145,6 +145,14 @@ def test_eviction_equals_masked_reference_in_low_precision(kind, dtype):
     assert cache.stats().backend == "compiled"
 
 
+@pytest.mark.slow
+def test_long_generation_at_the_default_interval_equals_masked_reference():
+    model, reference = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64, attention="masked-reference")
+    cache = ra.Cache(model.config, ra.Compression(budget=64))
+    follow_reference(model, reference, cache, random_chunks((9, 150), 700), check_close(1e-9))
+    assert cache.stats().compressions >= 5
+
+
 def turns():
     """A prompt, an answer, a second turn padded on both sides of the real tokens, and a second answer."""
     first = random_chunks((9, 40, 61), 30)
