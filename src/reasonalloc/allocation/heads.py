@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reasonalloc.allocation.apportion import apportion, check_operator, smooth
+from reasonalloc.allocation.demand import descending
 from reasonalloc.registry import Registry
 
 
@@ -54,7 +55,7 @@ def pooled_counts(
     scores: Float[Tensor, "batch heads tokens"], k: Int[Tensor, "batch"]
 ) -> tuple[Int[Tensor, "batch heads"], Float[Tensor, "batch"]]:
     """Per head, how many of its tokens reach the layer's ``k``-th largest score, and that score."""
-    ranked = scores.flatten(1).sort(-1, descending=True).values
+    ranked = descending(scores.flatten(1))
     threshold = ranked.gather(-1, (k[:, None] - 1).clamp(0, ranked.shape[-1] - 1)).squeeze(-1)
     return (scores >= threshold[:, None, None]).sum(-1), threshold
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from reasonalloc.scoring.scorer import Observation, Scorer, register_scorer
 from reasonalloc.scoring.window_attention import at_least_float32, check_kernel, pooled_importance
 from reasonalloc.storage.tokens import LayerTokens
 
-_BLOCK_ENTRIES = 1 << 24  # entries of the similarity matrix held at once: a long prompt never needs n x n memory
+_BLOCK_ENTRIES = 1 << 20  # entries of the similarity matrix held at once: never n x n, and small enough for a cache
 
 
 @register_scorer("rkv")
@@ -62,22 +63,54 @@ def redundancy(tokens: LayerTokens, threshold: float) -> Float[Tensor, "batch he
     """Softmax over a head's tokens of the column means of its key similarity matrix; see ``RKV``."""
     valid = tokens.valid
     keys = F.normalize(at_least_float32(tokens.keys), dim=-1, eps=1e-8).masked_fill(~valid[..., None], 0.0)
-    batch, heads, n, _ = keys.shape
-    total = keys.new_zeros(batch, heads, n)
-    block = max(1, _BLOCK_ENTRIES // (batch * heads * n))
-    for first in range(0, n, block):
-        rows = torch.arange(first, min(first + block, n), device=keys.device)
-        total += _similarity_sums(keys, rows, valid, threshold)
+    # A column's sum over all rows is one dot product with the sum of all keys; only what rows spare needs pairs.
+    total = (keys @ keys.sum(2)[..., None]).squeeze(-1) - keys.square().sum(-1)
+    total = total - spared_similarity(keys.flatten(0, 1), tokens.lengths.flatten(), threshold).view_as(total)
     mean = total / tokens.lengths[..., None].clamp(min=1)
     return mean.masked_fill(~valid, float("-inf")).softmax(-1).masked_fill(~valid, 0.0)
 
 
-def _similarity_sums(keys: Tensor, rows: Tensor, valid: Tensor, threshold: float) -> Tensor:
-    """Sum over a block of rows of the similarity matrix, its diagonal and each row's newest duplicate left out."""
-    similarity = keys[:, :, rows] @ keys.transpose(-1, -2)
-    similarity[..., torch.arange(len(rows), device=rows.device), rows] = 0.0
-    similar = similarity > threshold
-    columns = torch.arange(1, keys.shape[2] + 1, device=rows.device, dtype=torch.int32)
-    newest = (similar * columns).amax(-1, keepdim=True).long() - 1
-    spared = torch.zeros_like(similar).scatter_(-1, newest.clamp(min=0), newest >= 0)
-    return similarity.masked_fill(spared | ~valid[:, :, rows, None], 0.0).sum(-2)
+def spared_similarity(
+    keys: Float[Tensor, "rows tokens dim"], lengths: Int[Tensor, "rows"], threshold: float
+) -> Float[Tensor, "rows tokens"]:
+    """Per token, the similarities that others do not count against it because it is their newest near duplicate.
+
+    Args:
+        keys: normalised; zero at and past ``lengths``.
+        lengths: tokens per row.
+        threshold: cosine above which two keys are near duplicates.
+    """
+    spared = keys.new_zeros(keys.shape[:2])
+    ascending, order = lengths.sort()
+    held = ascending.tolist()
+    for rows in _alike(held):
+        some, n = order[rows], held[rows.stop - 1]
+        spared[some, :n] = _spared(keys[some, :n], threshold)
+    return spared
+
+
+def _alike(lengths: list[int]) -> Iterator[slice]:
+    """Cut ascending lengths into stretches that differ by a quarter at most: little padding, few stretches."""
+    first = 0
+    if not lengths:
+        return
+    for at, length in enumerate(lengths):
+        if length > 1.25 * lengths[first]:
+            yield slice(first, at)
+            first = at
+    yield slice(first, len(lengths))
+
+
+def _spared(keys: Float[Tensor, "rows tokens dim"], threshold: float) -> Float[Tensor, "rows tokens"]:
+    """``spared_similarity`` of rows of about one length."""
+    count, n, _ = keys.shape
+    spared = keys.new_zeros(count, n)
+    columns = torch.arange(1, n + 1, device=keys.device, dtype=keys.dtype)
+    block = max(1, _BLOCK_ENTRIES // max(1, count * n))
+    for first in range(0, n, block):
+        similarity = keys[:, first : first + block] @ keys.transpose(-1, -2)
+        similarity.diagonal(first, 1, 2).zero_()
+        newest = torch.where(similarity > threshold, columns, 0).amax(-1).long() - 1
+        value = similarity.gather(-1, newest.clamp(min=0)[..., None]).squeeze(-1).masked_fill(newest < 0, 0.0)
+        spared.scatter_add_(-1, newest.clamp(min=0), value)
+    return spared
