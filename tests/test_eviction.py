@@ -533,6 +533,7 @@ def test_infinite_thresholds_survive(tmp_path: Path) -> None:
     recorder = recorder_of(routing(1, 0, threshold=[INFINITY, -INFINITY]))
     recorder.save(tmp_path / "run.json")
     assert Recorder.load(tmp_path / "run.json").routings == recorder.routings
+    assert "Infinity" not in (tmp_path / "run.json").read_text(), "not JSON to any parser but Python's"
 
 
 def test_an_empty_record_can_be_saved_as_json_only(tmp_path: Path) -> None:

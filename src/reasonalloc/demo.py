@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -11,7 +10,7 @@ import sys
 import time
 import zipfile
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,6 @@ class Run:
     method: str
     policies: str
     tokens: np.ndarray[Any, Any]
-    tokens_per_second: float
     peak_bytes: int
     end_bytes: int
     kept: np.ndarray[Any, Any]
@@ -190,12 +188,11 @@ def run(model: str | None, budget: int, tokens: int, output: Path, console: Cons
     with Progress(*columns, console=console) as progress:
         watch = _Watch(progress, progress.add_task("tokens", total=tokens), caches)
         answers = _generate(network, inputs, caches, tokens, watch)
-        runs_untimed = [_describe(name, caches[name], answers[name], watch.peaks[name]) for name in METHODS]
-        _save(runs_untimed, tokenizer, recorder, output)  # before timing, which goes on with the same caches
+        runs = [_describe(name, caches[name], answers[name], watch.peaks[name]) for name in METHODS]
+        _save(runs, tokenizer, recorder, output)  # before timing, which goes on with the same caches
         timing = progress.add_task("timing", total=TIMED_STEPS * len(METHODS))
         speeds = _time_alone(network, caches, answers, progress, timing)
-    runs = [replace(item, tokens_per_second=speeds[item.method]) for item in runs_untimed]
-    console.print(_table(runs))
+    console.print(_table(runs, speeds))
     console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}", highlight=False)
 
 
@@ -240,7 +237,7 @@ def _describe(name: str, cache: Any, tokens: torch.Tensor, peak: int) -> Run:
     else:
         kept = np.full((1, 1), cache.get_seq_length())
         policies = "transformers' DynamicCache, padding included"
-    return Run(name, policies, tokens.cpu().numpy(), math.nan, peak, kv_bytes(cache), kept)
+    return Run(name, policies, tokens.cpu().numpy(), peak, kv_bytes(cache), kept)
 
 
 def _agreement(tokens: np.ndarray[Any, Any], full: np.ndarray[Any, Any]) -> tuple[float, float]:
@@ -249,7 +246,7 @@ def _agreement(tokens: np.ndarray[Any, Any], full: np.ndarray[Any, Any]) -> tupl
     return float(same.cumprod(1).sum(1).mean()), float(same.mean())
 
 
-def _table(runs: list[Run]) -> Table:
+def _table(runs: list[Run], speeds: dict[str, float]) -> Table:
     """One line a method. "same" is agreement with the full cache's tokens: the first ones, and all places."""
     table = Table(title="The same three questions, three ways to cache", caption=_caption(runs), caption_justify="left")
     table.add_column("method")
@@ -273,7 +270,7 @@ def _table(runs: list[Run]) -> Table:
             f"{item.kept.min()}",
             f"{item.kept.mean():.1f}",
             f"{item.kept.max()}",
-            f"{item.tokens_per_second:.1f}",
+            f"{speeds[item.method]:.1f}",
             f"{first:.0f}",
             f"{share:.0%}",
         )

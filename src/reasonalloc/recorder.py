@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ class Routing:
         budgets: tokens per sequence and head from this round on.
         kept: tokens per sequence and head after the round (protected prompt tokens included).
         held: tokens per sequence and head before it.
-        threshold: pooled score that a token had to reach, per sequence; None for allocators without one.
+        threshold: pooled score that a token had to reach, per sequence (infinite where everything fits, or where the
+            windows fill the layer; in JSON the string "inf" or "-inf"); None for allocators without one.
     """
 
     step: int
@@ -65,14 +67,15 @@ class Recorder:
         for name in self.FIELDS:
             values = [[getattr(r, name) for r in row] for row in table]
             if not any(v is None for row in values for v in row):
-                arrays[name] = np.array(values)
+                arrays[name] = np.array(values, dtype=np.float64 if name == "threshold" else np.int64)
         return arrays
 
     def save(self, path: str | Path) -> None:
         """Write the record, atomically: ``.json`` (any record) or ``.npz`` (fixed batch, see ``arrays``)."""
         path = Path(path)
         if path.suffix == ".json":
-            text = json.dumps({"schema": 1, "routings": [vars(r) for r in self.routings]})
+            entries = [{**vars(r), "threshold": _json_floats(r.threshold)} for r in self.routings]
+            text = json.dumps({"schema": 1, "routings": entries}, allow_nan=False)
             write_atomically(path, text.encode())
         elif path.suffix == ".npz":
             arrays = self.arrays()
@@ -92,10 +95,19 @@ class Recorder:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             recorder = cls()
-            recorder.routings = [Routing(**entry) for entry in data["routings"]]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            recorder.routings = [_routing(entry) for entry in data["routings"]]
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a record of routings saved as JSON: {error}") from error
         return recorder
+
+
+def _json_floats(values: list[float] | None) -> list[float | str] | None:
+    return None if values is None else [x if math.isfinite(x) else str(x) for x in values]
+
+
+def _routing(entry: dict[str, Any]) -> Routing:
+    threshold = entry["threshold"]
+    return Routing(**{**entry, "threshold": None if threshold is None else [float(x) for x in threshold]})
 
 
 def write_atomically(path: Path, content: bytes) -> None:
