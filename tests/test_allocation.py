@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -422,7 +423,7 @@ def shape_of(layers: int, heads: int) -> ModelShape:
 
 
 def profile_of(demand: list[float], heads: int) -> DemandProfile:
-    return DemandProfile(tuple(demand), shape_of(len(demand), heads), "llama")
+    return DemandProfile.of_layers(demand, shape_of(len(demand), heads), "llama")
 
 
 @st.composite
@@ -505,7 +506,7 @@ def test_wave_stays_within_its_bounds(model: tuple[DemandProfile, int, int]) -> 
 def test_wave_is_the_operator_on_the_profile(model: tuple[DemandProfile, int, int]) -> None:
     profile, budget, _ = model
     shape = profile.shape
-    expected = robustify(profile.tensor(), shape.layers * shape.kv_heads * budget)
+    expected = robustify(torch.from_numpy(profile.layer_demand()), shape.layers * shape.kv_heads * budget)
     assert WaveLayers().allocate(shape, budget, 0, profile).equal(expected)
 
 
@@ -536,7 +537,7 @@ def test_dynamic_split_conserves_every_sequence(model: tuple[DemandProfile, int,
     profile, budget, window = model
     shape, mean = profile.shape, profile.shape.kv_heads * budget
     demand = 300 * torch.rand(batch, shape.layers, generator=generator(seed), dtype=torch.float64)
-    demand[-1] = profile.tensor()
+    demand[-1] = torch.from_numpy(profile.layer_demand())
     totals = DynamicLayers().split(demand, shape, budget, window)
     assert totals.sum(-1).tolist() == [shape.layers * mean] * batch
     assert int(totals.min()) >= max(mean / 4, shape.kv_heads * window)
@@ -570,7 +571,11 @@ def test_wave_without_an_upper_bound_is_refused_or_conserves() -> None:
 # ---- the demand profile ----------------------------------------------------------------------------------
 
 
-PROFILE = DemandProfile((1.5, 0.0, 300.25), ModelShape(3, 2, 8, 64), "qwen2", 0.9)
+PROFILE = DemandProfile.of_layers((1.5, 0.0, 300.25), ModelShape(3, 2, 8, 64), "qwen2", 0.9)
+
+
+def with_prompt(**changes: Any) -> dict[str, Any]:
+    return {"prompts": [PROFILE.to_dict()["prompts"][0] | changes]}
 
 
 def write(path: Path, content: Any) -> Path:
@@ -580,10 +585,14 @@ def write(path: Path, content: Any) -> Path:
 
 def test_profile_round_trip(tmp_path: Path) -> None:
     path = write(tmp_path / "wave.json", PROFILE.to_dict())
-    assert DemandProfile.load(path) == PROFILE
-    assert DemandProfile.load(str(path)) == PROFILE
-    assert PROFILE.tensor().dtype == torch.float64
-    assert PROFILE.tensor().tolist() == [1.5, 0.0, 300.25]
+    assert DemandProfile.load(path).to_dict() == PROFILE.to_dict()
+    assert DemandProfile.load(str(path)).to_dict() == PROFILE.to_dict()
+    (tmp_path / "own.json").write_bytes(PROFILE.to_json())
+    assert DemandProfile.load(tmp_path / "own.json").to_json() == PROFILE.to_json()
+    assert PROFILE.layer_demand(0.9).dtype == np.float64
+    assert PROFILE.layer_demand(0.9).tolist() == [1.5, 0.0, 300.25]
+    with pytest.raises(ValueError, match=r"rho=0\.93; measured: 0\.9$"):
+        PROFILE.layer_demand()
 
 
 def test_profile_file_missing(tmp_path: Path) -> None:
@@ -605,24 +614,27 @@ def test_profile_of_bytes_that_are_no_text(tmp_path: Path) -> None:
         DemandProfile.load(tmp_path / "wave.json")
 
 
-@pytest.mark.parametrize("content", [{}, [], 3, None, "text", {"schema": 2}, PROFILE.to_dict() | {"schema": 99}])
+@pytest.mark.parametrize("content", [{}, [], 3, None, "text", {"schema": 2}, PROFILE.to_dict() | {"schema": 1}])
 def test_profile_of_another_schema(tmp_path: Path, content: Any) -> None:
-    with pytest.raises(ValueError, match="schema 1"):
+    with pytest.raises(ValueError, match=r"schema 2.*calibrate"):
         DemandProfile.load(write(tmp_path / "wave.json", json.dumps(content)))
 
 
 @pytest.mark.parametrize(
     ("name", "path"),
     [
-        ("rho", ["rho"]),
+        ("rhos", ["rhos"]),
         ("model", ["model"]),
-        ("demand", ["demand"]),
-        ("layers", ["demand", "layers"]),
+        ("prompts", ["prompts"]),
+        ("grids", ["grids"]),
+        ("histogram", ["histogram"]),
         ("kv_heads", ["model", "kv_heads"]),
         ("head_dim", ["model", "head_dim"]),
+        (r"prompts\.0\.sums", ["prompts", 0, "sums"]),
+        (r"prompts\.0\.rows", ["prompts", 0, "rows"]),
     ],
 )
-def test_profile_missing_field_is_named(tmp_path: Path, name: str, path: list[str]) -> None:
+def test_profile_missing_field_is_named(tmp_path: Path, name: str, path: list[Any]) -> None:
     data = json.loads(json.dumps(PROFILE.to_dict()))
     inner = data
     for key in path[:-1]:
@@ -635,11 +647,19 @@ def test_profile_missing_field_is_named(tmp_path: Path, name: str, path: list[st
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("rho", {"rho": "high"}),
-        ("rho", {"rho": None}),
-        ("rho", {"rho": 1.5}),
-        ("layers", {"demand": {"layers": ["many", 1, 2]}}),
-        ("layers", {"demand": {"layers": None}}),
+        ("rhos", {"rhos": ["high"]}),
+        ("rhos", {"rhos": None}),
+        ("rhos", {"rhos": [1.5]}),
+        ("rhos", {"rhos": []}),
+        ("sums", with_prompt(sums=[[["many", 1, 2]]])),
+        ("sums", with_prompt(sums=None)),
+        ("sums", with_prompt(sums=[[[1.0]]])),
+        ("rows", with_prompt(rows=0)),
+        ("misses", with_prompt(misses=3)),
+        ("misses", with_prompt(misses={"rkv": [[[0.5]]]})),
+        ("prompts", {"prompts": []}),
+        ("prompts counted twice", {"prompts": PROFILE.to_dict()["prompts"] * 2}),
+        ("histogram", {"histogram": [[[1]]]}),
         ("model", {"model": "llama"}),
         ("kv_heads", {"model": PROFILE.to_dict()["model"] | {"kv_heads": "two"}}),
     ],
@@ -652,28 +672,30 @@ def test_profile_wrong_field_is_named(tmp_path: Path, name: str, change: dict[st
 
 
 @pytest.mark.parametrize("layers", [[], [1.0, 2.0], [1.0] * 4])
-def test_profile_wrong_number_of_layers(tmp_path: Path, layers: list[float]) -> None:
+def test_profile_wrong_number_of_layers(layers: list[float]) -> None:
     with pytest.raises(ValueError, match=f"{len(layers)} layer demands .* 3 layers"):
-        DemandProfile.load(write(tmp_path / "x.json", PROFILE.to_dict() | {"demand": {"layers": layers}}))
+        DemandProfile.of_layers(layers, PROFILE.shape)
 
 
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
 def test_profile_bad_demand(tmp_path: Path, bad: float) -> None:
     with pytest.raises(ValueError, match="finite and not negative"):
-        DemandProfile((1.0, bad), shape_of(2, 2))
-    with pytest.raises(ValueError, match="finite and not negative"):
-        DemandProfile.load(write(tmp_path / "x.json", PROFILE.to_dict() | {"demand": {"layers": [1, bad, 2]}}))
+        DemandProfile.of_layers((1.0, bad), shape_of(2, 2))
+    with pytest.raises(ValueError, match=r"sums .*finite and not negative"):
+        DemandProfile.load(write(tmp_path / "x.json", PROFILE.to_dict() | with_prompt(sums=[[[1, bad] * 4] * 3])))
 
 
 @pytest.mark.parametrize("rho", [0.0, -1.0, 1.01, float("nan")])
 def test_profile_bad_rho(rho: float) -> None:
     with pytest.raises(ValueError, match="rho"):
-        DemandProfile((1.0,), shape_of(1, 2), rho=rho)
+        DemandProfile.of_layers((1.0,), shape_of(1, 2), rho=rho)
 
 
 def test_profile_accepts_its_own_model() -> None:
-    PROFILE.check(ModelShape(3, 2, 8, 64), "qwen2")
-    DemandProfile(PROFILE.layers, PROFILE.shape).check(PROFILE.shape, "qwen2")  # unnamed: any architecture
+    PROFILE.check(ModelShape(3, 2, 8, 64), {"model_type": "qwen2", "vocab_size": 9})
+    DemandProfile.of_layers((1.0,) * 3, PROFILE.shape).check(
+        PROFILE.shape, {"model_type": "qwen2"}
+    )  # unnamed: any architecture
 
 
 @pytest.mark.parametrize(
@@ -692,14 +714,14 @@ def test_profile_accepts_its_own_model() -> None:
 )
 def test_profile_names_every_difference(shape: ModelShape, model_type: str, named: list[str]) -> None:
     with pytest.raises(ValueError, match="another model") as caught:
-        PROFILE.check(shape, model_type)
+        PROFILE.check(shape, {"model_type": model_type})
     assert all(word in str(caught.value) for word in named)
 
 
 @pytest.mark.parametrize("model_type", ["llama", ""])
 def test_unnamed_profile_of_another_shape_is_refused(model_type: str) -> None:
     with pytest.raises(ValueError, match="kv_heads"):
-        DemandProfile(PROFILE.layers, PROFILE.shape).check(ModelShape(3, 4, 8, 64), model_type)
+        DemandProfile.of_layers((1.0,) * 3, PROFILE.shape).check(ModelShape(3, 4, 8, 64), {"model_type": model_type})
 
 
 # ---- head allocators -------------------------------------------------------------------------------------

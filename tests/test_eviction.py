@@ -372,7 +372,7 @@ def random_demand(batch: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("layers", ["uniform", "pyramid", "wave", "dynamic", PyramidLayers(3)])
 def test_first_totals_are_the_allocators(layers: Any) -> None:
-    profile = DemandProfile((9.0, 1.0, 2.0, 3.0, 40.0), SHAPE)
+    profile = DemandProfile.of_layers((9.0, 1.0, 2.0, 3.0, 40.0), SHAPE)
     budgets = layer_budgets(layers, profile)
     allocator = budgets.compression.layer_allocator
     wanted = allocator.allocate(SHAPE, BUDGET, WINDOW, profile).tolist()
@@ -384,7 +384,7 @@ def test_first_totals_are_the_allocators(layers: Any) -> None:
 
 @pytest.mark.parametrize("layers", ["uniform", "pyramid", "wave"])
 def test_fixed_totals_stay(layers: str) -> None:
-    budgets = layer_budgets(layers, DemandProfile((9.0, 1.0, 2.0, 3.0, 40.0), SHAPE))
+    budgets = layer_budgets(layers, DemandProfile.of_layers((9.0, 1.0, 2.0, 3.0, 40.0), SHAPE))
     before = table(budgets, 2)
     budgets.open_round()
     budgets.select_sequences([1, 1, 0])

@@ -18,6 +18,7 @@ ORDER = [
     ("budgets",),
     ("compressor",),
     ("layer_cache",),
+    ("calibration",),
     ("stats", "plots"),
     ("engines",),
     ("demo", "cli", "__init__"),

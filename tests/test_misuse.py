@@ -47,7 +47,7 @@ def test_missing_and_foreign_profile(tmp_path):
     with pytest.raises(FileNotFoundError, match="no demand profile at"):
         ra.Compression(budget=64, profile=tmp_path / "none.json")
     path = tmp_path / "wave.json"
-    path.write_text(json.dumps(ra.DemandProfile((1.0, 2.0), ra.ModelShape(2, 3, 6, 16), "qwen2").to_dict()))
+    path.write_text(json.dumps(ra.DemandProfile.of_layers((1.0, 2.0), ra.ModelShape(2, 3, 6, 16), "qwen2").to_dict()))
     with pytest.raises(
         ValueError, match=r"another model \(model_type: profile 'qwen2', model 'llama'; layers: profile 2"
     ):

@@ -286,13 +286,13 @@ def test_totals_are_exact_at_every_routing(method):
 def test_wave_layers_follow_the_profile():
     model = tiny_model()
     shape = ra.ModelShape(3, 3, 6, 16)
-    profile = ra.DemandProfile((400.0, 25.0, 100.0), shape, "llama")
+    profile = ra.DemandProfile.of_layers((400.0, 25.0, 100.0), shape, "llama")
     cache = ra.Cache(model.config, ra.Compression(budget=40, profile=profile, interval=16))
     ids, _ = prompts((61,))
     model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=100)
     totals = [row[0] for row in cache.stats().budgets]
     assert sum(totals) == 3 * 3 * 40
-    assert totals == ra.robustify(profile.tensor(), 360).tolist()
+    assert totals == ra.robustify(torch.from_numpy(profile.layer_demand()), 360).tolist()
     assert cache.stats().method["layers"] == "wave"
 
 

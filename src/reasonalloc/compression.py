@@ -15,11 +15,13 @@ from reasonalloc.allocation import (
     HeadAllocator,
     LayerAllocator,
 )
+from reasonalloc.allocation.layers import NO_PROFILE
 from reasonalloc.registry import unknown_name
 from reasonalloc.scoring import SCORERS, Scorer
 
 Prompt = Literal["compete", "protect"]
 StorageOrder = Literal["position", "score"]
+AUTO_PROFILE = "auto"
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Compression:
         layers: how tokens are split over layers: a registered name, or a ``LayerAllocator``. None (the default) is
             "wave" where a profile is given, and otherwise "dynamic", ReasonAlloc's calibration-free form.
         heads: how a layer's tokens are split over its heads: a registered name, or a ``HeadAllocator``.
-        profile: the model's demand profile, or the path of its JSON file; read by layers="wave".
+        profile: the model's demand profile, or the path of its JSON file; read by layers="wave" and by "miss-curve".
+            "auto": the engine's cache looks in the user's cache folder, and calibrates the model if nothing is there.
         interval: decoded tokens between two compressions (the paper's Delta).
         window: newest tokens that every head keeps; None takes the scorer's own.
         prompt: "compete": the prompt's tokens are evicted like all others (as in the paper);
@@ -61,7 +64,7 @@ class Compression:
         resolve = object.__setattr__  # the one place where names become policies; the instance is frozen after it
         resolve(self, "scorer", SCORERS.create(self.scorer))
         resolve(self, "heads", HEAD_ALLOCATORS.create(self.heads))
-        if isinstance(self.profile, str | Path):
+        if isinstance(self.profile, str | Path) and self.profile != AUTO_PROFILE:
             resolve(self, "profile", DemandProfile.load(self.profile))
         layers = self.layers if self.layers is not None else ("dynamic" if self.profile is None else "wave")
         resolve(self, "layers", LAYER_ALLOCATORS.create(layers))
@@ -83,11 +86,10 @@ class Compression:
         for name, allowed in (("prompt", get_args(Prompt)), ("storage_order", get_args(StorageOrder))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.layer_allocator.needs_profile and self.profile is None:
-            raise ValueError(
-                f"layers={LAYER_ALLOCATORS.name_of(self.layer_allocator)!r} needs the model's demand profile: "
-                "pass profile='wave.json', or choose layers='dynamic', which measures demand while it decodes"
-            )
+        if self.profile is None and self.layer_allocator.needs_profile:
+            raise ValueError(f"layers={LAYER_ALLOCATORS.name_of(self.layer_allocator)!r} {NO_PROFILE}")
+        if self.profile is None and self.head_allocator.needs_profile:
+            raise ValueError(f"heads={HEAD_ALLOCATORS.name_of(self.head_allocator)!r} {NO_PROFILE}")
 
     @property
     def kept_window(self) -> int:
@@ -115,9 +117,8 @@ class Compression:
 
     @property
     def demand_profile(self) -> DemandProfile | None:
-        """The demand profile as an object."""
-        assert not isinstance(self.profile, str | Path)
-        return self.profile
+        """The demand profile as an object; None if there is none, or none yet ("auto")."""
+        return self.profile if isinstance(self.profile, DemandProfile) else None
 
     @property
     def observed_queries(self) -> int:
@@ -211,6 +212,10 @@ METHODS: dict[str, Method] = {
     "reasonalloc-layer": Method("ReasonAlloc's layers, equal heads", {"scorer": "rkv", "heads": "uniform"}),
     "reasonalloc-head": Method(
         "equal layers, ReasonAlloc's heads", {"scorer": "rkv", "layers": "uniform", "heads": "threshold"}
+    ),
+    "missalloc": Method(
+        "budgets of all heads by their miss curves (not in the paper)",
+        {"scorer": "rkv", "layers": "miss-curve", "heads": "miss-curve"},
     ),
     "reasonalloc-dynamic": Method(
         "ReasonAlloc, layers measured while decoding",

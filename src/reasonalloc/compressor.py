@@ -44,6 +44,9 @@ class LayerCompressor:
         self.layer = layer
         self.compression = compression
         self.budgets = budgets
+        self.head_allocator = compression.head_allocator.for_layer(
+            layer, budgets.shape, budgets.budget, compression.kept_window, compression.demand_profile
+        )
         self._generator: torch.Generator | None = None
 
     def start(self, device: torch.device) -> None:
@@ -92,7 +95,7 @@ class LayerCompressor:
             )
         spared = torch.from_numpy(protected).to(device)
         candidates = rank_candidates(scores, tokens.valid, tokens.newest(newest), spared)
-        split = route_heads(self.compression.head_allocator, candidates, torch.from_numpy(totals).to(device), newest)
+        split = route_heads(self.head_allocator, candidates, torch.from_numpy(totals).to(device), newest)
         index, kept = select(candidates, split.budgets, self.compression.storage_order == "score")
         return Plan(index, kept, split, totals)
 

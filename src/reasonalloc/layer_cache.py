@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -61,6 +62,21 @@ class NewTokens:
         return later.masked_fill(~self.real, -1)
 
 
+class Probe(Protocol):
+    """Watches a full cache: once per interval, and right after the prompt, it may look at all that a layer holds.
+
+    Attributes:
+        observed_queries: how many of the last queries it reads.
+        needs_received: whether the attention received by every token must be accumulated for it.
+    """
+
+    observed_queries: int
+    needs_received: bool
+
+    def observe(self, layer: int, tokens: LayerTokens, window: QueryWindow, scaling: float, steps: int) -> None:
+        """What the layer holds now; ``steps`` tokens were decoded since the last call."""
+
+
 class LayerCache:
     """The ragged cache of one layer under one ``Compression``.
 
@@ -77,13 +93,16 @@ class LayerCache:
         budgets: LayerBudgets | None,
         backend: str = "auto",
         recorder: Recorder | None = None,
+        probe: Probe | None = None,
     ) -> None:
         self.layer = layer
         self.compression = compression
         self.compressor = None if budgets is None else LayerCompressor(layer, compression, budgets)
         self.backend_name = backend
         self.recorder = recorder
-        self.window = QueryWindow(compression.observed_queries)
+        self.probe = probe
+        self.tracks_received = compression.tracks_received or (probe is not None and probe.needs_received)
+        self.window = QueryWindow(compression.observed_queries if probe is None else probe.observed_queries)
         self.reset()
 
     def reset(self) -> None:
@@ -202,19 +221,23 @@ class LayerCache:
         self.window.select(indices)
         self.protected = self.protected[np.asarray(indices, dtype=np.int64)]
 
+    def flush(self) -> None:
+        """Show the probe what was decoded since the last interval ended."""
+        if self.probe is not None and self.steps:
+            self._compress()
+
     # ---- taking tokens in ----
 
     def _open(self, key: Tensor, value: Tensor) -> None:
         batch, heads = key.shape[:2]
-        tracks = self.compression.tracks_received
-        self.backend = choose_backend(self.backend_name, key.device, key.dtype, tracks)
+        self.backend = choose_backend(self.backend_name, key.device, key.dtype, self.tracks_received)
         self.protected = np.zeros(batch, dtype=np.int64)
         if self.compressor is None:
             capacities = np.zeros((batch, heads), dtype=np.int64)
         else:
             self.compressor.start(key.device)
             capacities = self.compressor.first_spans(batch, heads)
-        self.slab = RaggedSlab(key, value, capacities, tracks)
+        self.slab = RaggedSlab(key, value, capacities, self.tracks_received)
 
     def _extend(self, tokens: LayerTokens, new: NewTokens) -> None:
         self._make_room(new.counts[:, None])
@@ -276,7 +299,9 @@ class LayerCache:
         return bool((held > self.compressor.totals(slab.batch)).any())
 
     def _compress(self) -> None:
-        self.steps = 0
+        steps, self.steps = self.steps, 0
+        if self.probe is not None:
+            self.probe.observe(self.layer, self._store.padded(), self.window, self._scaling, steps)
         if self.compressor is None:
             return
         self.compressor.open_round()

@@ -1,7 +1,7 @@
 """Budgets: exact integer arithmetic over layers and heads. Imports torch alone, knows no model."""
 
 from reasonalloc.allocation.apportion import apportion, robustify
-from reasonalloc.allocation.demand import DemandProfile, attention_demand
+from reasonalloc.allocation.demand import attention_demand, attention_demands
 from reasonalloc.allocation.heads import (
     HEAD_ALLOCATORS,
     AdaKVHeads,
@@ -18,6 +18,8 @@ from reasonalloc.allocation.layers import (
     UniformLayers,
     WaveLayers,
 )
+from reasonalloc.allocation.miss import FixedHeads, MissCurveHeads, MissCurveLayers, marginal_gain
+from reasonalloc.allocation.profile import DemandProfile, MissGrid, PromptDemand, merge
 from reasonalloc.allocation.shape import ModelShape
 
 __all__ = [
@@ -26,10 +28,15 @@ __all__ = [
     "AdaKVHeads",
     "DemandProfile",
     "DynamicLayers",
+    "FixedHeads",
     "HeadAllocator",
     "HeadSplit",
     "LayerAllocator",
+    "MissCurveHeads",
+    "MissCurveLayers",
+    "MissGrid",
     "ModelShape",
+    "PromptDemand",
     "PyramidLayers",
     "ThresholdHeads",
     "UniformHeads",
@@ -37,5 +44,8 @@ __all__ = [
     "WaveLayers",
     "apportion",
     "attention_demand",
+    "attention_demands",
+    "marginal_gain",
+    "merge",
     "robustify",
 ]

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from reasonalloc.allocation.apportion import apportion, check_operator, smooth
 from reasonalloc.allocation.demand import descending
+from reasonalloc.allocation.profile import DemandProfile
+from reasonalloc.allocation.shape import ModelShape
 from reasonalloc.registry import Registry
 
 
@@ -29,6 +31,19 @@ class HeadSplit:
 
 class HeadAllocator(ABC):
     """Splits a layer's tokens over its heads. Implementations are frozen dataclasses of their settings."""
+
+    needs_profile: bool = False
+
+    def for_layer(
+        self, layer: int, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
+    ) -> HeadAllocator:
+        """The allocator of one layer: itself, unless layers are treated differently.
+
+        Args:
+            layer: index of the layer.
+            shape, budget, window, profile: as for ``LayerAllocator.allocate``.
+        """
+        return self
 
     @abstractmethod
     def allocate(

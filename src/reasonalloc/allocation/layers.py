@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reasonalloc.allocation.apportion import apportion, check_operator, smooth
-from reasonalloc.allocation.demand import DemandProfile
+from reasonalloc.allocation.profile import PAPER_RHO, DemandProfile
 from reasonalloc.allocation.shape import ModelShape
 from reasonalloc.registry import Registry
 
@@ -38,7 +38,19 @@ class LayerAllocator(ABC):
         """
 
 
+NO_PROFILE = (
+    "needs the model's demand profile: run `reasonalloc calibrate --model MODEL -o wave.json` and pass "
+    "profile='wave.json', or profile='auto' to calibrate once and keep the result, or choose layers='dynamic', "
+    "which measures demand while it decodes"
+)
+
 LAYER_ALLOCATORS: Registry[LayerAllocator] = Registry("layer allocator", "reasonalloc.layers")
+
+
+def check_rho(rho: float) -> None:
+    """Validate a share of attention mass; raises ``ValueError``."""
+    if not 0 < rho <= 1:
+        raise ValueError(f"rho must be in (0, 1], got {rho}")
 
 
 def split_over_layers(
@@ -107,6 +119,7 @@ class WaveLayers(LayerAllocator):
     The lower bound never falls under the window [ours]: a layer must be able to keep its recent tokens.
     """
 
+    rho: float = PAPER_RHO
     exponent: float = 0.5
     lower: float = 0.25
     upper: float = 2.0
@@ -115,17 +128,16 @@ class WaveLayers(LayerAllocator):
 
     def __post_init__(self) -> None:
         check_operator(self.exponent, self.lower, self.upper)
+        check_rho(self.rho)
 
     def allocate(
         self, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
     ) -> Int[Tensor, "layers"]:
         """R(demand profile; exponent gamma, clip to [lower, upper] x mean). Raises ``ValueError`` without a profile."""
         if profile is None:
-            raise ValueError(
-                "layers='wave' needs the model's demand profile: pass profile='wave.json', "
-                "or choose layers='dynamic', which measures demand while it decodes"
-            )
-        return split_over_layers(smooth(profile.tensor(), self.exponent), shape, budget, window, self.lower, self.upper)
+            raise ValueError(f"layers='wave' {NO_PROFILE}")
+        demand = torch.from_numpy(profile.layer_demand(self.rho))
+        return split_over_layers(smooth(demand, self.exponent), shape, budget, window, self.lower, self.upper)
 
 
 @LAYER_ALLOCATORS.register("dynamic")
@@ -142,7 +154,7 @@ class DynamicLayers(LayerAllocator):
         queries: recent queries that the demand is measured on.
     """
 
-    rho: float = 0.93
+    rho: float = PAPER_RHO
     decay: float = 0.5
     queries: int = 8
     exponent: float = 0.5
@@ -151,8 +163,7 @@ class DynamicLayers(LayerAllocator):
 
     def __post_init__(self) -> None:
         check_operator(self.exponent, self.lower, self.upper)
-        if not 0 < self.rho <= 1:
-            raise ValueError(f"rho must be in (0, 1], got {self.rho}")
+        check_rho(self.rho)
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {self.decay}")
         if self.queries < 1:

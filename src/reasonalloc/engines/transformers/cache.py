@@ -12,8 +12,8 @@ from reasonalloc.allocation import HEAD_ALLOCATORS, LAYER_ALLOCATORS
 from reasonalloc.budgets import LayerBudgets
 from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers.attention import tag
-from reasonalloc.engines.transformers.support import ATTENTION_NAME, check_states, decoder_config, model_shape
-from reasonalloc.layer_cache import LayerCache, NewTokens
+from reasonalloc.engines.transformers.support import ATTENTION_NAME, architecture, check_states, model_shape
+from reasonalloc.layer_cache import LayerCache, NewTokens, Probe
 from reasonalloc.recorder import Recorder
 from reasonalloc.scoring import SCORERS
 from reasonalloc.stats import CacheStats, collect
@@ -134,6 +134,7 @@ class Cache(cache_utils.Cache):
         *,
         attention: str = "auto",
         recorder: Recorder | None = None,
+        probe: Probe | None = None,
     ) -> None:
         """
         Args:
@@ -141,6 +142,7 @@ class Cache(cache_utils.Cache):
             compression: what to keep.
             attention: backend for decoding: "auto", "rows" (plain torch), "compiled" (CPU, numba) or "varlen" (CUDA).
             recorder: gets every routing, if given.
+            probe: watches a full cache (budget None) once per ``compression.interval``: calibration.
 
         Raises:
             UnsupportedModelError: the model's attention is not supported, see ``support.model_shape``.
@@ -148,14 +150,18 @@ class Cache(cache_utils.Cache):
         """
         if not isinstance(compression, Compression):
             raise TypeError(f"expected a reasonalloc.Compression, got {type(compression).__name__}")
+        if probe is not None and compression.budget is not None:
+            raise ValueError(f"a probe watches a full cache: budget must be None, got {compression.budget}")
         self.compression = compression
         self.shape = model_shape(config)
         if compression.demand_profile is not None:
-            compression.demand_profile.check(self.shape, decoder_config(config).model_type)
+            compression.demand_profile.check(self.shape, architecture(config))
         self.recorder = recorder
         self.budgets = None if compression.budget is None else LayerBudgets(compression, self.shape)
         forward_pass = _ForwardPass()
-        caches = [LayerCache(i, compression, self.budgets, attention, recorder) for i in range(self.shape.layers)]
+        caches = [
+            LayerCache(i, compression, self.budgets, attention, recorder, probe) for i in range(self.shape.layers)
+        ]
         super().__init__(layers=[RaggedLayer(cache, forward_pass) for cache in caches])
 
     @property

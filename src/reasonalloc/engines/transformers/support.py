@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -50,6 +51,13 @@ def model_shape(config: Any) -> ModelShape:
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return ModelShape(text.num_hidden_layers, kv_heads, heads, head_dim)
+
+
+def architecture(config: Any) -> dict[str, Any]:
+    """What tells models of one attention shape apart, as plain JSON values; the weights are not in it."""
+    text = decoder_config(config)
+    names = ("model_type", "hidden_size", "intermediate_size", "vocab_size", "rope_parameters")
+    return {name: json.loads(json.dumps(getattr(text, name, None))) for name in names}
 
 
 def _reasons(config: Any, text: Any) -> list[str]:

@@ -1,0 +1,166 @@
+"""Miss curves: budgets for all heads of a model at once, by what each head *loses* when it forgets.
+
+``N_rho`` says how broadly a head looks at one step; a head that looks up one token at a time is sharp at every step and
+still needs its whole table. A miss curve m(b) is the share of a head's attention that falls on tokens which the
+scorer's own eviction had dropped at budget b. Tokens are given where the curves fall most. This allocator is ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reasonalloc.allocation.apportion import apportion
+from reasonalloc.allocation.heads import HEAD_ALLOCATORS, HeadAllocator, HeadSplit
+from reasonalloc.allocation.layers import LAYER_ALLOCATORS, LayerAllocator
+from reasonalloc.allocation.profile import DemandProfile, Floats
+from reasonalloc.allocation.shape import ModelShape
+
+
+def marginal_gain(
+    curves: Float[Floats, "budgets heads"], grid: Float[Floats, "budgets"], total: int, floor: int
+) -> Int[np.ndarray[Any, Any], "heads"]:
+    """Integer budgets that minimise the summed misses, on the lower convex hull of each curve.
+
+    Args:
+        curves: miss of each head at each budget of the grid; between grid points it falls linearly.
+        grid: budgets in tokens, ascending.
+        total: tokens to give away.
+        floor: tokens that every head gets first.
+
+    Returns:
+        int64 budgets, at least ``floor``, summing to ``total`` exactly. Tokens beyond the grid's last budget gain
+        nothing and are shared out evenly. Equal gains: the lower index first.
+
+    Raises:
+        ValueError: the total does not pay the floors.
+    """
+    heads = curves.shape[1]
+    if total < heads * floor:
+        raise ValueError(f"{total} tokens do not pay a floor of {floor} for each of {heads} heads")
+    steps = [step for head in range(heads) for step in _hull_steps(grid, curves[:, head], floor, head)]
+    budgets = np.full(heads, floor, dtype=np.int64)
+    left = total - heads * floor
+    for _, head, tokens in sorted(steps, key=lambda step: -step[0]):  # stable, and a head's own gains only fall
+        given = min(tokens, left)
+        budgets[head] += given
+        left -= given
+        if not left:
+            return budgets
+    share, odd = divmod(left, heads)
+    return budgets + share + (np.arange(heads) < odd)
+
+
+def _hull_steps(grid: Floats, curve: Floats, floor: int, head: int) -> list[tuple[float, int, int]]:
+    """The segments of a curve's lower convex hull from ``floor`` on, as (gain per token, head, tokens)."""
+    above = grid > floor
+    points = [(float(floor), float(np.interp(floor, grid, curve))), *zip(grid[above], curve[above], strict=True)]
+    hull: list[tuple[float, float]] = []
+    for x, y in points:
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], (x, y)):
+            hull.pop()
+        hull.append((x, y))
+    return [(-_slope(a, b), head, int(b[0] - a[0])) for a, b in pairwise(hull) if _slope(a, b) < 0]
+
+
+def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
+
+
+@dataclass(frozen=True)
+class MissCurveBudgets:
+    """What the layer and the head allocator of the miss curves share.
+
+    Attributes:
+        method: whose simulated evictions the curves are of; the scorer in use should be the same.
+        floor: least tokens of a head, as a share of the mean budget; never below the window and one token more.
+    """
+
+    method: str = "rkv"
+    floor: float = 0.125
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor must be in [0, 1], got {self.floor}")
+
+    def budgets(
+        self, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
+    ) -> Int[np.ndarray[Any, Any], "layers kv_heads"]:
+        """Tokens of every head, summing to ``layers * kv_heads * budget``. Raises ``ValueError`` without curves."""
+        if profile is None:
+            raise ValueError(
+                "'miss-curve' needs the model's profile with miss curves: run `reasonalloc calibrate --model MODEL "
+                f"--miss {self.method} -o wave.json` and pass profile='wave.json'"
+            )
+        curves = profile.miss_curves(self.method)
+        grid = np.array(profile.grids[self.method].budgets, dtype=np.float64)
+        least = min(budget, max(int(self.floor * budget), window + 1))
+        flat = curves.reshape(len(grid), -1)
+        total = shape.layers * shape.kv_heads * budget
+        return marginal_gain(flat, grid, total, least).reshape(shape.layers, shape.kv_heads)
+
+
+@LAYER_ALLOCATORS.register("miss-curve")
+@dataclass(frozen=True)
+class MissCurveLayers(MissCurveBudgets, LayerAllocator):
+    """Layer totals that minimise the misses of all heads of the model together [ours]."""
+
+    needs_profile = True
+
+    def allocate(
+        self, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
+    ) -> Int[Tensor, "layers"]:
+        """The sum of the heads' budgets in each layer."""
+        return torch.from_numpy(self.budgets(shape, budget, window, profile).sum(1))
+
+
+@HEAD_ALLOCATORS.register("miss-curve")
+@dataclass(frozen=True)
+class MissCurveHeads(MissCurveBudgets, HeadAllocator):
+    """Each head's own part of the layer's total by its miss curve, for good [ours].
+
+    With other layers than "miss-curve" the heads' shares within the layer are kept and scaled to its total.
+    """
+
+    needs_profile = True
+
+    def for_layer(
+        self, layer: int, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
+    ) -> HeadAllocator:
+        """The layer's fixed shares."""
+        return FixedHeads(tuple(self.budgets(shape, budget, window, profile)[layer].tolist()))
+
+    def allocate(
+        self,
+        scores: Float[Tensor, "batch heads tokens"],
+        lengths: Int[Tensor, "batch heads"],
+        total: Int[Tensor, "batch"],
+        window: int,
+    ) -> HeadSplit:
+        """Not to be called: shares differ from layer to layer, see ``for_layer``."""
+        raise TypeError("miss-curve heads split a layer only after for_layer")
+
+
+@dataclass(frozen=True)
+class FixedHeads(HeadAllocator):
+    """Shares of a layer's heads that do not depend on scores: ``weights``, one for each head."""
+
+    weights: tuple[float, ...]
+
+    def allocate(
+        self,
+        scores: Float[Tensor, "batch heads tokens"],
+        lengths: Int[Tensor, "batch heads"],
+        total: Int[Tensor, "batch"],
+        window: int,
+    ) -> HeadSplit:
+        """Weighted shares; a head that holds less than its share leaves the rest to the others."""
+        held = lengths.to(torch.float64)
+        weights = torch.tensor(self.weights, dtype=torch.float64, device=lengths.device).expand_as(held)
+        return HeadSplit(apportion(weights, total, held.clamp(max=window), held))

@@ -1,0 +1,73 @@
+"""How a model is calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reasonalloc.allocation.profile import PAPER_RHO, MissGrid
+from reasonalloc.calibration.probe import ProbeSettings
+from reasonalloc.compression import Compression
+
+MISS_BUDGETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How long and how the model generates, and what is measured meanwhile.
+
+    Attributes:
+        max_new_tokens: longest chain of thought.
+        rhos: shares of attention mass whose demand is measured, ascending.
+        least_tokens: positions that see fewer tokens do not count [ours].
+        temperature: of sampling; 0 decodes greedily (small models then fall into loops).
+        top_p: of sampling.
+        seed: of sampling; each prompt draws from its own stream.
+        batch_size: prompts that are decoded together. Numbers do not depend on the batch but for rounding.
+        miss: methods (names) whose eviction is simulated for miss curves.
+        miss_budgets: tokens per head of that simulation, ascending.
+        interval: decoded tokens between two simulated compressions.
+    """
+
+    max_new_tokens: int = 1024
+    rhos: tuple[float, ...] = (0.85, 0.90, PAPER_RHO, 0.95, 0.99)
+    least_tokens: int = 64
+    temperature: float = 0.6
+    top_p: float = 0.95
+    seed: int = 0
+    batch_size: int = 4
+    miss: tuple[str, ...] = ()
+    miss_budgets: tuple[int, ...] = MISS_BUDGETS
+    interval: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "least_tokens", "batch_size", "interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        for method in self.miss:
+            if method == "full":
+                raise ValueError("the full cache misses nothing: name a method that evicts")
+            for budget in self.miss_budgets:
+                Compression.method(method, budget, layers="uniform", heads="uniform")  # a budget too small fails here
+        self.probe()
+
+    @property
+    def grids(self) -> dict[str, MissGrid]:
+        """Where miss curves are simulated."""
+        return {method: MissGrid(self.miss_budgets, self.interval) for method in self.miss}
+
+    def probe(self) -> ProbeSettings:
+        """What the probe needs to know of this."""
+        nearest = min(range(len(self.rhos)), key=lambda i: abs(self.rhos[i] - PAPER_RHO))
+        block = max(b for b in range(1, min(32, self.interval) + 1) if self.interval % b == 0)
+        return ProbeSettings(self.rhos, nearest, self.grids, self.least_tokens, block)
+
+    def describe(self) -> Mapping[str, Any]:
+        """What merged profiles must agree on, beside rhos and grids, as plain JSON values."""
+        names = ("max_new_tokens", "least_tokens", "temperature", "top_p", "seed")
+        return {name: getattr(self, name) for name in names}

@@ -1,0 +1,202 @@
+"""Calibrating a transformers model: it answers the probe prompts with its full cache, and is watched meanwhile."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from reasonalloc.allocation import DemandProfile, merge
+from reasonalloc.allocation.profile import differences
+from reasonalloc.calibration import CalibrationSettings, DemandProbe, ProbePrompt, built_in_prompts
+from reasonalloc.compression import Compression
+from reasonalloc.engines.transformers.cache import Cache
+from reasonalloc.engines.transformers.loading import encode
+from reasonalloc.engines.transformers.support import architecture, model_shape
+from reasonalloc.recorder import write_atomically
+
+Progress = Callable[[int, int], None]
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[ProbePrompt] | None = None,
+    settings: CalibrationSettings | None = None,
+    *,
+    partial: Path | None = None,
+    progress: Progress | None = None,
+) -> DemandProfile:
+    """Measure a model's demand profile while it generates its own chains of thought (ReasonAlloc, section 4).
+
+    Args:
+        model: with attn_implementation="reasonalloc".
+        tokenizer: its tokenizer; a chat template is used where there is one.
+        prompts: what it is asked; None takes the eight built-in prompts.
+        settings: how; None takes the defaults.
+        partial: a file that holds what is finished after every batch. If it is there, it is gone on with; it is
+            the caller's to delete.
+        progress: called with (tokens done, tokens at most) as it goes.
+
+    Raises:
+        UnsupportedModelError: see ``Cache``.
+        ValueError: no prompts, a text too short to measure, or a partial file of another model or other settings.
+    """
+    settings = settings or CalibrationSettings()
+    prompts = built_in_prompts() if prompts is None else list(prompts)
+    if not prompts:
+        raise ValueError("there is no prompt to calibrate on")
+    parts = [] if partial is None or not partial.exists() else [_resume(partial, model, settings)]
+    finished = {prompt.hash for part in parts for prompt in part.prompts}
+    if finished - {prompt.hash for prompt in prompts}:
+        raise ValueError(f"{partial} was begun with other prompts; delete it to start again")
+    total = len(prompts) * settings.max_new_tokens
+    for first in range(0, len(prompts), settings.batch_size):
+        group = prompts[first : first + settings.batch_size]
+        batch = [prompt for prompt in group if prompt.hash not in finished]
+        if not batch:
+            continue
+
+        def advance(token: int, before: int = first * settings.max_new_tokens, size: int = len(group)) -> None:
+            if progress is not None:
+                progress(before + token * size, total)
+
+        parts = [merge([*parts, _measure(model, tokenizer, batch, settings, advance)])]
+        if partial is not None:
+            write_atomically(partial, parts[0].to_json())
+    if progress is not None:
+        progress(total, total)
+    return parts[0]
+
+
+def _resume(partial: Path, model: Any, settings: CalibrationSettings) -> DemandProfile:
+    found = DemandProfile.load(partial)
+    found.check(model_shape(model.config), architecture(model.config))
+    changed = differences(
+        {**found.settings, "rhos": found.rhos, "miss": dict(found.grids)},
+        {**settings.describe(), "rhos": settings.rhos, "miss": settings.grids},
+        "begun with",
+        "now",
+    )
+    if changed:
+        raise ValueError(f"{partial} was begun with other settings ({changed}); delete it to start again")
+    return found
+
+
+def _measure(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[ProbePrompt],
+    settings: CalibrationSettings,
+    advance: Callable[[int], None],
+) -> DemandProfile:
+    """The profile of one batch of prompts."""
+    shape = model_shape(model.config)
+    probe_settings = settings.probe()
+    probe = DemandProbe(shape, probe_settings)
+    cache = Cache(model.config, Compression(None, interval=probe_settings.block), probe=probe)
+    inputs = encode(tokenizer, [prompt.text for prompt in prompts], True, model.device)
+    lengths = _generate(model, inputs, cache, probe, prompts, settings, advance)
+    return DemandProfile(
+        shape=shape,
+        rhos=settings.rhos,
+        prompts=tuple(probe.results([p.hash for p in prompts], [p.task for p in prompts], lengths)),
+        architecture=architecture(model.config),
+        histogram=probe.histogram,
+        grids=settings.grids,
+        settings=settings.describe(),
+        source={
+            "model": model.config.name_or_path,
+            "revision": getattr(model.config, "_commit_hash", None),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "library": _version(),
+        },
+    )
+
+
+@torch.no_grad()
+def _generate(
+    model: Any,
+    inputs: dict[str, Tensor],
+    cache: Cache,
+    probe: DemandProbe,
+    prompts: Sequence[ProbePrompt],
+    settings: CalibrationSettings,
+    advance: Callable[[int], None],
+) -> list[int]:
+    """Decode until every sequence has ended; returns how many tokens each was given.
+
+    A finished sequence stays in the batch up to the end of the probe's block, so that blocks begin and end at the same
+    steps for all; the probe is told where it ended.
+    """
+    draw = _Draw(prompts, settings, model.device)
+    ends = _end_tokens(model)
+    lengths = [settings.max_new_tokens] * len(prompts)
+    alive = list(range(len(prompts)))
+    running = set(alive)
+    mask = inputs["attention_mask"]
+    logits = model(
+        **inputs, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache, logits_to_keep=1
+    ).logits
+    position = mask.sum(-1, keepdim=True)
+    for step in range(settings.max_new_tokens):
+        tokens = draw(logits[:, -1], alive)
+        for row in [row for row in running if tokens[alive.index(row)] in ends]:
+            running.discard(row)
+            lengths[row] = step + 1
+            probe.finish(row, step)
+        if not running:
+            break
+        if step % probe.settings.block == 0 and step and len(running) < len(alive):
+            keep = [i for i, row in enumerate(alive) if row in running]
+            alive, tokens, position = [alive[i] for i in keep], [tokens[i] for i in keep], position[keep]
+            cache.batch_select_indices(torch.tensor(keep))
+            probe.select_sequences(keep)
+        ids = torch.tensor(tokens, device=model.device)[:, None]
+        logits = model(ids, position_ids=position, past_key_values=cache, logits_to_keep=1).logits
+        position = position + 1
+        advance(step + 1)
+    for layer in cache.layer_caches:
+        layer.flush()
+    return lengths
+
+
+class _Draw:
+    """Greedy or sampled tokens; each sequence has random numbers of its own, whatever batch it is in."""
+
+    def __init__(self, prompts: Sequence[ProbePrompt], settings: CalibrationSettings, device: torch.device) -> None:
+        self.greedy = not settings.temperature
+        self.generators = []
+        for prompt in prompts:
+            digest = hashlib.sha256(f"{settings.seed} {prompt.hash}".encode()).digest()
+            generator = torch.Generator(device=device)
+            self.generators.append(generator.manual_seed(int.from_bytes(digest[:7], "big")))
+        self.warpers = transformers.LogitsProcessorList()
+        if not self.greedy:
+            self.warpers.append(transformers.TemperatureLogitsWarper(settings.temperature))
+            if settings.top_p < 1:
+                self.warpers.append(transformers.TopPLogitsWarper(settings.top_p))
+
+    def __call__(self, logits: Tensor, rows: Sequence[int]) -> list[int]:
+        if self.greedy:
+            return logits.argmax(-1).tolist()
+        chances = self.warpers(None, logits.float()).softmax(-1)
+        drawn = [torch.multinomial(chances[i], 1, generator=self.generators[row]) for i, row in enumerate(rows)]
+        return torch.cat(drawn).tolist()
+
+
+def _end_tokens(model: Any) -> set[int]:
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = model.config.eos_token_id if ends is None else ends
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("reasonalloc")
