@@ -5,6 +5,7 @@ each step, which tokens each head still holds; its logits must then be those of 
 """
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -13,6 +14,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -61,6 +63,14 @@ def tiny_model(kind="llama", dtype=torch.float32, attention="reasonalloc", **cha
     model = model.to(dtype)
     model.set_attn_implementation(attention)
     return model
+
+
+def word_tokenizer():
+    """One token for each of the words w2 to w96 that the tiny models know."""
+    words = {"<pad>": 0, "<s>": 1, **{f"w{i}": i for i in range(2, 97)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>")
 
 
 def prompts(lengths, seed=1):

@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from reference import tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from reference import tiny_model, word_tokenizer
+from transformers import MistralConfig, MistralForCausalLM
 from typer.testing import CliRunner
 
 import reasonalloc as ra
@@ -20,10 +19,7 @@ def run(*arguments):
 
 
 def save(folder, model):
-    words = {"<pad>": 0, "<s>": 1, **{f"w{i}": i for i in range(2, 97)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
 

@@ -99,8 +99,7 @@ class DemandProfile:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", tuple(sorted(self.prompts, key=lambda prompt: prompt.hash)))
-        if not self.rhos or list(self.rhos) != sorted(set(self.rhos)) or not all(0 < rho <= 1 for rho in self.rhos):
-            raise ValueError(f"rhos must be ascending shares in (0, 1], got {list(self.rhos)}")
+        check_rhos(self.rhos)
         if not self.prompts:
             raise ValueError("prompts are missing: a profile needs at least one")
         twice = [a.hash for a, b in pairwise(self.prompts) if a.hash == b.hash]
@@ -345,6 +344,12 @@ class DemandProfile:
             settings=read(dict, "settings"),
             source=read(dict, "source"),
         )
+
+
+def check_rhos(rhos: Sequence[float]) -> None:
+    """Validate shares of attention mass; raises ``ValueError``."""
+    if not rhos or list(rhos) != sorted(set(rhos)) or not all(0 < rho <= 1 for rho in rhos):
+        raise ValueError(f"rhos must be ascending shares in (0, 1], got {list(rhos)}")
 
 
 def merge(profiles: Sequence[DemandProfile]) -> DemandProfile:

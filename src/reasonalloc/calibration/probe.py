@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reasonalloc.allocation import ModelShape, PromptDemand
 from reasonalloc.allocation.demand import attention_demands
-from reasonalloc.allocation.profile import HISTOGRAM_EDGES, MissGrid
+from reasonalloc.allocation.profile import HISTOGRAM_EDGES, MissGrid, check_rhos
 from reasonalloc.calibration.miss_simulation import MissSimulation
 from reasonalloc.query_window import Queries, QueryWindow
 from reasonalloc.scoring.scorer import Observation
@@ -44,6 +44,7 @@ class ProbeSettings:
     block: int = 32
 
     def __post_init__(self) -> None:
+        check_rhos(self.rhos)
         for name in ("least_tokens", "block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
