@@ -21,7 +21,8 @@ ORDER = [
     ("calibration",),
     ("stats", "plots"),
     ("engines",),
-    ("demo", "cli", "__init__"),
+    ("console",),
+    ("demo", "profile_commands", "cli", "__init__"),
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 FILES = sorted(ROOT.rglob("*.py"))

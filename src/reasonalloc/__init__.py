@@ -8,6 +8,8 @@ from reasonalloc.allocation import (
     DynamicLayers,
     HeadAllocator,
     LayerAllocator,
+    MissCurveHeads,
+    MissCurveLayers,
     ModelShape,
     PyramidLayers,
     ThresholdHeads,
@@ -18,8 +20,9 @@ from reasonalloc.allocation import (
 )
 from reasonalloc.allocation.heads import HEAD_ALLOCATORS, AdaKVHeads
 from reasonalloc.allocation.layers import LAYER_ALLOCATORS
+from reasonalloc.calibration import CalibrationSettings, ProbePrompt
 from reasonalloc.compression import METHODS, Compression
-from reasonalloc.engines.transformers import Cache, drop_finished
+from reasonalloc.engines.transformers import Cache, calibrate, drop_finished
 from reasonalloc.engines.transformers.support import UnsupportedModelError
 from reasonalloc.recorder import Recorder
 from reasonalloc.scoring import RKV, SCORERS, Observation, Scorer, register_scorer
@@ -37,13 +40,17 @@ __all__ = [
     "AdaKVHeads",
     "Cache",
     "CacheStats",
+    "CalibrationSettings",
     "Compression",
     "DemandProfile",
     "DynamicLayers",
     "HeadAllocator",
     "LayerAllocator",
+    "MissCurveHeads",
+    "MissCurveLayers",
     "ModelShape",
     "Observation",
+    "ProbePrompt",
     "PyramidLayers",
     "Recorder",
     "Scorer",
@@ -52,6 +59,7 @@ __all__ = [
     "UniformLayers",
     "UnsupportedModelError",
     "WaveLayers",
+    "calibrate",
     "drop_finished",
     "register_head_allocator",
     "register_layer_allocator",

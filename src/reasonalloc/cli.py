@@ -1,39 +1,24 @@
-"""The command line: ``reasonalloc generate | methods | plot | demo``."""
+"""The command line: ``reasonalloc generate | calibrate | profile | methods | plot | demo``."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from reasonalloc.console import clear_errors, console, errors
+from reasonalloc.profile_commands import calibrate, profile_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Reasoning models in a small, fixed KV cache.")
 plot_app = typer.Typer(no_args_is_help=True, help="Draw what was recorded.")
 app.add_typer(plot_app, name="plot")
-console = Console()
-errors = Console(stderr=True)
-
-
-def fail(message: object) -> NoReturn:
-    """End with one clear sentence and exit status 2."""
-    errors.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
-    raise typer.Exit(2)
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """Turn the errors that a user can cause into one sentence."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
+app.add_typer(profile_app, name="profile")
+app.command()(calibrate)
 
 
 @app.command()
@@ -42,7 +27,9 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; '-' reads standard input.")],
     budget: Annotated[int | None, typer.Option("--budget", "-b", help="Tokens per KV head, on average.")] = None,
     method: Annotated[str, typer.Option(help="See `reasonalloc methods`.")] = "reasonalloc",
-    profile: Annotated[Path | None, typer.Option(help="Demand profile (JSON) for the layers.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Demand profile (JSON), or 'auto': calibrate once and keep it.")
+    ] = None,
     interval: Annotated[int, typer.Option(help="Decoded tokens between two compressions.")] = 128,
     protect_prompt: Annotated[bool, typer.Option(help="Keep the prompt, on top of the budget.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
@@ -104,13 +91,17 @@ def _generate(
     import torch
     import transformers
 
+    from reasonalloc.compression import AUTO_PROFILE
     from reasonalloc.engines.transformers import Cache
+    from reasonalloc.engines.transformers.auto_profile import auto_profile
     from reasonalloc.engines.transformers.loading import encode, load, quiet
     from reasonalloc.recorder import Recorder, write_atomically
 
     quiet()
     with errors.status(f"loading {model}"):
         network, tokenizer = load(model, dtype, device)
+    if compression.profile == AUTO_PROFILE:
+        compression = compression.replace(profile=auto_profile(network.config, network, tokenizer))
     recorder = Recorder() if record else None
     cache = Cache(network.config, compression, recorder=recorder)
     inputs = encode(tokenizer, [question], not raw, network.device)

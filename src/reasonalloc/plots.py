@@ -1,10 +1,15 @@
-"""Pictures of budgets (extra ``reasonalloc[plot]``)."""
+"""Pictures of budgets and demand profiles (extra ``reasonalloc[plot]``)."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from reasonalloc.allocation import DemandProfile
+from reasonalloc.calibration.operator_study import Choice, RhoEffect
+from reasonalloc.calibration.stability import Stability
 from reasonalloc.recorder import Recorder, write_atomically
 
 
@@ -15,20 +20,13 @@ def plot_budgets(recorder: Recorder, path: str | Path, sequence: int = 0) -> Non
         ValueError: nothing was recorded, no such sequence, or a path that is not a PNG.
         ImportError: matplotlib is not installed.
     """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"the picture is written as .png, got {path.name!r}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'reasonalloc[plot]'") from error
+    figure = _figure(path, 11, 5.5)
     arrays = recorder.arrays()
     budgets = arrays["budgets"]  # rounds, layers, batch, heads
     if not 0 <= sequence < budgets.shape[2]:
         raise ValueError(f"the record has sequences 0 to {budgets.shape[2] - 1}, got {sequence}")
     budgets = budgets[:, :, sequence]
     rounds, layers, heads = budgets.shape
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
     over_time, over_layers = figure.subplots(1, 2, width_ratios=(3, 2))
 
     rows = budgets.reshape(rounds, layers * heads).T
@@ -53,6 +51,106 @@ def plot_budgets(recorder: Recorder, path: str | Path, sequence: int = 0) -> Non
     over_layers.set_title(f"Budgets over layers after {arrays['step'][-1]} tokens")
     over_layers.legend(fontsize="small")
 
+    _save(figure, path)
+
+
+def plot_profile(profile: DemandProfile, stability: Stability, path: str | Path) -> None:
+    """Draw the wave with its bootstrap band, each query head's demand, and (where measured) the miss curves, as a PNG.
+
+    Raises:
+        ValueError: a path that is not a PNG.
+        ImportError: matplotlib is not installed.
+    """
+    methods = list(profile.grids)
+    figure = _figure(path, 11 + 4 * bool(methods), 4.6)
+    wave, heat, *misses = figure.subplots(1, 2 + bool(methods), squeeze=False)[0]
+    layers, rho = range(profile.shape.layers), profile.reference_rho
+    wave.fill_between(layers, stability.wave_low, stability.wave_high, alpha=0.3, label=f"{stability.level:.0%} band")
+    wave.plot(layers, stability.wave, marker="o", markersize=3, label=f"mean over {len(profile.prompts)} prompts")
+    wave.set(xlabel="layer", ylabel=f"tokens that hold {rho:.0%} of the attention", title="Demand over layers")
+    wave.set_ylim(bottom=0)
+    wave.legend(fontsize="small")
+
+    from matplotlib.colors import LogNorm
+
+    demand = profile.head_demand(rho)
+    least = max(float(demand.min()), 0.5)
+    norm = LogNorm(least, max(float(demand.max()), 2 * least))
+    image = heat.imshow(demand, aspect="auto", interpolation="nearest", origin="lower", cmap="viridis", norm=norm)
+    heat.set(xlabel="query head", ylabel="layer", title="Demand over heads")
+    figure.colorbar(image, ax=heat, label="tokens (logarithmic)")
+
+    for axes in misses:
+        for method in methods:
+            curves = profile.miss_curves(method)
+            flat = curves.reshape(len(curves), -1)
+            (line,) = axes.plot(profile.grids[method].budgets, flat.mean(1), marker="o", label=f"{method}: mean")
+            low, high = _quartiles(flat)
+            axes.fill_between(profile.grids[method].budgets, low, high, alpha=0.2, color=line.get_color())
+        axes.set(
+            xscale="log",
+            xlabel="tokens kept per head",
+            ylabel="share of attention on evicted tokens",
+            title="Miss curves (band: middle half of the KV heads)",
+        )
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def plot_operator_study(rhos: Sequence[RhoEffect], choices: Sequence[Choice], budget: int, path: str | Path) -> None:
+    """Draw layer budgets for each rho, and for each exponent and clip, as a PNG.
+
+    Raises:
+        ValueError: a path that is not a PNG.
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure(path, 12, 4.6)
+    by_rho, by_exponent = figure.subplots(1, 2, sharey=True)
+    for effect in rhos:
+        by_rho.step(
+            range(len(effect.choice.budgets)), effect.choice.budgets, where="mid", label=f"{effect.choice.rho:g}"
+        )
+    by_rho.set(xlabel="layer", ylabel="tokens per head", title=f"Budgets by rho (mean {budget})")
+    bounds = list(dict.fromkeys((choice.lower, choice.upper) for choice in choices))
+    styles = dict(zip(bounds, ("-", "--", "-.", ":") * len(bounds), strict=False))
+    exponents = list(dict.fromkeys(choice.exponent for choice in choices))
+    for choice in choices:
+        bound = (choice.lower, choice.upper)
+        by_exponent.plot(
+            choice.budgets,
+            styles[bound],
+            color=f"C{exponents.index(choice.exponent)}",
+            linewidth=1,
+            label=f"{choice.exponent:g}" if bound == bounds[0] else None,
+        )
+    lines = "  ".join(f"{style} [{low:g}, {high:g}]" for (low, high), style in styles.items())
+    by_exponent.set(xlabel="layer", title=f"Budgets by exponent and clip (line: {lines})")
+    by_exponent.title.set_fontsize("medium")
+    for axes, title in ((by_rho, "rho"), (by_exponent, "exponent")):
+        axes.legend(fontsize="small", title=title)
+        axes.set_ylim(bottom=0)
+    _save(figure, path)
+
+
+def _quartiles(x: Any) -> Any:
+    import numpy as np
+
+    return np.quantile(x, [0.25, 0.75], axis=1)
+
+
+def _figure(path: str | Path, width: float, height: float) -> Any:
+    """An empty figure; fails before any drawing where it could not be saved."""
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"the picture is written as .png, got {Path(path).name!r}")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'reasonalloc[plot]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: str | Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(Path(path), buffer.getvalue())

@@ -1,7 +1,8 @@
-"""The adapter to Hugging Face transformers: attention function, mask function, cache, generation loop."""
+"""The adapter to Hugging Face transformers: attention and mask functions, cache, generation loop, calibration."""
 
 from reasonalloc.engines.transformers.attention import ATTENTION_NAME
 from reasonalloc.engines.transformers.cache import Cache
+from reasonalloc.engines.transformers.calibrate import calibrate
 from reasonalloc.engines.transformers.generation import drop_finished
 
-__all__ = ["ATTENTION_NAME", "Cache", "drop_finished"]
+__all__ = ["ATTENTION_NAME", "Cache", "calibrate", "drop_finished"]

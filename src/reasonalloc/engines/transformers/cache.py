@@ -10,7 +10,7 @@ from transformers import cache_utils
 
 from reasonalloc.allocation import HEAD_ALLOCATORS, LAYER_ALLOCATORS
 from reasonalloc.budgets import LayerBudgets
-from reasonalloc.compression import Compression
+from reasonalloc.compression import AUTO_PROFILE, Compression
 from reasonalloc.engines.transformers.attention import tag
 from reasonalloc.engines.transformers.support import ATTENTION_NAME, architecture, check_states, model_shape
 from reasonalloc.layer_cache import LayerCache, NewTokens, Probe
@@ -152,8 +152,12 @@ class Cache(cache_utils.Cache):
             raise TypeError(f"expected a reasonalloc.Compression, got {type(compression).__name__}")
         if probe is not None and compression.budget is not None:
             raise ValueError(f"a probe watches a full cache: budget must be None, got {compression.budget}")
-        self.compression = compression
         self.shape = model_shape(config)
+        if compression.profile == AUTO_PROFILE:
+            from reasonalloc.engines.transformers.auto_profile import auto_profile  # which itself uses this class
+
+            compression = compression.replace(profile=auto_profile(config))
+        self.compression = compression
         if compression.demand_profile is not None:
             compression.demand_profile.check(self.shape, architecture(config))
         self.recorder = recorder

@@ -1,0 +1,154 @@
+"""Comparing profiles: does the wave belong to the model or to the task?
+
+The distance between two demand curves is Wasserstein-1 between the curves, normalised to sum 1, over relative depth in
+[0, 1] (layer l of L stands at (l + 1/2) / L), so that models of different depth compare. Variation is split over three
+levels - prompts within a task, tasks within a model, models - as in a nested PERMANOVA (Anderson 2001): sums of squared
+distances within groups, tested by permuting the labels of one level below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import wasserstein_distance
+
+from reasonalloc.allocation import DemandProfile
+from reasonalloc.allocation.profile import Floats
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the comparison.
+
+    Attributes:
+        name: "prompts", "tasks" or "models".
+        distance: mean distance of two prompts that differ at this level and at none above.
+        share: this level's share of the sum of squares.
+        ratio: effect size: ``distance`` over that of the level below; NaN for prompts.
+        p: of "this level's labels mean nothing", by permutation, one sided; NaN where there is nothing to permute.
+    """
+
+    name: str
+    distance: float
+    share: float
+    ratio: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What ``compare`` found.
+
+    Attributes:
+        names: of the profiles.
+        matrix: Wasserstein-1 between the profiles' waves, each over all its prompts.
+        levels: prompts, tasks, models; a level without two members is left out.
+    """
+
+    names: tuple[str, ...]
+    matrix: Float[Floats, "profiles profiles"]
+    levels: tuple[Level, ...]
+
+
+def wave_distance(a: Float[Floats, "layers_a"], b: Float[Floats, "layers_b"]) -> float:
+    """Wasserstein-1 between two demand curves over relative depth, each normalised to sum 1."""
+    places = [(np.arange(len(curve)) + 0.5) / len(curve) for curve in (a, b)]
+    return float(wasserstein_distance(*places, a, b))
+
+
+def compare(
+    profiles: Sequence[DemandProfile],
+    names: Sequence[str],
+    rho: float | None = None,
+    permutations: int = 9999,
+    seed: int = 0,
+) -> Comparison:
+    """Distances between profiles, and how much of them is due to prompts, tasks and models.
+
+    Args:
+        profiles: one for each model and task.
+        names: of the profiles.
+        rho: share of attention mass; None is the first profile's nearest to the paper's.
+        permutations: random relabellings; p-values are no smaller than 1 / (permutations + 1).
+        seed: of the relabellings.
+
+    Raises:
+        ValueError: fewer than two profiles, or a rho that one of them does not have.
+    """
+    if len(profiles) < 2:
+        raise ValueError(f"there is nothing to compare: {len(profiles)} profile")
+    rho = profiles[0].reference_rho if rho is None else rho
+    waves = [profile.layer_demand(rho) for profile in profiles]
+    matrix = np.array([[wave_distance(a, b) for b in waves] for a in waves])
+    curves = [curve for profile in profiles for curve in profile.prompt_layer_demand(rho)]
+    tasks = np.array([i for i, profile in enumerate(profiles) for _ in profile.prompts])
+    model_of = np.array(_models(profiles))
+    squares = np.zeros((len(curves), len(curves)))
+    for i, a in enumerate(curves):
+        for j in range(i):
+            squares[i, j] = squares[j, i] = wave_distance(a, curves[j]) ** 2
+    return Comparison(tuple(names), matrix, _levels(squares, tasks, model_of, permutations, seed))
+
+
+def _models(profiles: Sequence[DemandProfile]) -> list[int]:
+    """Which profiles are of one model: same shape, architecture and name."""
+    keys = [(p.shape, dict(p.architecture), p.source.get("model")) for p in profiles]
+    return [keys.index(key) for key in keys]
+
+
+def _levels(
+    squares: Floats, tasks: np.ndarray[Any, Any], model_of: np.ndarray[Any, Any], permutations: int, seed: int
+) -> tuple[Level, ...]:
+    rng = np.random.default_rng(seed)
+    models = model_of[tasks]
+    same_task, same_model = tasks[:, None] == tasks, models[:, None] == models
+    apart = ~np.eye(len(tasks), dtype=bool)
+    distances = np.sqrt(squares)
+    total = squares.sum() / 2 / len(tasks)
+    within_tasks, within_models = _within(squares, tasks), _within(squares, models)
+    pairs = {
+        "prompts": (same_task & apart, within_tasks),
+        "tasks": (same_model & ~same_task, within_models - within_tasks),
+        "models": (~same_model, total - within_models),
+    }
+    levels: list[Level] = []
+    for name, (where, sum_of_squares) in pairs.items():
+        if not where.any():
+            continue
+        distance = float(distances[where].mean())
+        ratio = distance / levels[-1].distance if levels else float("nan")
+        if name == "tasks":
+            p = _permute(rng, permutations, within_tasks, lambda: _within(squares, _shuffled(rng, tasks, models)))
+        elif name == "models":
+            p = _permute(rng, permutations, within_models, lambda: _within(squares, rng.permutation(model_of)[tasks]))
+        else:
+            p = float("nan")
+        levels.append(Level(name, distance, float(sum_of_squares / total), ratio, p))
+    return tuple(levels)
+
+
+def _within(squares: Floats, labels: np.ndarray[Any, Any]) -> float:
+    """Sum of squares within groups: pairwise squared distances over group size, each pair once."""
+    same = labels[:, None] == labels
+    return float((squares * same / same.sum(1)[:, None]).sum() / 2)
+
+
+def _shuffled(
+    rng: np.random.Generator, labels: np.ndarray[Any, Any], groups: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    """Labels permuted inside each group."""
+    shuffled = labels.copy()
+    for group in np.unique(groups):
+        inside = groups == group
+        shuffled[inside] = rng.permutation(labels[inside])
+    return shuffled
+
+
+def _permute(rng: np.random.Generator, permutations: int, observed: float, draw: Any) -> float:
+    """Share of relabellings whose groups are at least as tight as the true ones; the true one counts, too."""
+    tight = sum(draw() <= observed * (1 + 1e-12) for _ in range(permutations))
+    return (tight + 1) / (permutations + 1)

@@ -1,0 +1,112 @@
+"""How far a profile can be trusted: a bootstrap over its prompts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from reasonalloc.allocation import DemandProfile, WaveLayers
+from reasonalloc.allocation.apportion import smooth
+from reasonalloc.allocation.layers import split_over_layers
+from reasonalloc.allocation.profile import Floats
+
+WIDEST = 0.10  # relative width of a band above which more prompts are advised
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Percentile bands over bootstrap samples of the prompts.
+
+    Attributes:
+        wave, wave_low, wave_high: demand per layer, in tokens.
+        budget_low, budget_high: tokens per head (layer total over its heads) that "wave" layers would give.
+        budget: mean tokens per head that these budgets are for.
+        prompts: how many there were.
+        level: of the bands.
+    """
+
+    wave: Float[Floats, "layers"]
+    wave_low: Float[Floats, "layers"]
+    wave_high: Float[Floats, "layers"]
+    budget_low: Float[Floats, "layers"]
+    budget_high: Float[Floats, "layers"]
+    budget: int
+    prompts: int
+    level: float
+
+    @property
+    def widths(self) -> Float[Floats, "layers"]:
+        """Width of each layer's band, relative to its demand."""
+        return (self.wave_high - self.wave_low) / np.maximum(self.wave, np.finfo(np.float64).tiny)
+
+    @property
+    def budget_widths(self) -> Float[Floats, "layers"]:
+        """Width of the band of each layer's budget, relative to the mean budget."""
+        return (self.budget_high - self.budget_low) / self.budget
+
+    def advice(self) -> str | None:
+        """A warning where a band is wider than 10 %, with the number of prompts that might do; None where none is."""
+        if self.prompts < 2:
+            return "one prompt says nothing about others: calibrate on at least eight"
+        widest = float(self.widths.max())
+        if widest <= WIDEST:
+            return None
+        layers = np.flatnonzero(self.widths > WIDEST)
+        enough = math.ceil(self.prompts * (widest / WIDEST) ** 2)
+        return (
+            f"the {self.level:.0%} band of the demand is wider than {WIDEST:.0%} in {len(layers)} of {len(self.wave)} "
+            f"layers (widest: layer {int(self.widths.argmax())}, {widest:.0%}); bands shrink with the square root "
+            f"of the number of prompts, so about {enough} instead of {self.prompts} would do. "
+            f"Budgets move less: by at most {float(self.budget_widths.max()):.0%} of the mean"
+        )
+
+
+def bootstrap(
+    profile: DemandProfile,
+    rho: float | None = None,
+    budget: int = 128,
+    layers: WaveLayers | None = None,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Stability:
+    """Resample the prompts of a profile; see ``Stability``.
+
+    Args:
+        profile: with one prompt the bands have no width.
+        rho: share of attention mass; None is the one nearest the paper's.
+        budget: mean tokens per head that layer budgets are computed for.
+        layers: the allocator of these budgets; None is the default "wave".
+        draws: bootstrap samples.
+        level: of the bands, in (0, 1).
+        seed: of the resampling.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level must be in (0, 1), got {level}")
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
+    rho = profile.reference_rho if rho is None else rho
+    layers = layers or WaveLayers(rho=rho)
+    at, n = profile.rho_index(rho), len(profile.prompts)
+    sums = np.stack([prompt.sums[at].mean(-1) for prompt in profile.prompts])
+    rows = np.array([prompt.rows for prompt in profile.prompts], dtype=np.float64)
+    times = np.random.default_rng(seed).multinomial(n, [1 / n] * n, size=draws).astype(np.float64)
+    waves = (times @ sums) / (times @ rows)[:, None]
+    budgets = _budgets(waves, profile, budget, layers)
+    tail = (1 - level) / 2
+    wave_low, wave_high = np.quantile(waves, [tail, 1 - tail], axis=0)
+    budget_low, budget_high = np.quantile(budgets, [tail, 1 - tail], axis=0)
+    return Stability(profile.layer_demand(rho), wave_low, wave_high, budget_low, budget_high, budget, n, level)
+
+
+def _budgets(
+    waves: Float[Floats, "draws layers"], profile: DemandProfile, budget: int, layers: WaveLayers
+) -> np.ndarray[Any, Any]:
+    weights = smooth(torch.from_numpy(waves), layers.exponent)
+    totals = split_over_layers(weights, profile.shape, budget, 0, layers.lower, layers.upper)
+    return totals.numpy() / profile.shape.kv_heads

@@ -1,0 +1,63 @@
+"""``profile="auto"``: a profile from the user's cache folder, calibrated once for each model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from reasonalloc.allocation import DemandProfile
+from reasonalloc.calibration import CalibrationSettings
+from reasonalloc.engines.transformers.calibrate import calibrate
+from reasonalloc.engines.transformers.loading import load
+from reasonalloc.engines.transformers.support import architecture, model_shape
+from reasonalloc.recorder import write_atomically
+
+SETTINGS = CalibrationSettings(max_new_tokens=512, miss=("rkv",))
+
+
+def cache_folder() -> Path:
+    """Where this package keeps files for its user: $REASONALLOC_CACHE, or reasonalloc in the user's cache folder."""
+    own = os.environ.get("REASONALLOC_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(own or f"{base}/reasonalloc").expanduser()
+
+
+def auto_profile_path(config: Any) -> Path:
+    """Where the profile of this model is kept: by its name, its revision and its architecture."""
+    revision = getattr(config, "_commit_hash", None)
+    known = [config.name_or_path, revision, vars(model_shape(config)), architecture(config)]
+    key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder() / "profiles" / f"{Path(config.name_or_path).name or 'model'}-{key}.json"
+
+
+def auto_profile(config: Any, model: Any = None, tokenizer: Any = None) -> DemandProfile:
+    """The model's profile; where there is none yet, calibrate on the eight built-in prompts and keep the result.
+
+    Args:
+        config: the model's configuration.
+        model, tokenizer: the model itself, if it is loaded; else it is loaded from ``config.name_or_path``.
+
+    Raises:
+        ValueError: the configuration does not say where the model is, or it cannot be loaded from there.
+    """
+    path = auto_profile_path(config)
+    if path.exists():
+        return DemandProfile.load(path)
+    if model is None or tokenizer is None:
+        if not config.name_or_path:
+            raise ValueError(
+                "profile='auto' cannot tell where this model comes from (config.name_or_path is empty): "
+                "calibrate it with `reasonalloc calibrate` or reasonalloc.calibrate and pass the profile"
+            )
+        model, tokenizer = load(config.name_or_path)
+    print(f"calibrating {config.name_or_path or 'the model'} once (profile='auto'); kept in {path}", file=sys.stderr)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    profile = calibrate(model, tokenizer, settings=SETTINGS, partial=partial)
+    write_atomically(path, profile.to_json())
+    partial.unlink(missing_ok=True)
+    return profile

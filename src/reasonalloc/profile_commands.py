@@ -1,0 +1,250 @@
+"""The commands about demand profiles: ``calibrate``, and ``profile show | study | compare | merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from reasonalloc.console import clear_errors, console, errors
+
+if TYPE_CHECKING:
+    from reasonalloc.allocation import DemandProfile
+
+profile_app = typer.Typer(no_args_is_help=True, help="Look at demand profiles, compare and merge them.")
+
+Budget = Annotated[int, typer.Option("--budget", "-b", min=1, help="Mean tokens per head that budgets are shown for.")]
+Picture = Annotated[Path | None, typer.Option(help="Draw it, too (.png).")]
+File = Annotated[Path, typer.Argument(help="A profile made by `reasonalloc calibrate`.")]
+
+
+def calibrate(
+    model: Annotated[str, typer.Option("--model", "-m", help="Local folder, .gguf file, or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The profile (.json).")],
+    prompts: Annotated[Path | None, typer.Option(help="Your own questions (.jsonl); default: 8 built-in ones.")] = None,
+    field: Annotated[str, typer.Option(help="Field of the question in that file.")] = "prompt",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of that file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest chain of thought.")] = 1024,
+    miss: Annotated[list[str] | None, typer.Option(help="Also miss curves of this method (may be repeated).")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.6,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 4,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output file if it exists.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Measure a model's demand profile while it answers some questions.
+
+    An interrupted calibration goes on where it was: run the same command again.
+    """
+    with clear_errors():
+        from reasonalloc.calibration import CalibrationSettings, built_in_prompts, read_prompts
+        from reasonalloc.engines.transformers import calibrate as run_calibration
+        from reasonalloc.engines.transformers.loading import load, quiet
+        from reasonalloc.recorder import write_atomically
+
+        if output.suffix != ".json":
+            raise ValueError(f"a profile is saved as .json, got {output.name!r}")
+        if output.exists() and not force:
+            raise ValueError(f"{output} exists; pass --force to replace it")
+        settings = CalibrationSettings(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            batch_size=batch_size,
+            miss=tuple(miss or ()),
+        )
+        questions = (built_in_prompts() if prompts is None else read_prompts(prompts, field))[:limit]
+        partial = output.with_name(output.name + ".partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        quiet()
+        with errors.status(f"loading {model}"):
+            network, tokenizer = load(model, dtype, device)
+        if partial.exists():
+            errors.print(f"going on with {partial}", highlight=False)
+        with _progress() as progress:
+            task = progress.add_task(f"calibrating on {len(questions)} questions", total=None)
+            profile = run_calibration(
+                network,
+                tokenizer,
+                questions,
+                settings,
+                partial=partial,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        write_atomically(output, profile.to_json())
+        partial.unlink(missing_ok=True)
+        _show(profile, 128)
+        console.print(f"wrote {output}", highlight=False)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
+    return Progress(*columns, TimeRemainingColumn(), console=errors)
+
+
+@profile_app.command("show")
+def show(profile: File, budget: Budget = 128, plot: Picture = None) -> None:
+    """The wave with its bootstrap band, the heads' spread, and the budgets that follow."""
+    with clear_errors():
+        from reasonalloc.allocation import DemandProfile
+
+        found = DemandProfile.load(profile)
+        if plot is not None:
+            from reasonalloc.calibration.stability import bootstrap
+            from reasonalloc.plots import plot_profile
+
+            plot_profile(found, bootstrap(found, budget=budget), plot)
+        _show(found, budget)
+        if plot is not None:
+            console.print(f"wrote {plot}", highlight=False)
+
+
+def _show(profile: DemandProfile, budget: int) -> None:
+    from reasonalloc.allocation import WaveLayers
+    from reasonalloc.calibration.stability import bootstrap
+
+    rho = profile.reference_rho
+    bands = bootstrap(profile, budget=budget)
+    wave = WaveLayers(rho=rho).allocate(profile.shape, budget, 0, profile).numpy() / profile.shape.kv_heads
+    error, heads = profile.layer_standard_error(rho), profile.head_demand(rho)
+    tokens = sum(prompt.tokens for prompt in profile.prompts)
+    table = Table(
+        title=f"{escape(str(profile.source.get('model') or profile.architecture.get('model_type') or 'a model'))}: "
+        f"{len(profile.prompts)} prompts, {tokens} tokens generated, {profile.rows} positions measured",
+        caption=f"demand: tokens that hold {rho:.0%} of a position's attention, mean over positions and query heads.\n"
+        f"budget: tokens per head of layers='wave' at a mean of {budget}. Bands: {bands.level:.0%}, over prompts.",
+        caption_justify="left",
+    )
+    for heading in ("layer", "demand", "± s.e.", "band", "least head", "most head", "budget", "band"):
+        table.add_column(heading, justify="right")
+    for layer in range(profile.shape.layers):
+        table.add_row(
+            str(layer),
+            f"{bands.wave[layer]:.1f}",
+            f"{error[layer]:.1f}",
+            f"{bands.wave_low[layer]:.1f} to {bands.wave_high[layer]:.1f}",
+            f"{heads[layer].min():.1f}",
+            f"{heads[layer].max():.1f}",
+            f"{wave[layer]:.1f}",
+            f"{bands.budget_low[layer]:.0f} to {bands.budget_high[layer]:.0f}",
+        )
+    console.print(table)
+    for method, grid in profile.grids.items():
+        mean = profile.miss_curves(method).mean((1, 2))
+        curve = "  ".join(f"{b}: {m:.1%}" for b, m in zip(grid.budgets, mean, strict=True))
+        console.print(f"attention on tokens that {method} had evicted, by budget: {curve}", highlight=False)
+    advice = bands.advice()
+    if advice:
+        console.print(f"[yellow]note:[/] {advice}.", highlight=False)
+
+
+@profile_app.command("study")
+def study(profile: File, budget: Budget = 128, plot: Picture = None) -> None:
+    """What rho, the exponent gamma and the clip bounds do to the layer budgets."""
+    with clear_errors():
+        from reasonalloc.allocation import DemandProfile
+        from reasonalloc.calibration.operator_study import operator_effects, rho_effects
+
+        found = DemandProfile.load(profile)
+        rhos, choices = rho_effects(found, budget), operator_effects(found, budget)
+        if plot is not None:
+            from reasonalloc.plots import plot_operator_study
+
+            plot_operator_study(rhos, choices, budget, plot)
+        table = Table(title=f"rho (against {found.reference_rho:g}), budget {budget}")
+        for heading in ("rho", "W1 of the waves", "Spearman", "least", "most", "tokens moved"):
+            table.add_column(heading, justify="right")
+        for effect in rhos:
+            choice = effect.choice
+            table.add_row(
+                f"{choice.rho:g}",
+                f"{effect.distance:.4f}",
+                f"{effect.correlation:.3f}",
+                f"{choice.budgets.min():.1f}",
+                f"{choice.budgets.max():.1f}",
+                f"{choice.moved:.1%}",
+            )
+        console.print(table)
+        table = Table(title=f"exponent and clip (against 0.5 and [0.25, 2]), budget {budget}")
+        for heading in ("exponent", "clip", "least", "most", "tokens moved"):
+            table.add_column(heading, justify="right")
+        for choice in choices:
+            table.add_row(
+                f"{choice.exponent:g}",
+                escape(f"[{choice.lower:g}, {choice.upper:g}]"),
+                f"{choice.budgets.min():.1f}",
+                f"{choice.budgets.max():.1f}",
+                f"{choice.moved:.1%}",
+            )
+        console.print(table)
+        if plot is not None:
+            console.print(f"wrote {plot}", highlight=False)
+
+
+@profile_app.command("compare")
+def compare_command(
+    profiles: Annotated[list[Path], typer.Argument(help="Profiles: one for each model and task.")],
+    permutations: Annotated[int, typer.Option(min=1, help="Random relabellings of the test.")] = 9999,
+    seed: Annotated[int, typer.Option(help="Of the relabellings.")] = 0,
+) -> None:
+    """Does the wave belong to the model or to the task? Distances, variance by level, permutation tests."""
+    with clear_errors():
+        from reasonalloc.allocation import DemandProfile
+        from reasonalloc.calibration.compare import compare
+
+        names = _short_names(profiles)
+        found = compare([DemandProfile.load(path) for path in profiles], names, permutations=permutations, seed=seed)
+        table = Table("", *names, title="Wasserstein-1 between waves over relative depth")
+        for name, row in zip(names, found.matrix, strict=True):
+            table.add_row(name, *(f"{value:.4f}" for value in row))
+        console.print(table)
+        table = Table(
+            title="Where waves differ",
+            caption="distance: mean W1 of two prompts that differ at this level and not above it; effect: over that of "
+            "the level below;\nvariance: share of the sum of squares; p: permutation test of the level's labels, "
+            "one sided",
+            caption_justify="left",
+        )
+        for heading in ("level", "distance", "effect", "variance", "p"):
+            table.add_column(heading, justify="right")
+        for level in found.levels:
+            table.add_row(
+                level.name,
+                f"{level.distance:.4f}",
+                _or_dash(level.ratio, "{:.2f}x"),
+                f"{level.share:.1%}",
+                _or_dash(level.p, "{:.4f}"),
+            )
+        console.print(table)
+
+
+@profile_app.command("merge")
+def merge_command(
+    profiles: Annotated[list[Path], typer.Argument(help="Profiles of one model, measured alike.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The merged profile (.json).")],
+) -> None:
+    """Make one profile of several: what measuring all their prompts together would have given."""
+    with clear_errors():
+        from reasonalloc.allocation import DemandProfile, merge
+        from reasonalloc.recorder import write_atomically
+
+        merged = merge([DemandProfile.load(path) for path in profiles])
+        write_atomically(output, merged.to_json())
+        console.print(f"wrote {output}: {len(merged.prompts)} prompts", highlight=False)
+
+
+def _short_names(paths: list[Path]) -> list[str]:
+    """File names; with their folders where two are alike."""
+    names = [path.stem for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def _or_dash(value: float, pattern: str) -> str:
+    return "-" if value != value else pattern.format(value)
