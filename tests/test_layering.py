@@ -21,6 +21,7 @@ ORDER = [
     ("calibration",),
     ("stats", "plots"),
     ("engines",),
+    ("evaluation",),
     ("console",),
     ("demo", "profile_commands", "cli", "__init__"),
 ]

@@ -16,6 +16,7 @@ from reasonalloc.allocation import (
     LayerAllocator,
 )
 from reasonalloc.allocation.layers import NO_PROFILE
+from reasonalloc.allocation.miss import MissCurveBudgets
 from reasonalloc.registry import unknown_name
 from reasonalloc.scoring import SCORERS, Scorer
 
@@ -68,6 +69,10 @@ class Compression:
             resolve(self, "profile", DemandProfile.load(self.profile))
         layers = self.layers if self.layers is not None else ("dynamic" if self.profile is None else "wave")
         resolve(self, "layers", LAYER_ALLOCATORS.create(layers))
+        for name in ("layers", "heads"):
+            policy = getattr(self, name)
+            if isinstance(policy, MissCurveBudgets) and not policy.scorer:
+                resolve(self, name, replace(policy, scorer=SCORERS.name_of(self.token_scorer)))
         resolve(self, "window", self.scorer.window if self.window is None else self.window)  # type: ignore[union-attr]
         self._validate()
 

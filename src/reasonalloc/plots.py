@@ -61,9 +61,9 @@ def plot_profile(profile: DemandProfile, stability: Stability, path: str | Path)
         ValueError: a path that is not a PNG.
         ImportError: matplotlib is not installed.
     """
-    methods = list(profile.grids)
-    figure = _figure(path, 11 + 4 * bool(methods), 4.6)
-    wave, heat, *misses = figure.subplots(1, 2 + bool(methods), squeeze=False)[0]
+    scorers = list(profile.grids)
+    figure = _figure(path, 11 + 4 * bool(scorers), 4.6)
+    wave, heat, *misses = figure.subplots(1, 2 + bool(scorers), squeeze=False)[0]
     layers, rho = range(profile.shape.layers), profile.reference_rho
     wave.fill_between(layers, stability.wave_low, stability.wave_high, alpha=0.3, label=f"{stability.level:.0%} band")
     wave.plot(layers, stability.wave, marker="o", markersize=3, label=f"mean over {len(profile.prompts)} prompts")
@@ -81,12 +81,12 @@ def plot_profile(profile: DemandProfile, stability: Stability, path: str | Path)
     figure.colorbar(image, ax=heat, label="tokens (logarithmic)")
 
     for axes in misses:
-        for method in methods:
-            curves = profile.miss_curves(method)
+        for scorer in scorers:
+            curves = profile.miss_curves(scorer)
             flat = curves.reshape(len(curves), -1)
-            (line,) = axes.plot(profile.grids[method].budgets, flat.mean(1), marker="o", label=f"{method}: mean")
+            (line,) = axes.plot(profile.grids[scorer].budgets, flat.mean(1), marker="o", label=f"{scorer}: mean")
             low, high = _quartiles(flat)
-            axes.fill_between(profile.grids[method].budgets, low, high, alpha=0.2, color=line.get_color())
+            axes.fill_between(profile.grids[scorer].budgets, low, high, alpha=0.2, color=line.get_color())
         axes.set(
             xscale="log",
             xlabel="tokens kept per head",

@@ -29,7 +29,7 @@ def calibrate(
     field: Annotated[str, typer.Option(help="Field of the question in that file.")] = "prompt",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of that file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest chain of thought.")] = 1024,
-    miss: Annotated[list[str] | None, typer.Option(help="Also miss curves of this method (may be repeated).")] = None,
+    miss: Annotated[list[str] | None, typer.Option(help="Also miss curves of this scorer (may be repeated).")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.6,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
@@ -136,10 +136,10 @@ def _show(profile: DemandProfile, budget: int) -> None:
             f"{bands.budget_low[layer]:.0f} to {bands.budget_high[layer]:.0f}",
         )
     console.print(table)
-    for method, grid in profile.grids.items():
-        mean = profile.miss_curves(method).mean((1, 2))
+    for scorer, grid in profile.grids.items():
+        mean = profile.miss_curves(scorer).mean((1, 2))
         curve = "  ".join(f"{b}: {m:.1%}" for b, m in zip(grid.budgets, mean, strict=True))
-        console.print(f"attention on tokens that {method} had evicted, by budget: {curve}", highlight=False)
+        console.print(f"attention on tokens that {scorer} had evicted, by budget: {curve}", highlight=False)
     advice = bands.advice()
     if advice:
         console.print(f"[yellow]note:[/] {advice}.", highlight=False)

@@ -78,11 +78,11 @@ class MissCurveBudgets:
     """What the layer and the head allocator of the miss curves share.
 
     Attributes:
-        method: whose simulated evictions the curves are of; the scorer in use should be the same.
+        scorer: whose simulated evictions the curves are of. Empty: that of the ``Compression`` it is used in.
         floor: least tokens of a head, as a share of the mean budget; never below the window and one token more.
     """
 
-    method: str = "rkv"
+    scorer: str = ""
     floor: float = 0.125
 
     def __post_init__(self) -> None:
@@ -96,10 +96,10 @@ class MissCurveBudgets:
         if profile is None:
             raise ValueError(
                 "'miss-curve' needs the model's profile with miss curves: run `reasonalloc calibrate --model MODEL "
-                f"--miss {self.method} -o wave.json` and pass profile='wave.json'"
+                f"--miss {self.scorer} -o wave.json` and pass profile='wave.json'"
             )
-        curves = profile.miss_curves(self.method)
-        grid = np.array(profile.grids[self.method].budgets, dtype=np.float64)
+        curves = profile.miss_curves(self.scorer)
+        grid = np.array(profile.grids[self.scorer].budgets, dtype=np.float64)
         least = min(budget, max(int(self.floor * budget), window + 1))
         flat = curves.reshape(len(grid), -1)
         total = shape.layers * shape.kv_heads * budget

@@ -37,8 +37,8 @@ class PromptDemand:
         hash: SHA-256 of the prompt's text (hexadecimal).
         rows: decode positions that were measured.
         sums: ``N_rho`` summed over the positions, for each rho, layer and query head (whole numbers).
-        misses: for each simulated method the attention mass that fell on tokens it had evicted, summed over the
-            positions, at each of the method's budgets, per layer and key/value head (mean over its query heads).
+        misses: for each simulated scorer the attention mass that fell on tokens it had evicted, summed over the
+            positions, at each of its grid's budgets, per layer and key/value head (mean over its query heads).
         task: a label, for comparisons.
         tokens: generated tokens.
     """
@@ -53,7 +53,7 @@ class PromptDemand:
 
 @dataclass(frozen=True)
 class MissGrid:
-    """Where a method's miss curves were simulated.
+    """Where a scorer's miss curves were simulated.
 
     Attributes:
         budgets: tokens per head, ascending.
@@ -83,7 +83,7 @@ class DemandProfile:
         architecture: what else tells models apart ("model_type", "hidden_size", ...); empty for a profile by hand.
         histogram: how many rows of each layer and query head fell into each bin of ``HISTOGRAM_EDGES``, for the
             rho nearest the paper's; None for a profile by hand.
-        grids: where the miss curves of each method were simulated.
+        grids: where the miss curves of each scorer were simulated.
         settings: how it was measured; merged profiles must agree on it.
         source: the model's name and revision, and the library's version: for the reader, never compared.
     """
@@ -125,13 +125,13 @@ class DemandProfile:
             raise ValueError(
                 f"misses of prompt {prompt.hash[:8]} are of {sorted(prompt.misses)}, not {sorted(self.grids)}"
             )
-        for name, values in (("sums", prompt.sums), *((f"misses.{m}", v) for m, v in prompt.misses.items())):
+        for name, values in (("sums", prompt.sums), *((f"misses.{name}", v) for name, v in prompt.misses.items())):
             if not np.isfinite(values).all() or (values < 0).any():
                 raise ValueError(f"{name} of prompt {prompt.hash[:8]} must be finite and not negative")
-        for method, values in prompt.misses.items():
-            wanted = (len(self.grids[method].budgets), self.shape.layers, self.shape.kv_heads)
+        for scorer, values in prompt.misses.items():
+            wanted = (len(self.grids[scorer].budgets), self.shape.layers, self.shape.kv_heads)
             if values.shape != wanted:
-                raise ValueError(f"misses.{method} have shape {values.shape}, expected {wanted}")
+                raise ValueError(f"misses.{scorer} have shape {values.shape}, expected {wanted}")
 
     @classmethod
     def of_layers(
@@ -210,17 +210,17 @@ class DemandProfile:
         edges = np.array(HISTOGRAM_EDGES, dtype=np.float64)
         return np.stack([edges[(covered < share).sum(-1).clip(max=len(edges) - 1)] for share in shares])
 
-    def miss_curves(self, method: str) -> Float[Floats, "budgets layers kv_heads"]:
-        """Mean share of attention that falls on evicted tokens, at the budgets of ``grids[method]``.
+    def miss_curves(self, scorer: str) -> Float[Floats, "budgets layers kv_heads"]:
+        """Mean share of attention that falls on evicted tokens, at the budgets of ``grids[scorer]``.
 
-        Raises ``ValueError`` if the profile has no curves of that method.
+        Raises ``ValueError`` if the profile has no curves of that scorer.
         """
-        if method not in self.grids:
+        if scorer not in self.grids:
             raise ValueError(
-                f"the profile has no miss curves of {method!r} (it has: {', '.join(self.grids) or 'none'}); "
-                f"calibrate with --miss {method}"
+                f"the profile has no miss curves of {scorer!r} (it has: {', '.join(self.grids) or 'none'}); "
+                f"calibrate with --miss {scorer}"
             )
-        return _total([prompt.misses[method] for prompt in self.prompts]) / self.rows
+        return _total([prompt.misses[scorer] for prompt in self.prompts]) / self.rows
 
     def subset(self, indices: Sequence[int]) -> DemandProfile:
         """The profile of some prompts; an index may be repeated (bootstrap). It has no histogram."""
@@ -249,7 +249,7 @@ class DemandProfile:
             "model": {**vars(self.shape), "architecture": dict(self.architecture)},
             "settings": dict(self.settings),
             "rhos": list(self.rhos),
-            "grids": {m: {"budgets": list(g.budgets), "interval": g.interval} for m, g in self.grids.items()},
+            "grids": {name: {"budgets": list(g.budgets), "interval": g.interval} for name, g in self.grids.items()},
             "summary": self._summary(),
             "histogram": None if self.histogram is None else _trimmed(self.histogram),
             "prompts": [
@@ -259,7 +259,7 @@ class DemandProfile:
                     "tokens": prompt.tokens,
                     "rows": prompt.rows,
                     "sums": _plain(prompt.sums),
-                    "misses": {method: _plain(values) for method, values in prompt.misses.items()},
+                    "misses": {scorer: _plain(values) for scorer, values in prompt.misses.items()},
                 }
                 for prompt in self.prompts
             ],
@@ -364,9 +364,7 @@ def merge(profiles: Sequence[DemandProfile]) -> DemandProfile:
     first = profiles[0]
     for other in profiles[1:]:
         other.check(first.shape, first.architecture)
-        own, theirs = (
-            {**p.settings, "rhos": p.rhos, **{f"miss {m}": vars(g) for m, g in p.grids.items()}} for p in (first, other)
-        )
+        own, theirs = _measured_with(first), _measured_with(other)
         different = differences(own, theirs, "one", "other")
         if different:
             raise ValueError(f"profiles measured differently cannot be merged ({different})")
@@ -381,6 +379,11 @@ def merge(profiles: Sequence[DemandProfile]) -> DemandProfile:
         first.settings,
         first.source,
     )
+
+
+def _measured_with(profile: DemandProfile) -> dict[str, Any]:
+    grids = {f"miss {name}": vars(grid) for name, grid in profile.grids.items()}
+    return {**profile.settings, "rhos": profile.rhos, **grids}
 
 
 def differences(own: Mapping[str, Any], other: Mapping[str, Any], own_name: str, other_name: str) -> str:

@@ -1,4 +1,4 @@
-"""Simulated eviction beside a full cache: which attention would have fallen on tokens that a method had dropped."""
+"""Simulated eviction beside a full cache: which attention would have fallen on tokens that a scorer had dropped."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from reasonalloc.storage.tokens import LayerTokens
 
 
 class MissSimulation:
-    """One layer under one method's scorer, at every budget of a grid, each head with the same budget.
+    """One layer under one scorer, with its own window, at every budget of a grid, each head with the same budget.
 
     The model goes on with its full cache; only the bookkeeping forgets. Once per interval each budget's survivors are
-    scored and cut as the method would do it.
+    scored and cut as in a real cache.
     """
 
-    def __init__(self, method: str, grid: MissGrid, layer: int) -> None:
+    def __init__(self, scorer: str, grid: MissGrid, layer: int) -> None:
         self.grid = grid
-        self.compressions = [Compression.method(method, b, layers="uniform", heads="uniform") for b in grid.budgets]
+        self.compressions = [Compression(b, scorer, layers="uniform", heads="uniform") for b in grid.budgets]
         self.layer = layer
         self.observed_queries = max(c.token_scorer.observed_queries for c in self.compressions)
         self.needs_received = any(c.tracks_received for c in self.compressions)

@@ -32,7 +32,7 @@ class ProbeSettings:
     Attributes:
         rhos: shares of attention mass, ascending.
         histogram_rho: index of the one whose distribution is kept.
-        grids: methods whose eviction is simulated, each with its budgets.
+        grids: scorers whose eviction is simulated, each with its budgets.
         least_tokens: rows of queries that see fewer tokens do not count.
         block: decoded tokens that are observed together; divides every grid's interval.
     """
@@ -48,9 +48,9 @@ class ProbeSettings:
         for name in ("least_tokens", "block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for method, grid in self.grids.items():
+        for scorer, grid in self.grids.items():
             if grid.interval % self.block:
-                raise ValueError(f"interval {grid.interval} of {method} is no multiple of the block of {self.block}")
+                raise ValueError(f"interval {grid.interval} of {scorer} is no multiple of the block of {self.block}")
 
 
 class DemandProbe:
@@ -60,8 +60,8 @@ class DemandProbe:
         self.shape = shape
         self.settings = settings
         self._simulations = {
-            method: [MissSimulation(method, grid, layer) for layer in range(shape.layers)]
-            for method, grid in settings.grids.items()
+            scorer: [MissSimulation(scorer, grid, layer) for layer in range(shape.layers)]
+            for scorer, grid in settings.grids.items()
         }
         simulations = [parts[0] for parts in self._simulations.values()]
         self.observed_queries = max([settings.block, *(part.observed_queries for part in simulations)])
@@ -87,8 +87,8 @@ class DemandProbe:
             weights, rows = self._attention(tokens, queries.last(steps), scaling)
             rows = rows & self._before_end(layer, steps).to(rows.device)
             self._add_demand(layer, weights, rows)
-            for method, layers in self._simulations.items():
-                self._misses[method][self._alive, :, layer] += layers[layer].observe(weights, rows, steps)
+            for scorer, layers in self._simulations.items():
+                self._misses[scorer][self._alive, :, layer] += layers[layer].observe(weights, rows, steps)
         for layers in self._simulations.values():
             layers[layer].compress(tokens, queries, scaling)
 
@@ -126,7 +126,7 @@ class DemandProbe:
                 hash=hashes[i],
                 rows=int(self._rows[i]),
                 sums=self._sums[i],
-                misses={method: _nine_digits(values[i]) for method, values in self._misses.items()},
+                misses={scorer: _nine_digits(values[i]) for scorer, values in self._misses.items()},
                 task=tasks[i],
                 tokens=tokens[i],
             )
@@ -147,8 +147,8 @@ class DemandProbe:
         self._sums = np.zeros((batch, len(settings.rhos), shape.layers, shape.query_heads))
         self._histogram = np.zeros((shape.layers, shape.query_heads, len(HISTOGRAM_EDGES)), dtype=np.int64)
         self._misses = {
-            method: np.zeros((batch, len(grid.budgets), shape.layers, shape.kv_heads))
-            for method, grid in settings.grids.items()
+            scorer: np.zeros((batch, len(grid.budgets), shape.layers, shape.kv_heads))
+            for scorer, grid in settings.grids.items()
         }
 
     def _attention(

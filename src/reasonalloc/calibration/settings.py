@@ -25,7 +25,7 @@ class CalibrationSettings:
         top_p: of sampling.
         seed: of sampling; each prompt draws from its own stream.
         batch_size: prompts that are decoded together. Numbers do not depend on the batch but for rounding.
-        miss: methods (names) whose eviction is simulated for miss curves.
+        miss: scorers (names) whose eviction is simulated for miss curves.
         miss_budgets: tokens per head of that simulation, ascending.
         interval: decoded tokens between two simulated compressions.
     """
@@ -49,17 +49,15 @@ class CalibrationSettings:
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        for method in self.miss:
-            if method == "full":
-                raise ValueError("the full cache misses nothing: name a method that evicts")
+        for scorer in self.miss:
             for budget in self.miss_budgets:
-                Compression.method(method, budget, layers="uniform", heads="uniform")  # a budget too small fails here
+                Compression(budget, scorer, layers="uniform")  # a budget too small for the window fails here
         self.probe()
 
     @property
     def grids(self) -> dict[str, MissGrid]:
         """Where miss curves are simulated."""
-        return {method: MissGrid(self.miss_budgets, self.interval) for method in self.miss}
+        return {scorer: MissGrid(self.miss_budgets, self.interval) for scorer in self.miss}
 
     def probe(self) -> ProbeSettings:
         """What the probe needs to know of this."""

@@ -1,0 +1,155 @@
+"""Fidelity: a fixed text, read with a compressed cache, against the same text read with the full cache.
+
+It needs no capable model and no grading: every token's likelihood counts, so that minutes separate what accuracy would
+need thousands of samples for.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reasonalloc.compression import Compression
+from reasonalloc.engines.transformers.cache import Cache
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A question and a text that answers it.
+
+    Attributes:
+        name: for tables.
+        prompt: token ids of the question, with its chat template.
+        answer: token ids of the text that is scored.
+    """
+
+    name: str
+    prompt: Int[Tensor, "prompt"]
+    answer: Int[Tensor, "answer"]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How a text was read, at every position of the answer.
+
+    Attributes:
+        nll: negative log-likelihood of the text's own token, in nats.
+        kl: divergence of the full cache's distribution from this one, KL(full || this), in nats; None without one.
+        agree: whether the likeliest token is the full cache's; None without one.
+        log_probs: the whole distributions, if they were asked for.
+    """
+
+    nll: Float[np.ndarray[Any, Any], "answer"]
+    kl: Float[np.ndarray[Any, Any], "answer"] | None
+    agree: np.ndarray[Any, Any] | None
+    log_probs: Float[Tensor, "answer vocabulary"] | None = None
+
+
+def read_traces(
+    path: str | Path,
+    tokenizer: Any,
+    question_field: str = "problem",
+    answer_field: str = "solution",
+    least: int = 1,
+    most: int | None = None,
+) -> list[Trace]:
+    """Questions and texts from a JSON-lines file, tokenized; only answers of ``least`` to ``most`` tokens.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line that is no object with both fields; line and field are named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no data at {path}")
+    traces = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+            question, answer = (data[field] for field in (question_field, answer_field))
+            prompt_ids, answer_ids = _tokenize(tokenizer, str(question), str(answer))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: needs the fields {question_field!r} and {answer_field!r} ({error})"
+            ) from error
+        if least <= len(answer_ids) and (most is None or len(answer_ids) <= most):
+            traces.append(Trace(str(data.get("unique_id", number)), prompt_ids, answer_ids))
+    return traces
+
+
+def _tokenize(tokenizer: Any, question: str, answer: str) -> tuple[Tensor, Tensor]:
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": question}]
+        question = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer(question, add_special_tokens=False).input_ids
+    else:
+        prompt = tokenizer(question).input_ids
+    return torch.tensor(prompt), torch.tensor(tokenizer(answer, add_special_tokens=False).input_ids)
+
+
+@torch.no_grad()
+def teacher_force(
+    model: Any,
+    trace: Trace,
+    compression: Compression,
+    reference: Fidelity | None = None,
+    keep_log_probs: bool = False,
+) -> Fidelity:
+    """Read ``trace`` with the given cache, one interval of tokens per forward pass.
+
+    Nothing is evicted inside an interval, so this equals reading token by token, and is many times as fast.
+
+    Args:
+        model: with attn_implementation="reasonalloc".
+        trace: what is read; batch size 1.
+        compression: the cache. An interval of 1 evicts after every token.
+        reference: the same trace with the full cache and ``keep_log_probs``; gives ``kl`` and ``agree``.
+        keep_log_probs: keep all distributions: 4 bytes x answer x vocabulary.
+
+    Raises:
+        ValueError: an empty prompt or answer, or a reference without distributions.
+    """
+    if not len(trace.prompt) or not len(trace.answer):
+        raise ValueError(f"trace {trace.name} has {len(trace.prompt)} prompt and {len(trace.answer)} answer tokens")
+    if reference is not None and reference.log_probs is None:
+        raise ValueError("the reference has no distributions: make it with keep_log_probs=True")
+    cache = Cache(model.config, compression)
+    answer = trace.answer.to(model.device)
+    logits = [model(trace.prompt.to(model.device)[None], past_key_values=cache, logits_to_keep=1).logits[0]]
+    nll, kl, agree, kept = [], [], [], []
+    done = 0
+    for chunk in [*_chunks(len(answer) - 1, compression.interval), None]:
+        log_probs = logits.pop().float().log_softmax(-1)
+        targets = answer[done : done + len(log_probs)]
+        nll.append(-log_probs.gather(-1, targets[:, None]).squeeze(-1).cpu())
+        if reference is not None and reference.log_probs is not None:
+            base = reference.log_probs[done : done + len(log_probs)].to(log_probs.device)
+            kl.append((base.exp() * (base - log_probs)).sum(-1).cpu())
+            agree.append((base.argmax(-1) == log_probs.argmax(-1)).cpu())
+        if keep_log_probs:
+            kept.append(log_probs)
+        if chunk is not None:
+            logits.append(model(answer[chunk][None], past_key_values=cache).logits[0])
+        done += len(log_probs)
+    return Fidelity(
+        torch.cat(nll).numpy(),
+        torch.cat(kl).numpy() if kl else None,
+        torch.cat(agree).numpy() if agree else None,
+        torch.cat(kept) if kept else None,
+    )
+
+
+def _chunks(tokens: int, interval: int) -> list[slice]:
+    """Stretches between evictions. The first token goes alone: it tells the cache that decoding has begun."""
+    edges = sorted({0, min(1, tokens), *range(interval, tokens, interval), tokens})
+    return [slice(a, b) for a, b in pairwise(edges)]

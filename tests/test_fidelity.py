@@ -1,0 +1,75 @@
+"""Teacher forcing by intervals must equal decoding token by token."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from reference import tiny_model, word_tokenizer
+
+import reasonalloc as ra
+from reasonalloc.evaluation import Trace, read_traces, teacher_force
+
+
+def trace_of(prompt=50, answer=90):
+    ids = torch.randint(2, 97, (prompt + answer,), generator=torch.Generator().manual_seed(1))
+    return Trace("one", ids[:prompt], ids[prompt:])
+
+
+def token_by_token(model, trace, compression):
+    cache = ra.Cache(model.config, compression)
+    with torch.no_grad():
+        rows = [model(trace.prompt[None], past_key_values=cache).logits[0, -1]]
+        for token in trace.answer[:-1]:
+            rows.append(model(token[None, None], past_key_values=cache).logits[0, -1])
+    return torch.stack(rows).log_softmax(-1), cache
+
+
+METHODS = sorted(set(ra.METHODS) - {"missalloc", "random", "vase", "vase-queryfree"})
+
+
+@pytest.mark.parametrize("prompt", ["compete", "protect"])
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_decoding_token_by_token(method, prompt):
+    model = tiny_model(dtype=torch.float64)
+    trace, compression = trace_of(), ra.Compression.method(method, 32, interval=16, prompt=prompt)
+    expected, _ = token_by_token(model, trace, compression)
+    full = teacher_force(model, trace, ra.Compression.method("full"), keep_log_probs=True)
+    found = teacher_force(model, trace, compression, full, keep_log_probs=True)
+    assert found.log_probs.numpy() == pytest.approx(expected.numpy(), abs=1e-5)
+    assert found.nll == pytest.approx(-expected.gather(-1, trace.answer[:, None]).squeeze(-1).numpy(), abs=1e-5)
+    base = full.log_probs.double()
+    assert found.kl == pytest.approx((base.exp() * (base - expected)).sum(-1).numpy(), abs=1e-4)
+    assert (found.agree == (base.argmax(-1) == expected.argmax(-1)).numpy()).all()
+    if method != "full":
+        assert found.kl.max() > 0.01, "nothing was forgotten"
+
+
+@pytest.mark.parametrize(("answer", "interval"), [(1, 16), (2, 16), (17, 16), (18, 16), (5, 1), (6, 2)])
+def test_edges_of_the_intervals(answer, interval):
+    model, compression = tiny_model(dtype=torch.float64), ra.Compression.method("rkv", 20, interval=interval)
+    trace = trace_of(40, answer)
+    expected, _ = token_by_token(model, trace, compression)
+    found = teacher_force(model, trace, compression)
+    assert found.nll == pytest.approx(-expected.gather(-1, trace.answer[:, None]).squeeze(-1).numpy(), abs=1e-5)
+    assert found.kl is None
+    assert found.log_probs is None
+
+
+def test_bad_input(tmp_path):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="0 answer tokens"):
+        teacher_force(model, trace_of(5, 0), ra.Compression.method("full"))
+    plain = teacher_force(model, trace_of(5, 5), ra.Compression.method("full"))
+    with pytest.raises(ValueError, match="keep_log_probs"):
+        teacher_force(model, trace_of(5, 5), ra.Compression.method("full"), plain)
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"q": "w3 w4", "a": "w5 w6 w7"}) + "\n\n" + json.dumps({"q": "w3", "a": "w5"}) + "\n")
+    (trace,) = read_traces(path, word_tokenizer(), "q", "a", least=2)
+    assert (trace.prompt.tolist(), trace.answer.tolist()) == ([3, 4], [5, 6, 7])
+    assert len(read_traces(path, word_tokenizer(), "q", "a", most=2)) == 1
+    with pytest.raises(ValueError, match=r"line 1: needs the fields 'problem' and 'solution'"):
+        read_traces(path, word_tokenizer())
+    with pytest.raises(FileNotFoundError):
+        read_traces(tmp_path / "none.jsonl", word_tokenizer())
+    assert np.isfinite(plain.nll).all()
