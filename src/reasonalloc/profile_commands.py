@@ -30,6 +30,7 @@ def calibrate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of that file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest chain of thought.")] = 1024,
     miss: Annotated[list[str] | None, typer.Option(help="Also miss curves of this scorer (may be repeated).")] = None,
+    interval: Annotated[int, typer.Option(min=1, help="Decoded tokens between two simulated compressions.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.6,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
@@ -59,6 +60,7 @@ def calibrate(
             seed=seed,
             batch_size=batch_size,
             miss=tuple(miss or ()),
+            interval=interval,
         )
         questions = (built_in_prompts() if prompts is None else read_prompts(prompts, field))[:limit]
         partial = output.with_name(output.name + ".partial")
