@@ -16,7 +16,7 @@ import reasonalloc as ra
 from reasonalloc.allocation import MissGrid, PromptDemand, marginal_gain, merge
 from reasonalloc.allocation.profile import HISTOGRAM_EDGES
 from reasonalloc.calibration import CalibrationSettings, ProbePrompt, built_in_prompts, read_prompts
-from reasonalloc.engines.transformers.calibrate import calibrate
+from reasonalloc.engines.transformers.calibration import calibrate
 
 LENGTHS = (21, 40, 9, 33, 27)
 BUDGETS = (24, 40, 64)

@@ -2,7 +2,7 @@
 
 from reasonalloc.engines.transformers.attention import ATTENTION_NAME
 from reasonalloc.engines.transformers.cache import Cache
-from reasonalloc.engines.transformers.calibrate import calibrate
+from reasonalloc.engines.transformers.calibration import calibrate
 from reasonalloc.engines.transformers.generation import drop_finished
 
 __all__ = ["ATTENTION_NAME", "Cache", "calibrate", "drop_finished"]

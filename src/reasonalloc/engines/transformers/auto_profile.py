@@ -11,7 +11,7 @@ from typing import Any
 
 from reasonalloc.allocation import DemandProfile
 from reasonalloc.calibration import CalibrationSettings
-from reasonalloc.engines.transformers.calibrate import calibrate
+from reasonalloc.engines.transformers.calibration import calibrate
 from reasonalloc.engines.transformers.loading import load
 from reasonalloc.engines.transformers.support import architecture, model_shape
 from reasonalloc.recorder import write_atomically

@@ -1,0 +1,160 @@
+"""Allocators against each other at equal totals: how much worse a text is predicted with a compressed cache.
+
+    python benchmarks/allocators.py --model FOLDER --data math500.jsonl --profile profiles/smollm2-135m.json
+
+Teacher-forced negative log-likelihood of given solutions (not used in calibration), for every scorer, allocator and
+budget, paired by text. Each text's line is written as it is finished: interrupted runs go on where they were.
+Random splits of the same total are the control: an allocator is only good if it beats most of them.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import machine
+
+import reasonalloc as ra
+from reasonalloc.allocation import HeadAllocator, LayerAllocator, apportion
+from reasonalloc.allocation.miss import FixedHeads
+from reasonalloc.engines.transformers.loading import load, quiet
+from reasonalloc.evaluation import read_traces, teacher_force
+from reasonalloc.recorder import write_atomically
+
+# name: layers, heads
+ALLOCATORS: dict[str, tuple[Any, Any]] = {
+    "uniform": ("uniform", "uniform"),
+    "pyramid": ("pyramid", "uniform"),
+    "wave": ("wave", "uniform"),
+    "threshold": ("uniform", "threshold"),
+    "wave+threshold": ("wave", "threshold"),
+    "dynamic+threshold": ("dynamic", "threshold"),
+    "miss-curve": ("miss-curve", "miss-curve"),
+}
+
+
+@dataclass(frozen=True)
+class RandomSplit:
+    """Budgets of all heads drawn at random (Dirichlet, as uneven as miss curves make them), fixed for good."""
+
+    seed: int
+    concentration: float = 4.0
+
+    def split(self, shape: ra.ModelShape, budget: int, window: int) -> torch.Tensor:
+        heads = shape.layers * shape.kv_heads
+        weights = torch.from_numpy(np.random.default_rng(self.seed).gamma(self.concentration, size=heads))
+        low = torch.full_like(weights, max(window + 1, budget // 8))
+        return apportion(weights, heads * budget, low, torch.full_like(weights, heads * budget)).view(shape.layers, -1)
+
+
+@dataclass(frozen=True)
+class RandomLayers(RandomSplit, LayerAllocator):
+    def allocate(self, shape: ra.ModelShape, budget: int, window: int, profile: Any) -> torch.Tensor:
+        return self.split(shape, budget, window).sum(1)
+
+
+@dataclass(frozen=True)
+class RandomHeads(RandomSplit, HeadAllocator):
+    def for_layer(self, layer: int, shape: ra.ModelShape, budget: int, window: int, profile: Any) -> HeadAllocator:
+        return FixedHeads(tuple(self.split(shape, budget, window)[layer].tolist()))
+
+    def allocate(self, *args: Any) -> Any:
+        raise TypeError("bound to a layer first")
+
+
+def configurations(options: argparse.Namespace) -> dict[str, ra.Compression]:
+    """Every compression of the study by its name "scorer/allocator/budget"."""
+    profile = ra.DemandProfile.load(options.profile)
+    wanted: dict[str, ra.Compression] = {}
+    for budget in options.budgets:
+        splits = {f"random {i}": (RandomLayers(i), RandomHeads(i)) for i in range(options.random_splits)}
+        for scorer in options.scorers:
+            for name, (layers, heads) in {**ALLOCATORS, **splits}.items():
+                wanted[f"{scorer}/{name}/{budget}"] = ra.Compression(
+                    budget, scorer, layers, heads, profile=profile, interval=options.interval
+                )
+        literal = ra.RKV(per_token=False)
+        for name in ("threshold", "wave+threshold"):
+            layers, heads = ALLOCATORS[name]
+            wanted[f"rkv-literal/{name}/{budget}"] = ra.Compression(
+                budget, literal, layers, heads, profile=profile, interval=options.interval
+            )
+    return wanted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--profile", type=Path, required=True)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--scorers", nargs="+", default=["rkv", "h2o"])
+    parser.add_argument("--interval", type=int, default=64)
+    parser.add_argument("--traces", type=int, default=24)
+    parser.add_argument("--least", type=int, default=500, help="tokens of a solution")
+    parser.add_argument("--most", type=int, default=800, help="tokens of a solution")
+    parser.add_argument("--random-splits", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "allocators.jsonl")
+    options = parser.parse_args()
+    quiet()
+    wanted = configurations(options)
+    model, tokenizer = load(options.model, "float32")
+    traces = read_traces(options.data, tokenizer, least=options.least, most=options.most)[: options.traces]
+    known = [json.loads(line) for line in options.output.read_text().splitlines()] if options.output.exists() else []
+    rows = {row["trace"]: row for row in known if "trace" in row}
+    for number, trace in enumerate(traces):
+        row = rows.setdefault(trace.name, {"trace": trace.name, "tokens": len(trace.answer), "nll": {}, "kl": {}})
+        missing = [name for name in wanted if name not in row["nll"]]
+        if not missing:
+            continue
+        full = teacher_force(model, trace, ra.Compression.method("full"), keep_log_probs=True)
+        row["full"] = float(full.nll.mean())
+        for name in missing:
+            found = teacher_force(model, trace, wanted[name], full)
+            assert found.kl is not None
+            row["nll"][name], row["kl"][name] = float(found.nll.mean()), float(found.kl.mean())
+        setting = {"machine": machine(), "interval": options.interval, "profile": options.profile.name}
+        lines = [json.dumps(setting), *(json.dumps(row) for row in rows.values())]
+        write_atomically(options.output, "\n".join(lines).encode() + b"\n")
+        print(f"{number + 1} of {len(traces)} texts", flush=True)
+    report([rows[trace.name] for trace in traces], list(wanted))
+
+
+def report(rows: list[dict[str, Any]], names: list[str], draws: int = 10_000) -> None:
+    """Rise of the NLL over the full cache, and the paired difference to equal budgets of the same scorer."""
+    full = np.array([row["full"] for row in rows])
+    print(f"\n{len(rows)} texts, full cache {full.mean():.4f} nats per token; 95 % intervals by bootstrap over texts\n")
+    print("| scorer | allocator | budget | rise over full | difference to uniform (paired) | KL |")
+    print("|---|---|---|---|---|---|")
+    picks = np.random.default_rng(0).integers(0, len(rows), (draws, len(rows)))
+    for name in names:
+        scorer, allocator, budget = name.split("/")
+        if allocator.startswith("random"):
+            continue
+        rise = np.array([row["nll"][name] for row in rows]) - full
+        base = np.array([row["nll"][f"{scorer.removesuffix('-literal')}/uniform/{budget}"] for row in rows]) - full
+        low, high = np.quantile((rise - base)[picks].mean(1), [0.025, 0.975])
+        kl = np.mean([row["kl"][name] for row in rows])
+        print(
+            f"| {scorer} | {allocator} | {budget} | {rise.mean():.4f} | "
+            f"{(rise - base).mean():+.4f} [{low:+.4f}, {high:+.4f}] | {kl:.4f} |"
+        )
+    _rank_among_random_splits(rows, names)
+
+
+def _rank_among_random_splits(rows: list[dict[str, Any]], names: list[str]) -> None:
+    mean = {name: float(np.mean([row["nll"][name] for row in rows])) for name in names}
+    for name in names:
+        scorer, allocator, budget = name.split("/")
+        prefix = f"{scorer.removesuffix('-literal')}/random "
+        splits = [mean[other] for other in names if other.startswith(prefix) and other.endswith(f"/{budget}")]
+        if splits and not allocator.startswith("random"):
+            better = sum(split < mean[name] for split in splits)
+            print(f"{name}: {better} of {len(splits)} random splits are better")
+
+
+if __name__ == "__main__":
+    main()
