@@ -93,6 +93,9 @@ def plot_profile(profile: DemandProfile, stability: Stability, path: str | Path)
             ylabel="share of attention on evicted tokens",
             title="Miss curves (band: middle half of the KV heads)",
         )
+        ticks = sorted({budget for grid in profile.grids.values() for budget in grid.budgets})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize="small")
+        axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.legend(fontsize="small")
     _save(figure, path)

@@ -109,32 +109,29 @@ def show(profile: File, budget: Budget = 128, plot: Picture = None) -> None:
 
 
 def _show(profile: DemandProfile, budget: int) -> None:
-    from reasonalloc.allocation import WaveLayers
     from reasonalloc.calibration.stability import bootstrap
 
     rho = profile.reference_rho
     bands = bootstrap(profile, budget=budget)
-    wave = WaveLayers(rho=rho).allocate(profile.shape, budget, 0, profile).numpy() / profile.shape.kv_heads
     error, heads = profile.layer_standard_error(rho), profile.head_demand(rho)
     tokens = sum(prompt.tokens for prompt in profile.prompts)
     table = Table(
         title=f"{escape(str(profile.source.get('model') or profile.architecture.get('model_type') or 'a model'))}: "
         f"{len(profile.prompts)} prompts, {tokens} tokens generated, {profile.rows} positions measured",
-        caption=f"demand: tokens that hold {rho:.0%} of a position's attention, mean over positions and query heads.\n"
-        f"budget: tokens per head of layers='wave' at a mean of {budget}. Bands: {bands.level:.0%}, over prompts.",
+        caption=f"demand: tokens that hold {rho:.0%} of a position's attention, mean over\npositions and query heads; heads: "
+        f"least and most of a query head;\nbudget: tokens per head of layers='wave' at a mean of {budget}.\nBands: {bands.level:.0%}, by bootstrap over prompts.",
         caption_justify="left",
     )
-    for heading in ("layer", "demand", "± s.e.", "band", "least head", "most head", "budget", "band"):
-        table.add_column(heading, justify="right")
+    for heading in ("layer", "demand", "± s.e.", "band", "heads", "budget", "band"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for layer in range(profile.shape.layers):
         table.add_row(
             str(layer),
             f"{bands.wave[layer]:.1f}",
             f"{error[layer]:.1f}",
-            f"{bands.wave_low[layer]:.1f} to {bands.wave_high[layer]:.1f}",
-            f"{heads[layer].min():.1f}",
-            f"{heads[layer].max():.1f}",
-            f"{wave[layer]:.1f}",
+            f"{bands.wave_low[layer]:.0f} to {bands.wave_high[layer]:.0f}",
+            f"{heads[layer].min():.0f} to {heads[layer].max():.0f}",
+            f"{bands.budgets[layer]:.1f}",
             f"{bands.budget_low[layer]:.0f} to {bands.budget_high[layer]:.0f}",
         )
     console.print(table)

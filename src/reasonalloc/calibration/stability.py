@@ -24,7 +24,7 @@ class Stability:
 
     Attributes:
         wave, wave_low, wave_high: demand per layer, in tokens.
-        budget_low, budget_high: tokens per head (layer total over its heads) that "wave" layers would give.
+        budgets, budget_low, budget_high: tokens per head (layer total over its heads) that "wave" layers give.
         budget: mean tokens per head that these budgets are for.
         prompts: how many there were.
         level: of the bands.
@@ -33,6 +33,7 @@ class Stability:
     wave: Float[Floats, "layers"]
     wave_low: Float[Floats, "layers"]
     wave_high: Float[Floats, "layers"]
+    budgets: Float[Floats, "layers"]
     budget_low: Float[Floats, "layers"]
     budget_high: Float[Floats, "layers"]
     budget: int
@@ -46,23 +47,26 @@ class Stability:
 
     @property
     def budget_widths(self) -> Float[Floats, "layers"]:
-        """Width of the band of each layer's budget, relative to the mean budget."""
-        return (self.budget_high - self.budget_low) / self.budget
+        """Width of the band of each layer's budget, relative to that budget."""
+        return (self.budget_high - self.budget_low) / self.budgets
 
     def advice(self) -> str | None:
-        """A warning where a band is wider than 10 %, with the number of prompts that might do; None where none is."""
+        """A warning where a budget's band is wider than 10 %, and how many prompts might do; None where none is.
+
+        Budgets follow the shape of the wave alone. Its height also varies with the length of the texts, so the
+        demand's own bands are wider.
+        """
         if self.prompts < 2:
             return "one prompt says nothing about others: calibrate on at least eight"
-        widest = float(self.widths.max())
+        widest = float(self.budget_widths.max())
         if widest <= WIDEST:
             return None
-        layers = np.flatnonzero(self.widths > WIDEST)
         enough = math.ceil(self.prompts * (widest / WIDEST) ** 2)
         return (
-            f"the {self.level:.0%} band of the demand is wider than {WIDEST:.0%} in {len(layers)} of {len(self.wave)} "
-            f"layers (widest: layer {int(self.widths.argmax())}, {widest:.0%}); bands shrink with the square root "
-            f"of the number of prompts, so about {enough} instead of {self.prompts} would do. "
-            f"Budgets move less: by at most {float(self.budget_widths.max()):.0%} of the mean"
+            f"the {self.level:.0%} band of the budget is wider than {WIDEST:.0%} in "
+            f"{int((self.budget_widths > WIDEST).sum())} of {len(self.wave)} layers (widest: layer "
+            f"{int(self.budget_widths.argmax())}, {widest:.0%}); bands shrink with the square root of the number "
+            f"of prompts, so about {enough} instead of {self.prompts} would do"
         )
 
 
@@ -98,10 +102,11 @@ def bootstrap(
     times = np.random.default_rng(seed).multinomial(n, [1 / n] * n, size=draws).astype(np.float64)
     waves = (times @ sums) / (times @ rows)[:, None]
     budgets = _budgets(waves, profile, budget, layers)
+    found = layers.allocate(profile.shape, budget, 0, profile).numpy() / profile.shape.kv_heads
     tail = (1 - level) / 2
     wave_low, wave_high = np.quantile(waves, [tail, 1 - tail], axis=0)
     budget_low, budget_high = np.quantile(budgets, [tail, 1 - tail], axis=0)
-    return Stability(profile.layer_demand(rho), wave_low, wave_high, budget_low, budget_high, budget, n, level)
+    return Stability(profile.layer_demand(rho), wave_low, wave_high, found, budget_low, budget_high, budget, n, level)
 
 
 def _budgets(
