@@ -115,11 +115,14 @@ def _show(profile: DemandProfile, budget: int) -> None:
     bands = bootstrap(profile, budget=budget)
     error, heads = profile.layer_standard_error(rho), profile.head_demand(rho)
     tokens = sum(prompt.tokens for prompt in profile.prompts)
+    name = profile.source.get("model") or profile.architecture.get("model_type") or "a model"
     table = Table(
-        title=f"{escape(str(profile.source.get('model') or profile.architecture.get('model_type') or 'a model'))}: "
-        f"{len(profile.prompts)} prompts, {tokens} tokens generated, {profile.rows} positions measured",
-        caption=f"demand: tokens that hold {rho:.0%} of a position's attention, mean over\npositions and query heads; heads: "
-        f"least and most of a query head;\nbudget: tokens per head of layers='wave' at a mean of {budget}.\nBands: {bands.level:.0%}, by bootstrap over prompts.",
+        title=f"{escape(str(name))}: {len(profile.prompts)} prompts, {tokens} tokens generated, "
+        f"{profile.rows} positions measured",
+        caption=f"demand: tokens that hold {rho:.0%} of a position's attention, mean over\n"
+        f"positions and query heads; heads: least and most of a query head;\n"
+        f"budget: tokens per head of layers='wave' at a mean of {budget}.\n"
+        f"Bands: {bands.level:.0%}, by bootstrap over prompts.",
         caption_justify="left",
     )
     for heading in ("layer", "demand", "± s.e.", "band", "heads", "budget", "band"):
