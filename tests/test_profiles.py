@@ -191,8 +191,9 @@ def test_calibrate_show_study_merge_and_use(model_folder, tmp_path):
     refused = run("profile", "show", tmp_path / "wave.json", "--plot", tmp_path / "wave.svg")
     assert refused.exit_code == 2
 
-    one = run(*common, "--limit", 1, "-o", tmp_path / "one.json")
+    one = run(*common, "--limit", 1, "--name", "tiny", "-o", tmp_path / "one.json")
     assert one.exit_code == 0, one.output
+    assert ra.DemandProfile.load(tmp_path / "one.json").source["model"] == "tiny"
     twice = run("profile", "merge", tmp_path / "wave.json", tmp_path / "one.json", "-o", tmp_path / "all.json")
     assert twice.exit_code == 2
     assert "counted twice" in twice.output

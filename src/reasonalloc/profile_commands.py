@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,7 @@ File = Annotated[Path, typer.Argument(help="A profile made by `reasonalloc calib
 def calibrate(
     model: Annotated[str, typer.Option("--model", "-m", help="Local folder, .gguf file, or hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The profile (.json).")],
+    name: Annotated[str | None, typer.Option(help="The model's name in the profile; default: its path or id.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Your own questions (.jsonl); default: 8 built-in ones.")] = None,
     field: Annotated[str, typer.Option(help="Field of the question in that file.")] = "prompt",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of that file.")] = None,
@@ -80,6 +82,8 @@ def calibrate(
                 partial=partial,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
+        if name is not None:
+            profile = replace(profile, source={**profile.source, "model": name})
         write_atomically(output, profile.to_json())
         partial.unlink(missing_ok=True)
         _show(profile, 128)
