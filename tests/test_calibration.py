@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ import reasonalloc as ra
 from reasonalloc.allocation import MissGrid, PromptDemand, marginal_gain, merge
 from reasonalloc.allocation.profile import HISTOGRAM_EDGES
 from reasonalloc.calibration import CalibrationSettings, ProbePrompt, built_in_prompts, read_prompts
+from reasonalloc.demo import PACKAGED_FILE
 from reasonalloc.engines.transformers.calibration import calibrate
+from reasonalloc.engines.transformers.loading import load
 
 LENGTHS = (21, 40, 9, 33, 27)
 BUDGETS = (24, 40, 64)
@@ -178,6 +182,37 @@ def test_profile_equals_full_attention_matrices(profile):
     assert min(lengths) < NEW, "no sequence ended early: choose another end token"
     assert max(lengths) == NEW
     assert profile.miss_curves("h2o").max() > 0.01, "nothing was missed: the simulation is not tested"
+
+
+@pytest.mark.slow
+def test_a_real_model_equals_full_attention_matrices():
+    """SmolLM2 in float64, sampled: every sum of N_rho, counted from the matrices of one pass over the whole text."""
+    packaged = Path("~/.cache/reasonalloc").expanduser() / PACKAGED_FILE
+    source = os.environ.get("REASONALLOC_TEST_MODEL") or str(packaged)
+    if not Path(source).exists():
+        pytest.skip("no model: set REASONALLOC_TEST_MODEL, or run make demo, which downloads one")
+    model, tokenizer = load(source, "float32", "cpu")
+    model = model.double()
+    wanted = CalibrationSettings(max_new_tokens=48)
+    prompt = built_in_prompts()[0]
+    fed = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: fed.append((args or [kwargs["input_ids"]])[0]), with_kwargs=True
+    )
+    found = calibrate(model, tokenizer, [prompt], wanted)
+    hook.remove()
+    first = fed[0].shape[1]
+    model.set_attn_implementation("exact")
+    with torch.no_grad():
+        model(torch.cat(fed, 1), use_cache=False)
+    length = sum(ids.shape[1] for ids in fed)
+    rows = [query for query in range(first, length) if query + 1 >= wanted.least_tokens]
+    assert found.rows == len(rows) >= 40
+    for layer in range(model.config.num_hidden_layers):
+        weights = np.sort(_WEIGHTS[layer][0, :, rows].numpy(), axis=-1)[..., ::-1].cumsum(-1)
+        for i, rho in enumerate(wanted.rhos):
+            counts = (weights < rho).sum(-1) + 1  # [heads, rows]
+            assert found.prompts[0].sums[i, layer] == pytest.approx(counts.sum(-1), rel=1e-6)
 
 
 def test_statistics_are_those_of_the_sums(profile):
