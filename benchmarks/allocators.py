@@ -18,8 +18,7 @@ import torch
 from common import machine
 
 import reasonalloc as ra
-from reasonalloc.allocation import HeadAllocator, LayerAllocator, apportion
-from reasonalloc.allocation.miss import FixedHeads
+from reasonalloc.allocation import FixedHeads, HeadAllocator, LayerAllocator, apportion
 from reasonalloc.engines.transformers.loading import load, quiet
 from reasonalloc.evaluation import read_traces, teacher_force
 from reasonalloc.recorder import write_atomically

@@ -21,6 +21,7 @@ from reasonalloc.calibration import CalibrationSettings, ProbePrompt, built_in_p
 from reasonalloc.demo import PACKAGED_FILE
 from reasonalloc.engines.transformers.calibration import calibrate
 from reasonalloc.engines.transformers.loading import load
+from reasonalloc.engines.transformers.sensitivity import loss_sensitivity
 
 LENGTHS = (21, 40, 9, 33, 27)
 BUDGETS = (24, 40, 64)
@@ -121,6 +122,7 @@ def misses_of(method, budget, weights, norms, prompt, rows):
 
 
 _WEIGHTS = {}
+_ABLATED = {}  # layer: (KV head, window)
 
 
 def exact_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -128,6 +130,11 @@ def exact_attention(module, query, key, value, attention_mask, scaling=None, **k
     group, length, queries = query.shape[1] // key.shape[1], key.shape[2], query.shape[2]
     seen = torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
     logits = (query @ key.repeat_interleave(group, 1).transpose(-1, -2)) * scaling
+    if module.layer_idx in _ABLATED:
+        head, window = _ABLATED[module.layer_idx]
+        seen = seen.expand(query.shape[1], -1, -1).clone()
+        for one in range(head * group, head * group + group):
+            seen[one] &= torch.ones(queries, length, dtype=torch.bool).triu(length - queries + 1 - window)
     weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
     _WEIGHTS[module.layer_idx] = weights
     return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), None
@@ -429,6 +436,60 @@ def test_miss_curves_with_other_allocators():
     bare = ra.Compression.method("missalloc", 32, profile=ra.DemandProfile.of_layers((1.0, 2.0, 3.0), profile.shape))
     with pytest.raises(ValueError, match="no miss curves of 'rkv'"):
         ra.Cache(model.config, bare)
+
+
+# ---- loss sensitivity ------------------------------------------------------------------------------------
+
+
+def test_sensitivity_equals_masking_one_head_at_a_time():
+    """Against a whole forward pass for every head, with the mask written out."""
+    model = tiny_model(dtype=torch.float64)
+    ids = torch.randint(2, 97, (70,), generator=torch.Generator().manual_seed(0))
+    found = loss_sensitivity(model, ids, answer=40, window=5)
+
+    def loss(layer, head):
+        _ABLATED.clear()
+        if layer is not None:
+            _ABLATED[layer] = (head, 5)
+        with torch.no_grad():
+            logits = model(ids[None], use_cache=False).logits[0, 29:-1]
+        return float(torch.nn.functional.cross_entropy(logits, ids[30:], reduction="sum"))
+
+    assert model.config._attn_implementation == "reasonalloc"
+    model.set_attn_implementation("exact")
+    base = loss(None, None)
+    expected = [[loss(layer, head) - base for head in range(3)] for layer in range(3)]
+    _ABLATED.clear()
+    assert found.numpy() == pytest.approx(np.array(expected), abs=1e-4)  # the loss itself is taken in float32
+    assert np.abs(expected).min() > 1e-3
+
+
+def test_calibrated_sensitivity(tmp_path):
+    model, tokenizer, wanted = tiny_model(), word_tokenizer(), settings_of(miss=("rkv",), sensitivity_window=5)
+    profile = calibrate(model, tokenizer, texts()[:2], wanted)
+    total = sum(prompt.sensitivity for prompt in profile.prompts)
+    assert profile.loss_sensitivity() == pytest.approx(total / (2 * NEW))
+    (tmp_path / "w.json").write_bytes(profile.to_json())
+    assert ra.DemandProfile.load(tmp_path / "w.json").to_json() == profile.to_json()
+    without = calibrate(model, tokenizer, texts()[2:3], settings_of(miss=("rkv",)))
+    with pytest.raises(ValueError, match="sensitivity_window: one 5, other None"):
+        merge([profile, without])
+    with pytest.raises(ValueError, match="calibrate with --sensitivity"):
+        without.loss_sensitivity()
+    for method in ("sensitivity", "missalloc"):
+        compression = ra.Compression.method(method, 32, profile=profile)
+        if method == "missalloc":
+            weighted = ra.MissCurveLayers(scorer="rkv", sensitivity=0.5)
+            assert weighted.budgets(profile.shape, 32, 8, profile).sum() == 9 * 32
+            plain = compression.layer_allocator.budgets(profile.shape, 32, 8, profile)
+            assert (weighted.budgets(profile.shape, 32, 8, profile) != plain).any()
+        else:
+            budgets = compression.layer_allocator.budgets(profile.shape, 32, 8, profile)
+            root = np.sqrt(profile.loss_sensitivity().clip(min=0))
+            free = budgets > 9  # above the floor: in proportion to the root
+            assert budgets.sum() == 9 * 32
+            assert budgets[free] / root[free] == pytest.approx((budgets[free] / root[free]).mean(), rel=0.1)
+        ra.Cache(model.config, compression)
 
 
 def test_a_probe_watches_a_full_cache_only():

@@ -25,7 +25,7 @@ def token_by_token(model, trace, compression):
     return torch.stack(rows).log_softmax(-1), cache
 
 
-METHODS = sorted(set(ra.METHODS) - {"missalloc", "random", "vase", "vase-queryfree"})
+METHODS = sorted(set(ra.METHODS) - {"missalloc", "sensitivity", "random", "vase", "vase-queryfree"})
 
 
 @pytest.mark.parametrize("prompt", ["compete", "protect"])

@@ -222,6 +222,10 @@ METHODS: dict[str, Method] = {
         "budgets of all heads by their miss curves (not in the paper)",
         {"scorer": "rkv", "layers": "miss-curve", "heads": "miss-curve"},
     ),
+    "sensitivity": Method(
+        "budgets of all heads by loss sensitivity (not in the paper)",
+        {"scorer": "rkv", "layers": "sensitivity", "heads": "sensitivity"},
+    ),
     "reasonalloc-dynamic": Method(
         "ReasonAlloc, layers measured while decoding",
         {"scorer": "rkv", "layers": "dynamic", "heads": "threshold"},

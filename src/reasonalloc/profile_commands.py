@@ -32,6 +32,9 @@ def calibrate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of that file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest chain of thought.")] = 1024,
     miss: Annotated[list[str] | None, typer.Option(help="Also miss curves of this scorer (may be repeated).")] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Also the loss sensitivity of every KV head (slow).")
+    ] = False,
     interval: Annotated[int, typer.Option(min=1, help="Decoded tokens between two simulated compressions.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.6,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
@@ -47,6 +50,7 @@ def calibrate(
     """
     with clear_errors():
         from reasonalloc.calibration import CalibrationSettings, built_in_prompts, read_prompts
+        from reasonalloc.calibration.settings import SENSITIVITY_WINDOW
         from reasonalloc.engines.transformers import calibrate as run_calibration
         from reasonalloc.engines.transformers.loading import load, quiet
         from reasonalloc.recorder import write_atomically
@@ -63,6 +67,7 @@ def calibrate(
             batch_size=batch_size,
             miss=tuple(miss or ()),
             interval=interval,
+            sensitivity_window=SENSITIVITY_WINDOW if sensitivity else None,
         )
         questions = (built_in_prompts() if prompts is None else read_prompts(prompts, field))[:limit]
         partial = output.with_name(output.name + ".partial")

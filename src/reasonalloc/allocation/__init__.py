@@ -18,8 +18,10 @@ from reasonalloc.allocation.layers import (
     UniformLayers,
     WaveLayers,
 )
-from reasonalloc.allocation.miss import FixedHeads, MissCurveHeads, MissCurveLayers, marginal_gain
+from reasonalloc.allocation.miss import MissCurveHeads, MissCurveLayers, marginal_gain
+from reasonalloc.allocation.offline_heads import FixedHeads
 from reasonalloc.allocation.profile import DemandProfile, MissGrid, PromptDemand, merge
+from reasonalloc.allocation.sensitivity import SensitivityHeads, SensitivityLayers
 from reasonalloc.allocation.shape import ModelShape
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
     "ModelShape",
     "PromptDemand",
     "PyramidLayers",
+    "SensitivityHeads",
+    "SensitivityLayers",
     "ThresholdHeads",
     "UniformHeads",
     "UniformLayers",

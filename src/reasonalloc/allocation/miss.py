@@ -12,14 +12,13 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
-from reasonalloc.allocation.apportion import apportion
-from reasonalloc.allocation.heads import HEAD_ALLOCATORS, HeadAllocator, HeadSplit
-from reasonalloc.allocation.layers import LAYER_ALLOCATORS, LayerAllocator
+from reasonalloc.allocation.heads import HEAD_ALLOCATORS
+from reasonalloc.allocation.layers import LAYER_ALLOCATORS
+from reasonalloc.allocation.offline_heads import OfflineBudgets, OfflineHeads, OfflineLayers
 from reasonalloc.allocation.profile import DemandProfile, Floats
+from reasonalloc.allocation.sensitivity import tempered_sensitivity
 from reasonalloc.allocation.shape import ModelShape
 
 
@@ -74,93 +73,47 @@ def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
 
 
 @dataclass(frozen=True)
-class MissCurveBudgets:
-    """What the layer and the head allocator of the miss curves share.
+class MissCurveBudgets(OfflineBudgets):
+    """The split of all tokens that minimises the summed misses of all heads of the model.
 
     Attributes:
         scorer: whose simulated evictions the curves are of. Empty: that of the ``Compression`` it is used in.
-        floor: least tokens of a head, as a share of the mean budget; never below the window and one token more.
+        sensitivity: weigh each head's curve by its loss sensitivity to this power; 0 takes all heads for equal.
     """
 
     scorer: str = ""
-    floor: float = 0.125
+    sensitivity: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"floor must be in [0, 1], got {self.floor}")
+        super().__post_init__()
+        if self.sensitivity < 0:
+            raise ValueError(f"sensitivity must not be negative, got {self.sensitivity}")
 
     def budgets(
         self, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
     ) -> Int[np.ndarray[Any, Any], "layers kv_heads"]:
-        """Tokens of every head, summing to ``layers * kv_heads * budget``. Raises ``ValueError`` without curves."""
+        """Tokens of every head. Raises ``ValueError`` for a profile without the curves."""
         if profile is None:
             raise ValueError(
                 "'miss-curve' needs the model's profile with miss curves: run `reasonalloc calibrate --model MODEL "
                 f"--miss {self.scorer} -o wave.json` and pass profile='wave.json'"
             )
         curves = profile.miss_curves(self.scorer)
+        if self.sensitivity:
+            curves = curves * tempered_sensitivity(profile, self.sensitivity)
         grid = np.array(profile.grids[self.scorer].budgets, dtype=np.float64)
-        least = min(budget, max(int(self.floor * budget), window + 1))
-        flat = curves.reshape(len(grid), -1)
         total = shape.layers * shape.kv_heads * budget
-        return marginal_gain(flat, grid, total, least).reshape(shape.layers, shape.kv_heads)
+        split = marginal_gain(curves.reshape(len(grid), -1), grid, total, self.least(budget, window))
+        return split.reshape(shape.layers, shape.kv_heads)
 
 
 @LAYER_ALLOCATORS.register("miss-curve")
 @dataclass(frozen=True)
-class MissCurveLayers(MissCurveBudgets, LayerAllocator):
-    """Layer totals that minimise the misses of all heads of the model together [ours]."""
-
-    needs_profile = True
-
-    def allocate(
-        self, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
-    ) -> Int[Tensor, "layers"]:
-        """The sum of the heads' budgets in each layer."""
-        return torch.from_numpy(self.budgets(shape, budget, window, profile).sum(1))
+class MissCurveLayers(MissCurveBudgets, OfflineLayers):
+    """Layer totals by the miss curves of their heads [ours]."""
 
 
 @HEAD_ALLOCATORS.register("miss-curve")
 @dataclass(frozen=True)
-class MissCurveHeads(MissCurveBudgets, HeadAllocator):
-    """Each head's own part of the layer's total by its miss curve, for good [ours].
-
-    With other layers than "miss-curve" the heads' shares within the layer are kept and scaled to its total.
-    """
-
-    needs_profile = True
-
-    def for_layer(
-        self, layer: int, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
-    ) -> HeadAllocator:
-        """The layer's fixed shares."""
-        return FixedHeads(tuple(self.budgets(shape, budget, window, profile)[layer].tolist()))
-
-    def allocate(
-        self,
-        scores: Float[Tensor, "batch heads tokens"],
-        lengths: Int[Tensor, "batch heads"],
-        total: Int[Tensor, "batch"],
-        window: int,
-    ) -> HeadSplit:
-        """Not to be called: shares differ from layer to layer, see ``for_layer``."""
-        raise TypeError("miss-curve heads split a layer only after for_layer")
-
-
-@dataclass(frozen=True)
-class FixedHeads(HeadAllocator):
-    """Shares of a layer's heads that do not depend on scores: ``weights``, one for each head."""
-
-    weights: tuple[float, ...]
-
-    def allocate(
-        self,
-        scores: Float[Tensor, "batch heads tokens"],
-        lengths: Int[Tensor, "batch heads"],
-        total: Int[Tensor, "batch"],
-        window: int,
-    ) -> HeadSplit:
-        """Weighted shares; a head that holds less than its share leaves the rest to the others."""
-        held = lengths.to(torch.float64)
-        weights = torch.tensor(self.weights, dtype=torch.float64, device=lengths.device).expand_as(held)
-        return HeadSplit(apportion(weights, total, held.clamp(max=window), held))
+class MissCurveHeads(MissCurveBudgets, OfflineHeads):
+    """Head budgets by miss curves [ours]."""

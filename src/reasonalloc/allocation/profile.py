@@ -41,6 +41,8 @@ class PromptDemand:
             positions, at each of its grid's budgets, per layer and key/value head (mean over its query heads).
         task: a label, for comparisons.
         tokens: generated tokens.
+        sensitivity: rise of the answer's negative log-likelihood, in nats over all its tokens, when one key/value head
+            alone keeps only a short window; None if it was not measured.
     """
 
     hash: str
@@ -49,6 +51,7 @@ class PromptDemand:
     misses: Mapping[str, Float[Floats, "budgets layers kv_heads"]] = field(default_factory=dict)
     task: str = ""
     tokens: int = 0
+    sensitivity: Float[Floats, "layers kv_heads"] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ class DemandProfile:
             raise ValueError(f"prompts counted twice: {', '.join(twice)}")
         for prompt in self.prompts:
             self._check_prompt(prompt)
+        if len({prompt.sensitivity is None for prompt in self.prompts}) > 1:
+            raise ValueError("sensitivity was measured on some prompts only")
         if self.histogram is not None:
             wanted = (self.shape.layers, self.shape.query_heads, len(HISTOGRAM_EDGES))
             if self.histogram.shape != wanted:
@@ -128,6 +133,11 @@ class DemandProfile:
         for name, values in (("sums", prompt.sums), *((f"misses.{name}", v) for name, v in prompt.misses.items())):
             if not np.isfinite(values).all() or (values < 0).any():
                 raise ValueError(f"{name} of prompt {prompt.hash[:8]} must be finite and not negative")
+        heads = (self.shape.layers, self.shape.kv_heads)
+        if prompt.sensitivity is not None and (
+            prompt.sensitivity.shape != heads or not np.isfinite(prompt.sensitivity).all()
+        ):
+            raise ValueError(f"sensitivity of prompt {prompt.hash[:8]} must be {heads[0]} x {heads[1]} finite numbers")
         for scorer, values in prompt.misses.items():
             wanted = (len(self.grids[scorer].budgets), self.shape.layers, self.shape.kv_heads)
             if values.shape != wanted:
@@ -222,11 +232,15 @@ class DemandProfile:
             )
         return _total([prompt.misses[scorer] for prompt in self.prompts]) / self.rows
 
-    def subset(self, indices: Sequence[int]) -> DemandProfile:
-        """The profile of some prompts; an index may be repeated (bootstrap). It has no histogram."""
-        picked = [self.prompts[i] for i in indices]
-        unique = [PromptDemand(f"{i}", p.rows, p.sums, p.misses, p.task, p.tokens) for i, p in enumerate(picked)]
-        return DemandProfile(self.shape, self.rhos, tuple(unique), self.architecture, None, self.grids)
+    def loss_sensitivity(self) -> Float[Floats, "layers kv_heads"]:
+        """Rise of the loss per token when one head alone forgets, in nats; negative where forgetting helps.
+
+        Raises ``ValueError`` if it was not measured.
+        """
+        parts = [prompt.sensitivity for prompt in self.prompts if prompt.sensitivity is not None]
+        if not parts:
+            raise ValueError("the profile has no loss sensitivity; calibrate with --sensitivity")
+        return _total(parts) / sum(prompt.tokens for prompt in self.prompts)
 
     def check(self, shape: ModelShape, architecture: Mapping[str, Any]) -> None:
         """Raise ``ValueError``, naming every difference, if the profile is of another model."""
@@ -259,6 +273,7 @@ class DemandProfile:
                     "tokens": prompt.tokens,
                     "rows": prompt.rows,
                     "sums": _plain(prompt.sums),
+                    "sensitivity": None if prompt.sensitivity is None else _plain(prompt.sensitivity),
                     "misses": {scorer: _plain(values) for scorer, values in prompt.misses.items()},
                 }
                 for prompt in self.prompts
@@ -331,6 +346,7 @@ class DemandProfile:
                 },
                 task=read(str, "prompts", i, "task"),
                 tokens=read(int, "prompts", i, "tokens"),
+                sensitivity=read(_array_or_none, "prompts", i, "sensitivity"),
             )
             for i in range(len(read(list, "prompts")))
         )
@@ -452,6 +468,10 @@ class _FieldReader:
 
 def _array(values: Any) -> Floats:
     return np.array(values, dtype=np.float64)
+
+
+def _array_or_none(values: Any) -> Floats | None:
+    return None if values is None else _array(values)
 
 
 def _floats(values: Any) -> list[float]:

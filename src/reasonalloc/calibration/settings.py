@@ -10,6 +10,7 @@ from reasonalloc.allocation.profile import PAPER_RHO, MissGrid
 from reasonalloc.calibration.probe import ProbeSettings
 from reasonalloc.compression import Compression
 
+SENSITIVITY_WINDOW = 16
 MISS_BUDGETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
@@ -28,6 +29,8 @@ class CalibrationSettings:
         miss: scorers (names) whose eviction is simulated for miss curves.
         miss_budgets: tokens per head of that simulation, ascending.
         interval: decoded tokens between two simulated compressions.
+        sensitivity_window: tokens that a head keeps while its loss sensitivity is measured; None measures none. It
+            takes about ``layers * kv_heads / 2`` passes over every answer.
     """
 
     max_new_tokens: int = 1024
@@ -40,11 +43,14 @@ class CalibrationSettings:
     miss: tuple[str, ...] = ()
     miss_budgets: tuple[int, ...] = MISS_BUDGETS
     interval: int = 128
+    sensitivity_window: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "least_tokens", "batch_size", "interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sensitivity_window is not None and self.sensitivity_window < 1:
+            raise ValueError(f"sensitivity_window must be at least 1, got {self.sensitivity_window}")
         if self.temperature < 0:
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -67,5 +73,5 @@ class CalibrationSettings:
 
     def describe(self) -> Mapping[str, Any]:
         """What merged profiles must agree on, beside rhos and grids, as plain JSON values."""
-        names = ("max_new_tokens", "least_tokens", "temperature", "top_p", "seed")
+        names = ("max_new_tokens", "least_tokens", "temperature", "top_p", "seed", "sensitivity_window")
         return {name: getattr(self, name) for name in names}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from reasonalloc.allocation import DemandProfile, merge
+from reasonalloc.allocation import DemandProfile, PromptDemand, merge
 from reasonalloc.allocation.profile import differences
 from reasonalloc.calibration import CalibrationSettings, DemandProbe, ProbePrompt, built_in_prompts
 from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers.cache import Cache
 from reasonalloc.engines.transformers.loading import encode
+from reasonalloc.engines.transformers.sensitivity import loss_sensitivity
 from reasonalloc.engines.transformers.support import architecture, model_shape
 from reasonalloc.recorder import write_atomically
 
@@ -55,23 +57,36 @@ def calibrate(
     finished = {prompt.hash for part in parts for prompt in part.prompts}
     if finished - {prompt.hash for prompt in prompts}:
         raise ValueError(f"{partial} was begun with other prompts; delete it to start again")
-    total = len(prompts) * settings.max_new_tokens
+    meter = _Meter(progress, len(prompts), settings)
     for first in range(0, len(prompts), settings.batch_size):
         group = prompts[first : first + settings.batch_size]
         batch = [prompt for prompt in group if prompt.hash not in finished]
-        if not batch:
-            continue
-
-        def advance(token: int, before: int = first * settings.max_new_tokens, size: int = len(group)) -> None:
-            if progress is not None:
-                progress(before + token * size, total)
-
-        parts = [merge([*parts, _measure(model, tokenizer, batch, settings, advance)])]
-        if partial is not None:
-            write_atomically(partial, parts[0].to_json())
-    if progress is not None:
-        progress(total, total)
+        if batch:
+            parts = [merge([*parts, _measure(model, tokenizer, batch, settings, meter)])]
+            if partial is not None:
+                write_atomically(partial, parts[0].to_json())
+        meter.batch_done(len(group))
     return parts[0]
+
+
+class _Meter:
+    """Progress in tokens. Loss sensitivity counts as as many tokens again as a prompt may be given."""
+
+    def __init__(self, progress: Progress | None, prompts: int, settings: CalibrationSettings) -> None:
+        self.progress = progress
+        self.each = settings.max_new_tokens * (1 if settings.sensitivity_window is None else 2)
+        self.total = prompts * self.each
+        self.before = 0
+
+    def advance(self, tokens: float) -> None:
+        """So many tokens of the current batch are done."""
+        if self.progress is not None:
+            self.progress(int(self.before + tokens), self.total)
+
+    def batch_done(self, prompts: int) -> None:
+        """A batch is finished, however many tokens it needed."""
+        self.before += prompts * self.each
+        self.advance(0)
 
 
 def _resume(partial: Path, model: Any, settings: CalibrationSettings) -> DemandProfile:
@@ -93,7 +108,7 @@ def _measure(
     tokenizer: Any,
     prompts: Sequence[ProbePrompt],
     settings: CalibrationSettings,
-    advance: Callable[[int], None],
+    meter: _Meter,
 ) -> DemandProfile:
     """The profile of one batch of prompts."""
     shape = model_shape(model.config)
@@ -101,11 +116,14 @@ def _measure(
     probe = DemandProbe(shape, probe_settings)
     cache = Cache(model.config, Compression(None, interval=probe_settings.block), probe=probe)
     inputs = encode(tokenizer, [prompt.text for prompt in prompts], True, model.device)
-    lengths = _generate(model, inputs, cache, probe, prompts, settings, advance)
+    answers = _generate(model, inputs, cache, probe, prompts, settings, meter)
+    records = probe.results([p.hash for p in prompts], [p.task for p in prompts], [len(a) for a in answers])
+    if settings.sensitivity_window is not None:
+        records = _with_sensitivity(model, inputs, records, answers, settings, meter)
     return DemandProfile(
         shape=shape,
         rhos=settings.rhos,
-        prompts=tuple(probe.results([p.hash for p in prompts], [p.task for p in prompts], lengths)),
+        prompts=tuple(records),
         architecture=architecture(model.config),
         histogram=probe.histogram,
         grids=settings.grids,
@@ -127,16 +145,16 @@ def _generate(
     probe: DemandProbe,
     prompts: Sequence[ProbePrompt],
     settings: CalibrationSettings,
-    advance: Callable[[int], None],
-) -> list[int]:
-    """Decode until every sequence has ended; returns how many tokens each was given.
+    meter: _Meter,
+) -> list[list[int]]:
+    """Decode until every sequence has ended; returns the tokens that each was given.
 
     A finished sequence stays in the batch up to the end of the probe's block, so that blocks begin and end at the same
     steps for all; the probe is told where it ended.
     """
     draw = _Draw(prompts, settings, model.device)
     ends = _end_tokens(model)
-    lengths = [settings.max_new_tokens] * len(prompts)
+    answers: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
     running = set(alive)
     mask = inputs["attention_mask"]
@@ -146,10 +164,13 @@ def _generate(
     position = mask.sum(-1, keepdim=True)
     for step in range(settings.max_new_tokens):
         tokens = draw(logits[:, -1], alive)
-        for row in [row for row in running if tokens[alive.index(row)] in ends]:
-            running.discard(row)
-            lengths[row] = step + 1
-            probe.finish(row, step)
+        for row, token in zip(alive, tokens, strict=True):
+            if row not in running:
+                continue
+            answers[row].append(token)
+            if token in ends:
+                running.discard(row)
+                probe.finish(row, step)
         if not running:
             break
         if step % probe.settings.block == 0 and step and len(running) < len(alive):
@@ -160,10 +181,35 @@ def _generate(
         ids = torch.tensor(tokens, device=model.device)[:, None]
         logits = model(ids, position_ids=position, past_key_values=cache, logits_to_keep=1).logits
         position = position + 1
-        advance(step + 1)
+        meter.advance((step + 1) * len(prompts))
     for layer in cache.layer_caches:
         layer.flush()
-    return lengths
+    return answers
+
+
+def _with_sensitivity(
+    model: Any,
+    inputs: dict[str, Tensor],
+    records: list[PromptDemand],
+    answers: list[list[int]],
+    settings: CalibrationSettings,
+    meter: _Meter,
+) -> list[PromptDemand]:
+    """The records with the loss sensitivity of each answer."""
+    assert settings.sensitivity_window is not None
+    layers, done = model_shape(model.config).layers, settings.max_new_tokens * len(records)
+    found = []
+    for i, record in enumerate(records):
+        prompt = inputs["input_ids"][i][inputs["attention_mask"][i].bool()]
+        ids = torch.cat([prompt, torch.tensor(answers[i], device=prompt.device)])
+        passed = iter(range(1, layers + 1))
+
+        def advance(i: int = i, passed: Iterator[int] = passed) -> None:
+            meter.advance(done + settings.max_new_tokens * (i + next(passed) / layers))
+
+        rises = loss_sensitivity(model, ids, len(answers[i]), settings.sensitivity_window, advance)
+        found.append(replace(record, sensitivity=rises.numpy()))
+    return found
 
 
 class _Draw:

@@ -1,0 +1,96 @@
+"""Budgets of all heads of a model at once, fixed before decoding: what allocators from a profile have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reasonalloc.allocation.apportion import apportion
+from reasonalloc.allocation.heads import HeadAllocator, HeadSplit
+from reasonalloc.allocation.layers import LayerAllocator
+from reasonalloc.allocation.profile import DemandProfile
+from reasonalloc.allocation.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class OfflineBudgets(ABC):
+    """Budgets of every head from the model's profile; ``OfflineLayers`` and ``OfflineHeads`` hand them out.
+
+    Attributes:
+        floor: least tokens of a head, as a share of the mean budget; never below the window and one token more.
+    """
+
+    floor: float = 0.125
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor must be in [0, 1], got {self.floor}")
+
+    @abstractmethod
+    def budgets(
+        self, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
+    ) -> Int[np.ndarray[Any, Any], "layers kv_heads"]:
+        """Tokens of every head, summing to ``layers * kv_heads * budget``. Raises ``ValueError`` without a profile."""
+
+    def least(self, budget: int, window: int) -> int:
+        """The floor in tokens."""
+        return min(budget, max(int(self.floor * budget), window + 1))
+
+
+class OfflineLayers(OfflineBudgets, LayerAllocator):
+    """A layer's total is the sum of its heads' budgets."""
+
+    needs_profile = True
+
+    def allocate(
+        self, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
+    ) -> Int[Tensor, "layers"]:
+        """The sums."""
+        return torch.from_numpy(self.budgets(shape, budget, window, profile).sum(1))
+
+
+class OfflineHeads(OfflineBudgets, HeadAllocator):
+    """Each head's own budget, for good; under other layer totals the shares within the layer are kept."""
+
+    needs_profile = True
+
+    def for_layer(
+        self, layer: int, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
+    ) -> HeadAllocator:
+        """The layer's fixed shares."""
+        return FixedHeads(tuple(self.budgets(shape, budget, window, profile)[layer].tolist()))
+
+    def allocate(
+        self,
+        scores: Float[Tensor, "batch heads tokens"],
+        lengths: Int[Tensor, "batch heads"],
+        total: Int[Tensor, "batch"],
+        window: int,
+    ) -> HeadSplit:
+        """Not to be called: shares differ from layer to layer, see ``for_layer``."""
+        raise TypeError(f"{type(self).__name__} splits a layer only after for_layer")
+
+
+@dataclass(frozen=True)
+class FixedHeads(HeadAllocator):
+    """Shares of a layer's heads that do not depend on scores: ``weights``, one for each head."""
+
+    weights: tuple[float, ...]
+
+    def allocate(
+        self,
+        scores: Float[Tensor, "batch heads tokens"],
+        lengths: Int[Tensor, "batch heads"],
+        total: Int[Tensor, "batch"],
+        window: int,
+    ) -> HeadSplit:
+        """Weighted shares; a head that holds less than its share leaves the rest to the others."""
+        held = lengths.to(torch.float64)
+        weights = torch.tensor(self.weights, dtype=torch.float64, device=lengths.device).expand_as(held)
+        return HeadSplit(apportion(weights, total, held.clamp(max=window), held))
