@@ -18,7 +18,14 @@ import torch
 from common import machine
 
 import reasonalloc as ra
-from reasonalloc.allocation import FixedHeads, HeadAllocator, LayerAllocator, apportion
+from reasonalloc.allocation import (
+    FixedHeads,
+    HeadAllocator,
+    LayerAllocator,
+    MissCurveHeads,
+    MissCurveLayers,
+    apportion,
+)
 from reasonalloc.engines.transformers.loading import load, quiet
 from reasonalloc.evaluation import read_traces, teacher_force
 from reasonalloc.recorder import write_atomically
@@ -32,6 +39,10 @@ ALLOCATORS: dict[str, tuple[Any, Any]] = {
     "wave+threshold": ("wave", "threshold"),
     "dynamic+threshold": ("dynamic", "threshold"),
     "miss-curve": ("miss-curve", "miss-curve"),
+}
+BY_SENSITIVITY: dict[str, tuple[Any, Any]] = {
+    "sensitivity": ("sensitivity", "sensitivity"),
+    "miss-curve by sensitivity": (MissCurveLayers(sensitivity=0.5), MissCurveHeads(sensitivity=0.5)),
 }
 
 
@@ -67,6 +78,7 @@ class RandomHeads(RandomSplit, HeadAllocator):
 def configurations(options: argparse.Namespace) -> dict[str, ra.Compression]:
     """Every compression of the study by its name "scorer/allocator/budget"."""
     profile = ra.DemandProfile.load(options.profile)
+    sensitivity = options.sensitivity_profile and ra.DemandProfile.load(options.sensitivity_profile)
     wanted: dict[str, ra.Compression] = {}
     for budget in options.budgets:
         splits = {f"random {i}": (RandomLayers(i), RandomHeads(i)) for i in range(options.random_splits)}
@@ -74,6 +86,10 @@ def configurations(options: argparse.Namespace) -> dict[str, ra.Compression]:
             for name, (layers, heads) in {**ALLOCATORS, **splits}.items():
                 wanted[f"{scorer}/{name}/{budget}"] = ra.Compression(
                     budget, scorer, layers, heads, profile=profile, interval=options.interval
+                )
+            for name, (layers, heads) in BY_SENSITIVITY.items() if sensitivity else ():
+                wanted[f"{scorer}/{name}/{budget}"] = ra.Compression(
+                    budget, scorer, layers, heads, profile=sensitivity, interval=options.interval
                 )
         literal = ra.RKV(per_token=False)
         for name in ("threshold", "wave+threshold"):
@@ -89,6 +105,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--profile", type=Path, required=True)
+    parser.add_argument("--sensitivity-profile", type=Path, help="a profile with loss sensitivity and miss curves")
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--scorers", nargs="+", default=["rkv", "h2o"])
     parser.add_argument("--interval", type=int, default=64)
@@ -115,7 +132,13 @@ def main() -> None:
             found = teacher_force(model, trace, wanted[name], full)
             assert found.kl is not None
             row["nll"][name], row["kl"][name] = float(found.nll.mean()), float(found.kl.mean())
-        setting = {"machine": machine(), "interval": options.interval, "profile": options.profile.name}
+        setting = {
+            "machine": machine(),
+            "interval": options.interval,
+            "profile": options.profile.name,
+            "least": options.least,
+            "most": options.most,
+        }
         lines = [json.dumps(setting), *(json.dumps(row) for row in rows.values())]
         write_atomically(options.output, "\n".join(lines).encode() + b"\n")
         print(f"{number + 1} of {len(traces)} texts", flush=True)

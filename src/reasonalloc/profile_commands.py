@@ -252,9 +252,14 @@ def merge_command(
 
 
 def _short_names(paths: list[Path]) -> list[str]:
-    """File names; with their folders where two are alike."""
+    """File names without what all begin with; with their folders where two are alike."""
     names = [path.stem for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+    if len(set(names)) < len(names):
+        return [str(path) for path in paths]
+    parts = [name.split("-") for name in names]
+    while len({words[0] for words in parts}) == 1 and min(map(len, parts)) > 1:
+        parts = [words[1:] for words in parts]
+    return ["-".join(words) for words in parts]
 
 
 def _or_dash(value: float, pattern: str) -> str:
