@@ -8,6 +8,7 @@ Random splits of the same total are the control: an allocator is only good if it
 """
 
 import argparse
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,8 @@ from reasonalloc.allocation import (
     LayerAllocator,
     MissCurveHeads,
     MissCurveLayers,
-    apportion,
 )
+from reasonalloc.allocation.profile import differences
 from reasonalloc.engines.transformers.loading import load, quiet
 from reasonalloc.evaluation import read_traces, teacher_force
 from reasonalloc.recorder import write_atomically
@@ -47,29 +48,27 @@ BY_SENSITIVITY: dict[str, tuple[Any, Any]] = {
 
 
 @dataclass(frozen=True)
-class RandomSplit:
-    """Budgets of all heads drawn at random (Dirichlet, as uneven as miss curves make them), fixed for good."""
+class Shuffled:
+    """The miss curves' own budgets, dealt out to the heads of the model at random: as uneven, but uninformed."""
 
     seed: int
-    concentration: float = 4.0
+    scorer: str
 
-    def split(self, shape: ra.ModelShape, budget: int, window: int) -> torch.Tensor:
-        heads = shape.layers * shape.kv_heads
-        weights = torch.from_numpy(np.random.default_rng(self.seed).gamma(self.concentration, size=heads))
-        low = torch.full_like(weights, max(window + 1, budget // 8))
-        return apportion(weights, heads * budget, low, torch.full_like(weights, heads * budget)).view(shape.layers, -1)
+    def split(self, shape: ra.ModelShape, budget: int, window: int, profile: Any) -> np.ndarray[Any, Any]:
+        budgets = MissCurveLayers(scorer=self.scorer).budgets(shape, budget, window, profile)
+        return np.random.default_rng(self.seed).permutation(budgets.flatten()).reshape(budgets.shape)
 
 
 @dataclass(frozen=True)
-class RandomLayers(RandomSplit, LayerAllocator):
+class ShuffledLayers(Shuffled, LayerAllocator):
     def allocate(self, shape: ra.ModelShape, budget: int, window: int, profile: Any) -> torch.Tensor:
-        return self.split(shape, budget, window).sum(1)
+        return torch.from_numpy(self.split(shape, budget, window, profile).sum(1))
 
 
 @dataclass(frozen=True)
-class RandomHeads(RandomSplit, HeadAllocator):
+class ShuffledHeads(Shuffled, HeadAllocator):
     def for_layer(self, layer: int, shape: ra.ModelShape, budget: int, window: int, profile: Any) -> HeadAllocator:
-        return FixedHeads(tuple(self.split(shape, budget, window)[layer].tolist()))
+        return FixedHeads(tuple(self.split(shape, budget, window, profile)[layer].tolist()))
 
     def allocate(self, *args: Any) -> Any:
         raise TypeError("bound to a layer first")
@@ -81,21 +80,24 @@ def configurations(options: argparse.Namespace) -> dict[str, ra.Compression]:
     sensitivity = options.sensitivity_profile and ra.DemandProfile.load(options.sensitivity_profile)
     wanted: dict[str, ra.Compression] = {}
     for budget in options.budgets:
-        splits = {f"random {i}": (RandomLayers(i), RandomHeads(i)) for i in range(options.random_splits)}
         for scorer in options.scorers:
-            for name, (layers, heads) in {**ALLOCATORS, **splits}.items():
+            random = {
+                f"random {i}": (ShuffledLayers(i, scorer), ShuffledHeads(i, scorer))
+                for i in range(options.random_splits if budget in options.random_budgets else 0)
+            }
+            named = {name: ALLOCATORS[name] for name in options.allocators}
+            chosen = {name: (*pair, profile) for name, pair in {**named, **random}.items()}
+            if sensitivity:
+                chosen.update({name: (*pair, sensitivity) for name, pair in BY_SENSITIVITY.items()})
+            for name, (layers, heads, source) in chosen.items():
                 wanted[f"{scorer}/{name}/{budget}"] = ra.Compression(
-                    budget, scorer, layers, heads, profile=profile, interval=options.interval
+                    budget, scorer, layers, heads, profile=source, interval=options.interval
                 )
-            for name, (layers, heads) in BY_SENSITIVITY.items() if sensitivity else ():
-                wanted[f"{scorer}/{name}/{budget}"] = ra.Compression(
-                    budget, scorer, layers, heads, profile=sensitivity, interval=options.interval
-                )
-        literal = ra.RKV(per_token=False)
-        for name in ("threshold", "wave+threshold"):
+        literal = [name for name in options.allocators if name.endswith("threshold") and "rkv" in options.scorers]
+        for name in literal:
             layers, heads = ALLOCATORS[name]
             wanted[f"rkv-literal/{name}/{budget}"] = ra.Compression(
-                budget, literal, layers, heads, profile=profile, interval=options.interval
+                budget, ra.RKV(per_token=False), layers, heads, profile=profile, interval=options.interval
             )
     return wanted
 
@@ -108,19 +110,28 @@ def main() -> None:
     parser.add_argument("--sensitivity-profile", type=Path, help="a profile with loss sensitivity and miss curves")
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--scorers", nargs="+", default=["rkv", "h2o"])
+    parser.add_argument("--allocators", nargs="+", choices=list(ALLOCATORS), default=list(ALLOCATORS))
     parser.add_argument("--interval", type=int, default=64)
     parser.add_argument("--traces", type=int, default=24)
     parser.add_argument("--least", type=int, default=500, help="tokens of a solution")
     parser.add_argument("--most", type=int, default=800, help="tokens of a solution")
-    parser.add_argument("--random-splits", type=int, default=0)
+    parser.add_argument("--random-splits", type=int, default=8, help="shuffled miss-curve budgets, for each scorer")
+    parser.add_argument("--random-budgets", type=int, nargs="*", default=[64], help="at these budgets only")
+    parser.add_argument("--model-name", help="in the results, instead of the path")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "allocators.jsonl")
     options = parser.parse_args()
     quiet()
     wanted = configurations(options)
     model, tokenizer = load(options.model, "float32")
     traces = read_traces(options.data, tokenizer, least=options.least, most=options.most)[: options.traces]
-    known = [json.loads(line) for line in options.output.read_text().splitlines()] if options.output.exists() else []
-    rows = {row["trace"]: row for row in known if "trace" in row}
+    setting = {
+        "model": options.model_name or options.model,
+        "interval": options.interval,
+        "profile": digest(options.profile),
+        "sensitivity_profile": options.sensitivity_profile and digest(options.sensitivity_profile),
+        "machine": machine(),
+    }
+    rows = finished(options.output, setting)
     for number, trace in enumerate(traces):
         row = rows.setdefault(trace.name, {"trace": trace.name, "tokens": len(trace.answer), "nll": {}, "kl": {}})
         missing = [name for name in wanted if name not in row["nll"]]
@@ -132,17 +143,26 @@ def main() -> None:
             found = teacher_force(model, trace, wanted[name], full)
             assert found.kl is not None
             row["nll"][name], row["kl"][name] = float(found.nll.mean()), float(found.kl.mean())
-        setting = {
-            "machine": machine(),
-            "interval": options.interval,
-            "profile": options.profile.name,
-            "least": options.least,
-            "most": options.most,
-        }
         lines = [json.dumps(setting), *(json.dumps(row) for row in rows.values())]
         write_atomically(options.output, "\n".join(lines).encode() + b"\n")
         print(f"{number + 1} of {len(traces)} texts", flush=True)
     report([rows[trace.name] for trace in traces], list(wanted))
+
+
+def digest(path: Path) -> str:
+    """A file's name and the beginning of its hash."""
+    return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+
+
+def finished(path: Path, setting: dict[str, Any]) -> dict[str, Any]:
+    """Texts that an earlier run with the same settings has finished."""
+    if not path.exists():
+        return {}
+    before, *rows = [json.loads(line) for line in path.read_text().split("\n") if line]
+    different = differences(before, setting, "before", "now")
+    if different:
+        raise SystemExit(f"{path} was begun with other settings ({different}): use another --output")
+    return {row["trace"]: row for row in rows}
 
 
 def report(rows: list[dict[str, Any]], names: list[str], draws: int = 10_000) -> None:
