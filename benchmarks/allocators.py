@@ -43,7 +43,7 @@ ALLOCATORS: dict[str, tuple[Any, Any]] = {
 }
 BY_SENSITIVITY: dict[str, tuple[Any, Any]] = {
     "sensitivity": ("sensitivity", "sensitivity"),
-    "miss-curve by sensitivity": (MissCurveLayers(sensitivity=0.5), MissCurveHeads(sensitivity=0.5)),
+    "miss-curve by sensitivity": (MissCurveLayers(sensitivity_exponent=0.5), MissCurveHeads(sensitivity_exponent=0.5)),
 }
 
 

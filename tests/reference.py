@@ -4,6 +4,7 @@ The reference shares no code with the ragged cache. It keeps every token, attend
 each step, which tokens each head still holds; its logits must then be those of the ragged cache.
 """
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -23,6 +24,7 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 
 import reasonalloc as ra
+from reasonalloc.allocation import MissGrid, PromptDemand
 
 ARCHITECTURES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -63,6 +65,31 @@ def tiny_model(kind="llama", dtype=torch.float32, attention="reasonalloc", **cha
     model = model.to(dtype)
     model.set_attn_implementation(attention)
     return model
+
+
+def tiny_profile(seed=0):
+    """A profile of ``tiny_model`` with everything that allocators read, at random."""
+    rng = np.random.default_rng(seed)
+    grids = {"rkv": MissGrid((10, 16, 32, 64, 128), 16)}
+    prompts = [
+        PromptDemand(
+            f"{i}",
+            10,
+            rng.integers(100, 900, (1, 3, 6)).astype(float),
+            {"rkv": np.sort(rng.random((5, 3, 3)), axis=0)[::-1] * 10},
+            tokens=10,
+            sensitivity=rng.normal(0.3, 0.3, (3, 3)),
+        )
+        for i in range(3)
+    ]
+    return ra.DemandProfile(ra.ModelShape(3, 3, 6, 16), (0.93,), tuple(prompts), grids=grids)
+
+
+def method_of(name, budget, **changes):
+    """A method by name; those that need a profile get a random one."""
+    if name in ("missalloc", "sensitivity"):
+        changes = {"profile": tiny_profile(), **changes}
+    return ra.Compression.method(name, budget, **changes)
 
 
 def word_tokenizer():
@@ -155,4 +182,4 @@ def compression(method, budget=24, interval=16, **changes):
     """A method at a tiny budget; VaSE's window of 64 tokens is cut down to fit."""
     if method == "vase":
         changes = {"window": 8, **changes}
-    return ra.Compression.method(method, budget, interval=interval, **changes)
+    return method_of(method, budget, interval=interval, **changes)

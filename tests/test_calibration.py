@@ -11,13 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import tiny_model, word_tokenizer
+from reference import tiny_model, tiny_profile, word_tokenizer
 from transformers import AttentionInterface, DynamicCache
 
 import reasonalloc as ra
 from reasonalloc.allocation import MissGrid, PromptDemand, marginal_gain, merge
 from reasonalloc.allocation.profile import HISTOGRAM_EDGES
-from reasonalloc.calibration import CalibrationSettings, ProbePrompt, built_in_prompts, read_prompts
+from reasonalloc.calibration import (
+    CalibrationSettings,
+    DemandProbe,
+    ProbePrompt,
+    ProbeSettings,
+    built_in_prompts,
+    read_prompts,
+)
 from reasonalloc.demo import PACKAGED_FILE
 from reasonalloc.engines.transformers.calibration import calibrate
 from reasonalloc.engines.transformers.loading import load
@@ -292,6 +299,12 @@ def test_interrupted_calibration_goes_on(profile, tmp_path):
     assert len(measured) <= NEW + 1, "finished prompts were measured again"
     with pytest.raises(ValueError, match=r"other settings \(temperature: begun with 0\.0, now 0\.7\); delete it"):
         calibrate(model, word_tokenizer(), texts(), settings_of(temperature=0.7), partial=partial)
+    other = model_that_ends()
+    other.config.name_or_path = "another checkpoint"
+    with pytest.raises(ValueError, match=r"\(model: begun with '', now 'another checkpoint'\)"):
+        calibrate(other, word_tokenizer(), texts(), settings_of(), partial=partial)
+    with pytest.raises(ValueError, match=r"cannot go on with .*delete it to start again .*layers: profile 3, model 2"):
+        calibrate(tiny_model(num_hidden_layers=2), word_tokenizer(), texts(), settings_of(), partial=partial)
     with pytest.raises(ValueError, match="other prompts"):
         calibrate(model, word_tokenizer(), texts((50,)), settings_of(), partial=partial)
 
@@ -309,8 +322,18 @@ def test_sampling_depends_on_the_seed_alone():
 
 
 def test_too_short_to_measure():
-    with pytest.raises(ValueError, match=r"nothing to measure on prompt .* before it had 400 tokens"):
+    with (
+        pytest.raises(ValueError, match=r"nothing to measure: .* before it had 400 tokens"),
+        pytest.warns(UserWarning, match="1 of 1"),
+    ):
         calibrate(tiny_model(), word_tokenizer(), texts((20,)), settings_of(max_new_tokens=10, least_tokens=400))
+    with pytest.warns(UserWarning, match=r"1 of 3 texts ended before they had 40 tokens .* the first to 'w"):
+        found = calibrate(tiny_model(), word_tokenizer(), texts((20, 30, 35)), settings_of(max_new_tokens=15))
+    assert len(found.prompts) == 2
+    with pytest.raises(ValueError, match="would count twice"):
+        calibrate(tiny_model(), word_tokenizer(), [*texts((20,)), *texts((20,))], settings_of())
+    with pytest.raises(ValueError, match="prompt of one token"):
+        calibrate(tiny_model(), word_tokenizer(), [ProbePrompt("w5")], settings_of())
     with pytest.raises(ValueError, match="no prompt"):
         calibrate(tiny_model(), word_tokenizer(), [], settings_of())
 
@@ -346,7 +369,7 @@ def test_prompts(tmp_path):
         ("{", "line 1: not JSON"),
         ('{"prompt": 3}', "line 1: no text"),
         ("[1]", "found: list"),
-        ('{"prompt": "a"}\n{"prompt": "a"}', "line 2: the prompt of line 1 again"),
+        ('{"prompt": "a"}\n{"prompt": "a"}', "line 2: .* is there twice"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
@@ -431,7 +454,7 @@ def test_miss_curves_with_other_allocators():
         model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=40)
         assert sum(sum(sum(row) for row in layer) for layer in cache.stats().kept) <= 9 * (32 + 16)
         assert np.array(cache.stats().budgets).sum() == 9 * 32
-    with pytest.raises(ValueError, match=r"heads='miss-curve' needs the model's demand profile.*calibrate"):
+    with pytest.raises(ValueError, match=r"MissCurveHeads needs the model's demand profile.*--miss rkv"):
         ra.Compression(32, layers="uniform", heads="miss-curve")
     bare = ra.Compression.method("missalloc", 32, profile=ra.DemandProfile.of_layers((1.0, 2.0, 3.0), profile.shape))
     with pytest.raises(ValueError, match="no miss curves of 'rkv'"):
@@ -479,7 +502,7 @@ def test_calibrated_sensitivity(tmp_path):
     for method in ("sensitivity", "missalloc"):
         compression = ra.Compression.method(method, 32, profile=profile)
         if method == "missalloc":
-            weighted = ra.MissCurveLayers(scorer="rkv", sensitivity=0.5)
+            weighted = ra.MissCurveLayers(scorer="rkv", sensitivity_exponent=0.5)
             assert weighted.budgets(profile.shape, 32, 8, profile).sum() == 9 * 32
             plain = compression.layer_allocator.budgets(profile.shape, 32, 8, profile)
             assert (weighted.budgets(profile.shape, 32, 8, profile) != plain).any()
@@ -490,6 +513,39 @@ def test_calibrated_sensitivity(tmp_path):
             assert budgets.sum() == 9 * 32
             assert budgets[free] / root[free] == pytest.approx((budgets[free] / root[free]).mean(), rel=0.1)
         ra.Cache(model.config, compression)
+
+
+def test_wrong_use_of_curves():
+    profile = tiny_profile()
+    with pytest.raises(ValueError, match=r"end at 128 tokens and say nothing about a budget of 129: .*--miss-budgets"):
+        ra.Cache(tiny_model().config, ra.Compression.method("missalloc", 129, profile=profile))
+    with pytest.raises(ValueError, match=r"miss curves of 'rkv' do not describe scorer 'h2o'"):
+        ra.Compression.method("missalloc", 64, profile=profile).replace(scorer="h2o")
+
+
+@pytest.mark.parametrize("scorer", ["rkv", "snapkv", "h2o", "streaming", "tova", "knorm"])
+def test_simulated_eviction_is_that_of_a_real_cache(scorer):
+    """Keys and queries of layer 0 depend on the tokens alone, so there a real cache must keep the very same tokens."""
+    model, shape = tiny_model(dtype=torch.float64), ra.ModelShape(3, 3, 6, 16)
+    ids = torch.randperm(95, generator=torch.Generator().manual_seed(2))[None] + 2  # no word twice: no ties
+    probe = DemandProbe(shape, ProbeSettings((0.93,), 0, {scorer: MissGrid((20, 30), 16)}, block=8))
+    caches = [ra.Cache(model.config, ra.Compression(None, interval=8), probe=probe)]
+    for budget in (20, 30):
+        uniform = ra.Compression(budget, scorer, "uniform", "uniform", interval=16)
+        caches.append(ra.Cache(model.config, uniform))
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :31], past_key_values=cache)
+            for token in ids[0, 31:]:
+                model(token[None, None], past_key_values=cache)
+    simulation = probe._simulations[scorer][0]
+    simulation._extend(ids.shape[1])
+    for kept, cache in zip(simulation._kept, caches[1:], strict=True):
+        real = cache.layer_caches[0].slab.padded()
+        for head in range(3):
+            expected = real.positions[0, head, : int(real.lengths[0, head])].sort().values.tolist()
+            assert kept[0, head].nonzero().flatten().tolist() == expected
+            assert len(expected) < ids.shape[1]
 
 
 def test_a_probe_watches_a_full_cache_only():

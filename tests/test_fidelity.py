@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from reference import tiny_model, word_tokenizer
+from reference import method_of, tiny_model, word_tokenizer
 
 import reasonalloc as ra
 from reasonalloc.evaluation import Trace, read_traces, teacher_force
@@ -25,14 +25,14 @@ def token_by_token(model, trace, compression):
     return torch.stack(rows).log_softmax(-1), cache
 
 
-METHODS = sorted(set(ra.METHODS) - {"missalloc", "sensitivity", "random", "vase", "vase-queryfree"})
+METHODS = sorted(set(ra.METHODS) - {"random", "vase", "vase-queryfree"})
 
 
 @pytest.mark.parametrize("prompt", ["compete", "protect"])
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_decoding_token_by_token(method, prompt):
     model = tiny_model(dtype=torch.float64)
-    trace, compression = trace_of(), ra.Compression.method(method, 32, interval=16, prompt=prompt)
+    trace, compression = trace_of(), method_of(method, 32, interval=16, prompt=prompt)
     expected, _ = token_by_token(model, trace, compression)
     full = teacher_force(model, trace, ra.Compression.method("full"), keep_log_probs=True)
     found = teacher_force(model, trace, compression, full, keep_log_probs=True)

@@ -120,6 +120,12 @@ def test_levels_are_told_apart():
     places = (np.arange(LAYERS) + 0.5) / LAYERS
     waves = [profile.layer_demand() for profile in profiles]
     assert found.matrix[0, 3] == pytest.approx(wasserstein_distance(places, places, waves[0], waves[3]))
+    one_each = compare([profiles[0], profiles[3]], "ab", permutations=99).levels
+    assert [level.name for level in one_each] == ["prompts", "models"]
+    assert math.isnan(one_each[1].p), "with one task a model nothing can be permuted"
+    two_each = compare([profiles[0], profiles[1], profiles[3], profiles[4]], "abcd", permutations=99).levels[-1]
+    assert two_each.least_p == pytest.approx(1 / 3)  # of three ways to pair four tasks
+    assert two_each.p >= 0.2
     with pytest.raises(ValueError, match="nothing to compare"):
         compare(profiles[:1], "a")
 
@@ -191,9 +197,11 @@ def test_calibrate_show_study_merge_and_use(model_folder, tmp_path):
     refused = run("profile", "show", tmp_path / "wave.json", "--plot", tmp_path / "wave.svg")
     assert refused.exit_code == 2
 
-    one = run(*common, "--limit", 1, "--name", "tiny", "-o", tmp_path / "one.json")
+    named = run(*common, "--limit", 1, "--name", "tiny", "-o", tmp_path / "named.json")
+    assert named.exit_code == 0, named.output
+    assert ra.DemandProfile.load(tmp_path / "named.json").source["model"] == "tiny"
+    one = run(*common, "--limit", 1, "-o", tmp_path / "one.json")
     assert one.exit_code == 0, one.output
-    assert ra.DemandProfile.load(tmp_path / "one.json").source["model"] == "tiny"
     twice = run("profile", "merge", tmp_path / "wave.json", tmp_path / "one.json", "-o", tmp_path / "all.json")
     assert twice.exit_code == 2
     assert "counted twice" in twice.output
@@ -250,10 +258,12 @@ def test_auto_calibrates_once_and_keeps_it(model_folder, tmp_path, monkeypatch, 
     assert capsys.readouterr().err == ""
     assert second.compression.demand_profile.to_json() == kept.read_bytes()
     nameless = tiny_model()
+    with pytest.raises(ValueError, match=r"auto.*only: run `reasonalloc calibrate --model MODEL --sensitivity"):
+        ra.Cache(model.config, ra.Compression.method("sensitivity", 64, profile="auto"))
     with pytest.raises(ValueError, match="name_or_path is empty"):
         ra.Cache(nameless.config, compression)
 
 
 def test_wave_without_a_profile_names_the_command():
-    with pytest.raises(ValueError, match=r"layers='wave' needs .* `reasonalloc calibrate --model MODEL -o wave\.json`"):
+    with pytest.raises(ValueError, match=r"WaveLayers needs .* `reasonalloc calibrate --model MODEL -o wave\.json`"):
         ra.Compression(64, layers="wave")

@@ -101,7 +101,7 @@ def _generate(
     with errors.status(f"loading {model}"):
         network, tokenizer = load(model, dtype, device)
     if compression.profile == AUTO_PROFILE:
-        compression = compression.replace(profile=auto_profile(network.config, network, tokenizer))
+        compression = compression.replace(profile=auto_profile(network.config, compression, network, tokenizer))
     recorder = Recorder() if record else None
     cache = Cache(network.config, compression, recorder=recorder)
     inputs = encode(tokenizer, [question], not raw, network.device)

@@ -15,7 +15,7 @@ from reasonalloc.allocation import (
     HeadAllocator,
     LayerAllocator,
 )
-from reasonalloc.allocation.layers import NO_PROFILE
+from reasonalloc.allocation.layers import no_profile
 from reasonalloc.allocation.miss import MissCurveBudgets
 from reasonalloc.registry import unknown_name
 from reasonalloc.scoring import SCORERS, Scorer
@@ -91,10 +91,14 @@ class Compression:
         for name, allowed in (("prompt", get_args(Prompt)), ("storage_order", get_args(StorageOrder))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.profile is None and self.layer_allocator.needs_profile:
-            raise ValueError(f"layers={LAYER_ALLOCATORS.name_of(self.layer_allocator)!r} {NO_PROFILE}")
-        if self.profile is None and self.head_allocator.needs_profile:
-            raise ValueError(f"heads={HEAD_ALLOCATORS.name_of(self.head_allocator)!r} {NO_PROFILE}")
+        for policy in (self.layer_allocator, self.head_allocator):
+            if self.profile is None and policy.needs_profile:
+                raise ValueError(no_profile(policy))
+            if isinstance(policy, MissCurveBudgets) and policy.scorer != SCORERS.name_of(self.token_scorer):
+                raise ValueError(
+                    f"miss curves of {policy.scorer!r} do not describe scorer {SCORERS.name_of(self.token_scorer)!r}: "
+                    "choose layers and heads together with the scorer"
+                )
 
     @property
     def kept_window(self) -> int:

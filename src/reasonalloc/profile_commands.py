@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from reasonalloc.calibration.settings import MISS_BUDGETS, SENSITIVITY_WINDOW
 from reasonalloc.console import clear_errors, console, errors
 
 if TYPE_CHECKING:
@@ -29,12 +30,15 @@ def calibrate(
     name: Annotated[str | None, typer.Option(help="The model's name in the profile; default: its path or id.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Your own questions (.jsonl); default: 8 built-in ones.")] = None,
     field: Annotated[str, typer.Option(help="Field of the question in that file.")] = "prompt",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of that file.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest chain of thought.")] = 1024,
     miss: Annotated[list[str] | None, typer.Option(help="Also miss curves of this scorer (may be repeated).")] = None,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Also the loss sensitivity of every KV head (slow).")
     ] = False,
+    miss_budgets: Annotated[str, typer.Option(help="Budgets of the miss curves, ascending, by commas.")] = ",".join(
+        map(str, MISS_BUDGETS)
+    ),
     interval: Annotated[int, typer.Option(min=1, help="Decoded tokens between two simulated compressions.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.6,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
@@ -50,7 +54,6 @@ def calibrate(
     """
     with clear_errors():
         from reasonalloc.calibration import CalibrationSettings, built_in_prompts, read_prompts
-        from reasonalloc.calibration.settings import SENSITIVITY_WINDOW
         from reasonalloc.engines.transformers import calibrate as run_calibration
         from reasonalloc.engines.transformers.loading import load, quiet
         from reasonalloc.recorder import write_atomically
@@ -66,6 +69,7 @@ def calibrate(
             seed=seed,
             batch_size=batch_size,
             miss=tuple(miss or ()),
+            miss_budgets=_whole_numbers(miss_budgets),
             interval=interval,
             sensitivity_window=SENSITIVITY_WINDOW if sensitivity else None,
         )
@@ -93,6 +97,13 @@ def calibrate(
         partial.unlink(missing_ok=True)
         _show(profile, 128)
         console.print(f"wrote {output}", highlight=False)
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--miss-budgets takes whole numbers separated by commas, got {text!r}") from error
 
 
 def _progress() -> Progress:
@@ -218,12 +229,14 @@ def compare_command(
         console.print(table)
         table = Table(
             title="Where waves differ",
-            caption="distance: mean W1 of two prompts that differ at this level and not above it; effect: over that of "
-            "the level below;\nvariance: share of the sum of squares; p: permutation test of the level's labels, "
-            "one sided",
+            caption="distance: mean W1 of two prompts that differ at this level and not above;\n"
+            "effect: over that of the level below; variance: share of the sum of squares;\n"
+            "p: permutation test of the level's labels, one sided; least p: the smallest that\n"
+            "so few members can give; -: relabelling would change nothing. Texts of different\n"
+            "length differ, too: compare tasks at a --max-new-tokens that all texts reach.",
             caption_justify="left",
         )
-        for heading in ("level", "distance", "effect", "variance", "p"):
+        for heading in ("level", "distance", "effect", "variance", "p", "least p"):
             table.add_column(heading, justify="right")
         for level in found.levels:
             table.add_row(
@@ -232,6 +245,7 @@ def compare_command(
                 _or_dash(level.ratio, "{:.2f}x"),
                 f"{level.share:.1%}",
                 _or_dash(level.p, "{:.4f}"),
+                _or_dash(level.least_p, "{:.4f}"),
             )
         console.print(table)
 

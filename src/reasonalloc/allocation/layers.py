@@ -38,13 +38,18 @@ class LayerAllocator(ABC):
         """
 
 
-NO_PROFILE = (
-    "needs the model's demand profile: run `reasonalloc calibrate --model MODEL -o wave.json` and pass "
-    "profile='wave.json', or profile='auto' to calibrate once and keep the result, or choose layers='dynamic', "
-    "which measures demand while it decodes"
-)
-
 LAYER_ALLOCATORS: Registry[LayerAllocator] = Registry("layer allocator", "reasonalloc.layers")
+
+
+def no_profile(policy: object) -> str:
+    """What is wrong where an allocator that needs a profile has none, and what to do."""
+    options = getattr(policy, "calibrate_options", "")
+    command = " ".join(filter(None, ("reasonalloc calibrate --model MODEL", options, "-o wave.json")))
+    return (
+        f"{type(policy).__name__} needs the model's demand profile: run `{command}` and pass profile='wave.json'"
+        + ("" if options else ", or profile='auto' to calibrate once and keep the result")
+        + "; layers='dynamic' measures demand while it decodes and needs none"
+    )
 
 
 def check_rho(rho: float) -> None:
@@ -135,7 +140,7 @@ class WaveLayers(LayerAllocator):
     ) -> Int[Tensor, "layers"]:
         """R(demand profile; exponent gamma, clip to [lower, upper] x mean). Raises ``ValueError`` without a profile."""
         if profile is None:
-            raise ValueError(f"layers='wave' {NO_PROFILE}")
+            raise ValueError(no_profile(self))
         demand = torch.from_numpy(profile.layer_demand(self.rho))
         return split_over_layers(smooth(demand, self.exponent), shape, budget, window, self.lower, self.upper)
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from reasonalloc.allocation.heads import HEAD_ALLOCATORS
-from reasonalloc.allocation.layers import LAYER_ALLOCATORS
+from reasonalloc.allocation.layers import LAYER_ALLOCATORS, no_profile
 from reasonalloc.allocation.offline_heads import OfflineBudgets, OfflineHeads, OfflineLayers
 from reasonalloc.allocation.profile import DemandProfile, Floats
 from reasonalloc.allocation.sensitivity import tempered_sensitivity
@@ -78,30 +78,37 @@ class MissCurveBudgets(OfflineBudgets):
 
     Attributes:
         scorer: whose simulated evictions the curves are of. Empty: that of the ``Compression`` it is used in.
-        sensitivity: weigh each head's curve by its loss sensitivity to this power; 0 takes all heads for equal.
+        sensitivity_exponent: weigh each head's curve by its loss sensitivity to this power; 0: not at all.
     """
 
     scorer: str = ""
-    sensitivity: float = 0.0
+    sensitivity_exponent: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sensitivity < 0:
-            raise ValueError(f"sensitivity must not be negative, got {self.sensitivity}")
+        if self.sensitivity_exponent < 0:
+            raise ValueError(f"sensitivity_exponent must not be negative, got {self.sensitivity_exponent}")
+
+    @property
+    def calibrate_options(self) -> str:
+        """Miss curves of the scorer."""
+        return f"--miss {self.scorer or 'SCORER'}"
 
     def budgets(
         self, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
     ) -> Int[np.ndarray[Any, Any], "layers kv_heads"]:
-        """Tokens of every head. Raises ``ValueError`` for a profile without the curves."""
+        """Tokens of every head. Raises ``ValueError`` where the profile has no curves, or they end too soon."""
         if profile is None:
-            raise ValueError(
-                "'miss-curve' needs the model's profile with miss curves: run `reasonalloc calibrate --model MODEL "
-                f"--miss {self.scorer} -o wave.json` and pass profile='wave.json'"
-            )
+            raise ValueError(no_profile(self))
         curves = profile.miss_curves(self.scorer)
-        if self.sensitivity:
-            curves = curves * tempered_sensitivity(profile, self.sensitivity)
+        if self.sensitivity_exponent:
+            curves = curves * tempered_sensitivity(profile, self.sensitivity_exponent)
         grid = np.array(profile.grids[self.scorer].budgets, dtype=np.float64)
+        if budget > grid[-1]:
+            raise ValueError(
+                f"the miss curves of {self.scorer!r} end at {int(grid[-1])} tokens and say nothing about a budget of "
+                f"{budget}: calibrate on longer texts, with --miss-budgets up to several times the budget"
+            )
         total = shape.layers * shape.kv_heads * budget
         split = marginal_gain(curves.reshape(len(grid), -1), grid, total, self.least(budget, window))
         return split.reshape(shape.layers, shape.kv_heads)

@@ -88,7 +88,8 @@ class DemandProfile:
             rho nearest the paper's; None for a profile by hand.
         grids: where the miss curves of each scorer were simulated.
         settings: how it was measured; merged profiles must agree on it.
-        source: the model's name and revision, and the library's version: for the reader, never compared.
+        source: the model's name and revision, its dtype, the library's version. A cache does not look at it; profiles
+            of different sources are not merged.
     """
 
     shape: ModelShape
@@ -399,7 +400,7 @@ def merge(profiles: Sequence[DemandProfile]) -> DemandProfile:
 
 def _measured_with(profile: DemandProfile) -> dict[str, Any]:
     grids = {f"miss {name}": vars(grid) for name, grid in profile.grids.items()}
-    return {**profile.settings, "rhos": profile.rhos, **grids}
+    return {**profile.source, **profile.settings, "rhos": profile.rhos, **grids}
 
 
 def differences(own: Mapping[str, Any], other: Mapping[str, Any], own_name: str, other_name: str) -> str:

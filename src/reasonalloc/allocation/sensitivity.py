@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from reasonalloc.allocation.apportion import apportion
 from reasonalloc.allocation.heads import HEAD_ALLOCATORS
-from reasonalloc.allocation.layers import LAYER_ALLOCATORS
+from reasonalloc.allocation.layers import LAYER_ALLOCATORS, no_profile
 from reasonalloc.allocation.offline_heads import OfflineBudgets, OfflineHeads, OfflineLayers
 from reasonalloc.allocation.profile import DemandProfile, Floats
 from reasonalloc.allocation.shape import ModelShape
@@ -34,6 +34,7 @@ class SensitivityBudgets(OfflineBudgets):
     """
 
     exponent: float = 0.5
+    calibrate_options = "--sensitivity"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,10 +46,7 @@ class SensitivityBudgets(OfflineBudgets):
     ) -> Int[np.ndarray[Any, Any], "layers kv_heads"]:
         """Tokens of every head. Raises ``ValueError`` for a profile without loss sensitivity."""
         if profile is None:
-            raise ValueError(
-                "'sensitivity' needs the model's profile with loss sensitivity: run `reasonalloc calibrate "
-                "--model MODEL --sensitivity -o wave.json` and pass profile='wave.json'"
-            )
+            raise ValueError(no_profile(self))
         heads, floor = shape.layers * shape.kv_heads, self.least(budget, window)
         weights = torch.from_numpy(tempered_sensitivity(profile, self.exponent).reshape(heads))
         low = torch.full_like(weights, floor)

@@ -3,12 +3,13 @@
 The distance between two demand curves is Wasserstein-1 between the curves, normalised to sum 1, over relative depth in
 [0, 1] (layer l of L stands at (l + 1/2) / L), so that models of different depth compare. Variation is split over three
 levels - prompts within a task, tasks within a model, models - as in a nested PERMANOVA (Anderson 2001): sums of squared
-distances within groups, tested by permuting the labels of one level below.
+distances within groups, tested by permuting the labels of one level below. Wasserstein-1 is no Euclidean distance, so a
+level's share can come out slightly negative; and groups that differ in spread alone can be told apart, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,9 @@ class Level:
         distance: mean distance of two prompts that differ at this level and at none above.
         share: this level's share of the sum of squares.
         ratio: effect size: ``distance`` over that of the level below; NaN for prompts.
-        p: of "this level's labels mean nothing", by permutation, one sided; NaN where there is nothing to permute.
+        p: of "this level's labels mean nothing", by permutation, one sided; NaN where relabelling changes nothing
+            (one prompt a task, one task a model).
+        least_p: the smallest p that this many members can give: no evidence can be stronger.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Level:
     share: float
     ratio: float
     p: float
+    least_p: float
 
 
 @dataclass(frozen=True)
@@ -122,12 +126,12 @@ def _levels(
         distance = float(distances[where].mean())
         ratio = distance / levels[-1].distance if levels else float("nan")
         if name == "tasks":
-            p = _permute(rng, permutations, within_tasks, lambda: _within(squares, _shuffled(rng, tasks, models)))
+            p, least = _permute(squares, tasks, permutations, lambda: _shuffled(rng, tasks, models))
         elif name == "models":
-            p = _permute(rng, permutations, within_models, lambda: _within(squares, rng.permutation(model_of)[tasks]))
+            p, least = _permute(squares, models, permutations, lambda: rng.permutation(model_of)[tasks])
         else:
-            p = float("nan")
-        levels.append(Level(name, distance, float(sum_of_squares / total), ratio, p))
+            p = least = float("nan")
+        levels.append(Level(name, distance, float(sum_of_squares / total), ratio, p, least))
     return tuple(levels)
 
 
@@ -148,7 +152,22 @@ def _shuffled(
     return shuffled
 
 
-def _permute(rng: np.random.Generator, permutations: int, observed: float, draw: Any) -> float:
-    """Share of relabellings whose groups are at least as tight as the true ones; the true one counts, too."""
-    tight = sum(draw() <= observed * (1 + 1e-12) for _ in range(permutations))
-    return (tight + 1) / (permutations + 1)
+def _permute(
+    squares: Floats, labels: np.ndarray[Any, Any], permutations: int, draw: Callable[[], np.ndarray[Any, Any]]
+) -> tuple[float, float]:
+    """Share of relabellings with groups at least as tight as the true ones, itself counted; and the least share."""
+    observed = _within(squares, labels)
+    tight, partitions = 0, {_partition(labels)}
+    for _ in range(permutations):
+        drawn = draw()
+        partitions.add(_partition(drawn))
+        tight += _within(squares, drawn) <= observed * (1 + 1e-12)
+    if len(partitions) == 1:
+        return float("nan"), float("nan")
+    return (tight + 1) / (permutations + 1), max(1 / len(partitions), 1 / (permutations + 1))
+
+
+def _partition(labels: np.ndarray[Any, Any]) -> tuple[int, ...]:
+    """Who is with whom, whatever the labels are called."""
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(int(label), i) for i, label in enumerate(labels))

@@ -1,7 +1,8 @@
 """What is measured while a model generates with its full cache: attention demand, and what eviction would have missed.
 
 Streaming: a layer hands over its cache and its last queries once per ``block`` decoded tokens. No attention matrix
-outlives the call, so memory is O(block x heads x length) for one layer at a time.
+outlives the call: a few copies of [batch, query heads, block, length] for one layer at a time. Miss curves also keep,
+for all layers, one byte (five where received attention counts) for each budget, sequence, KV head and token.
 """
 
 from __future__ import annotations
@@ -109,18 +110,8 @@ class DemandProbe:
                 simulation.select_sequences(rows)
 
     def results(self, hashes: Sequence[str], tasks: Sequence[str], tokens: Sequence[int]) -> list[PromptDemand]:
-        """One record for each sequence of the batch, in its first order.
-
-        Raises:
-            ValueError: a sequence has no row to measure.
-        """
+        """One record for each sequence of the batch, in its first order; of a text too short it has no rows."""
         assert self._sums is not None
-        short = [prompt[:8] for prompt, rows in zip(hashes, self._rows, strict=True) if not rows]
-        if short:
-            raise ValueError(
-                f"nothing to measure on prompt {', '.join(short)}: the text ended before it had "
-                f"{self.settings.least_tokens} tokens; ask for more new tokens, or use longer questions"
-            )
         return [
             PromptDemand(
                 hash=hashes[i],

@@ -52,7 +52,7 @@ def read_prompts(path: str | Path, field: str = "prompt") -> list[ProbePrompt]:
 
 def _parse(text: str, name: str, field: str) -> list[ProbePrompt]:
     prompts: list[ProbePrompt] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -64,8 +64,8 @@ def _parse(text: str, name: str, field: str) -> list[ProbePrompt]:
             there = ", ".join(data) if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"{name}, line {number}: no text in field {field!r} (found: {there}); name the field")
         prompt = ProbePrompt(value, str(data.get("task", "")))
-        if prompt in prompts:
-            raise ValueError(f"{name}, line {number}: the prompt of line {prompts.index(prompt) + 1} again")
+        if prompt.text in [other.text for other in prompts]:
+            raise ValueError(f"{name}, line {number}: {prompt.text[:60]!r} is there twice")
         prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{name} holds no prompt")

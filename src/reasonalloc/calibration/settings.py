@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reasonalloc.allocation.profile import PAPER_RHO, MissGrid
+from reasonalloc.allocation.profile import PAPER_RHO, MissGrid, check_rhos
 from reasonalloc.calibration.probe import ProbeSettings
 from reasonalloc.compression import Compression
 
 SENSITIVITY_WINDOW = 16
+BLOCK = 32  # decoded tokens that are looked at together
 MISS_BUDGETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
@@ -25,7 +26,8 @@ class CalibrationSettings:
         temperature: of sampling; 0 decodes greedily (small models then fall into loops).
         top_p: of sampling.
         seed: of sampling; each prompt draws from its own stream.
-        batch_size: prompts that are decoded together. Numbers do not depend on the batch but for rounding.
+        batch_size: prompts that are decoded together. Demand does not depend on the batch but for rounding (which may
+            now and then flip a sampled token); miss curves of scorers that draw at random do.
         miss: scorers (names) whose eviction is simulated for miss curves.
         miss_budgets: tokens per head of that simulation, ascending.
         interval: decoded tokens between two simulated compressions.
@@ -46,6 +48,9 @@ class CalibrationSettings:
     sensitivity_window: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("rhos", "miss", "miss_budgets"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_rhos(self.rhos)
         for name in ("max_new_tokens", "least_tokens", "batch_size", "interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -68,7 +73,8 @@ class CalibrationSettings:
     def probe(self) -> ProbeSettings:
         """What the probe needs to know of this."""
         nearest = min(range(len(self.rhos)), key=lambda i: abs(self.rhos[i] - PAPER_RHO))
-        block = max(b for b in range(1, min(32, self.interval) + 1) if self.interval % b == 0)
+        # Blocks end where the simulated compressions are due; without any their length is free.
+        block = max(b for b in range(1, BLOCK + 1) if self.interval % b == 0) if self.miss else BLOCK
         return ProbeSettings(self.rhos, nearest, self.grids, self.least_tokens, block)
 
     def describe(self) -> Mapping[str, Any]:

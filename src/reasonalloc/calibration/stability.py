@@ -94,8 +94,10 @@ def bootstrap(
         raise ValueError(f"level must be in (0, 1), got {level}")
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
-    rho = profile.reference_rho if rho is None else rho
-    layers = layers or WaveLayers(rho=rho)
+    layers = layers or WaveLayers(rho=profile.reference_rho if rho is None else rho)
+    if rho not in (None, layers.rho):
+        raise ValueError(f"rho is {rho}, but that of the layer allocator {layers.rho}: pass one of them")
+    rho = layers.rho
     at, n = profile.rho_index(rho), len(profile.prompts)
     sums = np.stack([prompt.sums[at].mean(-1) for prompt in profile.prompts])
     rows = np.array([prompt.rows for prompt in profile.prompts], dtype=np.float64)

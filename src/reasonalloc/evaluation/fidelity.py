@@ -71,7 +71,7 @@ def read_traces(
     if not path.is_file():
         raise FileNotFoundError(f"no data at {path}")
     traces = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -114,13 +114,16 @@ def teacher_force(
         trace: what is read; batch size 1.
         compression: the cache. An interval of 1 evicts after every token.
         reference: the same trace with the full cache and ``keep_log_probs``; gives ``kl`` and ``agree``.
-        keep_log_probs: keep all distributions: 4 bytes x answer x vocabulary.
+        keep_log_probs: keep all distributions: 4 bytes x answer x vocabulary, on the CPU.
 
     Raises:
-        ValueError: an empty prompt or answer, or a reference without distributions.
+        ValueError: a prompt of less than two tokens, an empty answer, or a reference without distributions.
     """
-    if not len(trace.prompt) or not len(trace.answer):
-        raise ValueError(f"trace {trace.name} has {len(trace.prompt)} prompt and {len(trace.answer)} answer tokens")
+    if len(trace.prompt) < 2 or not len(trace.answer):
+        raise ValueError(
+            f"trace {trace.name} has {len(trace.prompt)} prompt and {len(trace.answer)} answer tokens: "
+            "two and one are the least"
+        )
     if reference is not None and reference.log_probs is None:
         raise ValueError("the reference has no distributions: make it with keep_log_probs=True")
     cache = Cache(model.config, compression)
@@ -137,7 +140,7 @@ def teacher_force(
             kl.append((base.exp() * (base - log_probs)).sum(-1).cpu())
             agree.append((base.argmax(-1) == log_probs.argmax(-1)).cpu())
         if keep_log_probs:
-            kept.append(log_probs)
+            kept.append(log_probs.cpu())
         if chunk is not None:
             logits.append(model(answer[chunk][None], past_key_values=cache).logits[0])
         done += len(log_probs)

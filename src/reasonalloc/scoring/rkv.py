@@ -14,7 +14,9 @@ from reasonalloc.scoring.scorer import Observation, Scorer, register_scorer
 from reasonalloc.scoring.window_attention import at_least_float32, check_kernel, pooled_importance
 from reasonalloc.storage.tokens import LayerTokens
 
-_BLOCK_ENTRIES = 1 << 20  # entries of the similarity matrix held at once: never n x n, and small enough for a cache
+# Entries of the similarity matrix held at once: never n x n; on a CPU what fits its caches.
+_BLOCK_ENTRIES = {"cpu": 1 << 20}
+_BLOCK_ENTRIES_ELSEWHERE = 1 << 26
 
 
 @register_scorer("rkv")
@@ -106,7 +108,8 @@ def _spared(keys: Float[Tensor, "rows tokens dim"], threshold: float) -> Float[T
     count, n, _ = keys.shape
     spared = keys.new_zeros(count, n)
     columns = torch.arange(1, n + 1, device=keys.device, dtype=keys.dtype)
-    block = max(1, _BLOCK_ENTRIES // max(1, count * n))
+    entries = _BLOCK_ENTRIES.get(keys.device.type, _BLOCK_ENTRIES_ELSEWHERE)
+    block = max(1, entries // max(1, count * n))
     for first in range(0, n, block):
         similarity = keys[:, first : first + block] @ keys.transpose(-1, -2)
         similarity.diagonal(first, 1, 2).zero_()

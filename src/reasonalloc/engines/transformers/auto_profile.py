@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from reasonalloc.allocation import DemandProfile
+from reasonalloc.allocation.profile import SCHEMA
 from reasonalloc.calibration import CalibrationSettings
+from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers.calibration import calibrate
 from reasonalloc.engines.transformers.loading import load
 from reasonalloc.engines.transformers.support import architecture, model_shape
 from reasonalloc.recorder import write_atomically
 
 SETTINGS = CalibrationSettings(max_new_tokens=512, miss=("rkv",))
+_WEIGHTS = {".safetensors", ".bin", ".gguf"}
 
 
 def cache_folder() -> Path:
@@ -27,23 +30,37 @@ def cache_folder() -> Path:
 
 
 def auto_profile_path(config: Any) -> Path:
-    """Where the profile of this model is kept: by its name, its revision and its architecture."""
+    """Where the profile of this model is kept: by its name, its revision or its files, and its architecture."""
+    folder = Path(config.name_or_path).expanduser()
+    files = sorted(folder.iterdir()) if folder.is_dir() else [folder] if folder.is_file() else []
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.suffix in _WEIGHTS]
+    name = str(folder.resolve()) if files else config.name_or_path
     revision = getattr(config, "_commit_hash", None)
-    known = [config.name_or_path, revision, vars(model_shape(config)), architecture(config)]
+    known = [SCHEMA, name, revision, weights, vars(model_shape(config)), architecture(config)]
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder() / "profiles" / f"{Path(config.name_or_path).name or 'model'}-{key}.json"
+    return cache_folder() / "profiles" / f"{folder.name or 'model'}-{key}.json"
 
 
-def auto_profile(config: Any, model: Any = None, tokenizer: Any = None) -> DemandProfile:
+def auto_profile(config: Any, compression: Compression, model: Any = None, tokenizer: Any = None) -> DemandProfile:
     """The model's profile; where there is none yet, calibrate on the eight built-in prompts and keep the result.
 
     Args:
         config: the model's configuration.
-        model, tokenizer: the model itself, if it is loaded; else it is loaded from ``config.name_or_path``.
+        compression: what the profile is for.
+        model, tokenizer: the model itself, if it is at hand. Else it is loaded from ``config.name_or_path``, for a
+            while beside the user's own: calibrate beforehand where memory is short.
 
     Raises:
-        ValueError: the configuration does not say where the model is, or it cannot be loaded from there.
+        ValueError: the configuration does not say where the model is, it cannot be loaded from there, or the
+            compression needs what only an explicit calibration measures.
     """
+    for policy in (compression.layer_allocator, compression.head_allocator):
+        options = getattr(policy, "calibrate_options", "")
+        if options not in ("", *(f"--miss {scorer}" for scorer in SETTINGS.miss)):
+            raise ValueError(
+                f"profile='auto' measures demand and the miss curves of {', '.join(SETTINGS.miss)} only: "
+                f"run `reasonalloc calibrate --model MODEL {options} -o wave.json` and pass profile='wave.json'"
+            )
     path = auto_profile_path(config)
     if path.exists():
         return DemandProfile.load(path)

@@ -156,7 +156,7 @@ class Cache(cache_utils.Cache):
         if compression.profile == AUTO_PROFILE:
             from reasonalloc.engines.transformers.auto_profile import auto_profile  # which itself uses this class
 
-            compression = compression.replace(profile=auto_profile(config))
+            compression = compression.replace(profile=auto_profile(config, compression))
         self.compression = compression
         if compression.demand_profile is not None:
             compression.demand_profile.check(self.shape, architecture(config))

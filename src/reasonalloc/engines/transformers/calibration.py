@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +49,17 @@ def calibrate(
 
     Raises:
         UnsupportedModelError: see ``Cache``.
-        ValueError: no prompts, a text too short to measure, or a partial file of another model or other settings.
+        ValueError: no prompts, a prompt twice or of one token, only texts too short to measure, or a partial
+            file of another model or other settings.
     """
     settings = settings or CalibrationSettings()
     prompts = built_in_prompts() if prompts is None else list(prompts)
     if not prompts:
         raise ValueError("there is no prompt to calibrate on")
+    texts = [prompt.text for prompt in prompts]
+    twice = sorted({text for text in texts if texts.count(text) > 1})
+    if twice:
+        raise ValueError(f"prompts that are there twice would count twice; remove one of {twice[0][:60]!r}")
     parts = [] if partial is None or not partial.exists() else [_resume(partial, model, settings)]
     finished = {prompt.hash for part in parts for prompt in part.prompts}
     if finished - {prompt.hash for prompt in prompts}:
@@ -62,10 +69,16 @@ def calibrate(
         group = prompts[first : first + settings.batch_size]
         batch = [prompt for prompt in group if prompt.hash not in finished]
         if batch:
-            parts = [merge([*parts, _measure(model, tokenizer, batch, settings, meter)])]
-            if partial is not None:
+            measured = _measure(model, tokenizer, batch, settings, meter)
+            parts = [merge([*parts, measured])] if measured is not None else parts
+            if partial is not None and parts:
                 write_atomically(partial, parts[0].to_json())
         meter.batch_done(len(group))
+    if not parts:
+        raise ValueError(
+            f"nothing to measure: every text ended before it had {settings.least_tokens} tokens; "
+            "allow more new tokens, or ask longer questions"
+        )
     return parts[0]
 
 
@@ -90,11 +103,14 @@ class _Meter:
 
 
 def _resume(partial: Path, model: Any, settings: CalibrationSettings) -> DemandProfile:
-    found = DemandProfile.load(partial)
-    found.check(model_shape(model.config), architecture(model.config))
+    try:
+        found = DemandProfile.load(partial)
+        found.check(model_shape(model.config), architecture(model.config))
+    except ValueError as error:
+        raise ValueError(f"cannot go on with {partial}; delete it to start again ({error})") from error
     changed = differences(
-        {**found.settings, "rhos": found.rhos, "miss": dict(found.grids)},
-        {**settings.describe(), "rhos": settings.rhos, "miss": settings.grids},
+        {**found.source, **found.settings, "rhos": found.rhos, "miss": dict(found.grids)},
+        {**_source(model), **settings.describe(), "rhos": settings.rhos, "miss": settings.grids},
         "begun with",
         "now",
     )
@@ -103,23 +119,44 @@ def _resume(partial: Path, model: Any, settings: CalibrationSettings) -> DemandP
     return found
 
 
+def _source(model: Any) -> dict[str, Any]:
+    return {
+        "model": model.config.name_or_path,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "library": version("reasonalloc"),
+    }
+
+
 def _measure(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[ProbePrompt],
     settings: CalibrationSettings,
     meter: _Meter,
-) -> DemandProfile:
-    """The profile of one batch of prompts."""
+) -> DemandProfile | None:
+    """The profile of one batch of prompts; None if every text was too short to measure."""
     shape = model_shape(model.config)
     probe_settings = settings.probe()
     probe = DemandProbe(shape, probe_settings)
     cache = Cache(model.config, Compression(None, interval=probe_settings.block), probe=probe)
     inputs = encode(tokenizer, [prompt.text for prompt in prompts], True, model.device)
+    if inputs["input_ids"].shape[1] < 2:
+        raise ValueError(f"a prompt of one token cannot be measured: {prompts[0].text!r}")
     answers = _generate(model, inputs, cache, probe, prompts, settings, meter)
     records = probe.results([p.hash for p in prompts], [p.task for p in prompts], [len(a) for a in answers])
     if settings.sensitivity_window is not None:
         records = _with_sensitivity(model, inputs, records, answers, settings, meter)
+    short = [prompt.text for prompt, record in zip(prompts, records, strict=True) if not record.rows]
+    if short:
+        warnings.warn(
+            f"{len(short)} of {len(prompts)} texts ended before they had {settings.least_tokens} tokens and do not "
+            f"count, the first to {short[0][:60]!r}",
+            stacklevel=3,
+        )
+    records = [record for record in records if record.rows]
+    if not records:
+        return None
     return DemandProfile(
         shape=shape,
         rhos=settings.rhos,
@@ -128,12 +165,7 @@ def _measure(
         histogram=probe.histogram,
         grids=settings.grids,
         settings=settings.describe(),
-        source={
-            "model": model.config.name_or_path,
-            "revision": getattr(model.config, "_commit_hash", None),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "library": _version(),
-        },
+        source=_source(model),
     )
 
 
@@ -232,6 +264,7 @@ class _Draw:
         if self.greedy:
             return logits.argmax(-1).tolist()
         chances = self.warpers(None, logits.float()).softmax(-1)
+        chances = chances.to(self.generators[0].device)  # of a sharded model the logits may be elsewhere
         drawn = [torch.multinomial(chances[i], 1, generator=self.generators[row]) for i, row in enumerate(rows)]
         return torch.cat(drawn).tolist()
 
@@ -240,9 +273,3 @@ def _end_tokens(model: Any) -> set[int]:
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = model.config.eos_token_id if ends is None else ends
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("reasonalloc")

@@ -57,6 +57,8 @@ def load(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, An
         raise ValueError(
             f"cannot load {model!r}: it is no local folder, and the model hub does not have it or cannot be reached"
         ) from error
+    if path.suffix == ".gguf":
+        network.config.name_or_path = str(path)  # not the folder, which may hold several
     return network.to(device).eval(), tokenizer
 
 

@@ -14,22 +14,24 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from reasonalloc.engines.transformers.support import model_shape
+from reasonalloc.scoring.window_attention import at_least_float32
 
 _NAME = "reasonalloc-forgetful"
 _FORGETS = "_reasonalloc_forgets"  # set on the attention module of the layer under test: (first head, heads, window)
-_MOST_LOGITS = 1 << 26  # at once; decides how many heads share a forward pass
+_MOST_ENTRIES = 1 << 27  # of logits, and of masks, at once: decides how many heads share a forward pass
+_LOSS_ROWS = 1024
 
 
 def _forgetful_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention; in batch row i the i-th head under test sees only its newest tokens."""
+    """Causal attention; in batch row i the i-th head under test sees only its newest tokens, in the last row none."""
     forgets: tuple[int, int, int] | None = getattr(module, _FORGETS, None)
     if forgets is not None:
         first, heads, window = forgets
         length, group = query.shape[2], query.shape[1] // key.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        mask = causal.expand(heads, query.shape[1], -1, -1).clone()
+        mask = causal.expand(heads + 1, query.shape[1], -1, -1).clone()
         for row in range(heads):
             head = first + row
             mask[row, head * group : (head + 1) * group] &= causal.triu(1 - window)
@@ -71,15 +73,18 @@ def loss_sensitivity(
     try:
         modules = _layers(model, shape.layers)
         with _recorded(modules) as outputs:
-            base = _nll(model, ids[None], answer)
+            model(ids[None], use_cache=False, logits_to_keep=1)
         rises = torch.zeros(shape.layers, shape.kv_heads, dtype=torch.float64)
-        together = max(1, min(shape.kv_heads, _MOST_LOGITS // (len(ids) * model.config.get_text_config().vocab_size)))
+        widest = max(answer * model.config.get_text_config().vocab_size, shape.query_heads * len(ids) ** 2)
+        together = max(1, min(shape.kv_heads, _MOST_ENTRIES // widest - 1))
         for layer in range(shape.layers):
             with _replayed(modules[:layer], outputs):
                 for first in range(0, shape.kv_heads, together):
                     heads = min(together, shape.kv_heads - first)
                     with _forgetting(modules[layer], (first, heads, window)):
-                        rises[layer, first : first + heads] = _nll(model, ids.expand(heads, -1), answer) - base
+                        # The last row forgets nothing: in low precision another batch or kernel is another loss.
+                        losses = _nll(model, ids.expand(heads + 1, -1), answer)
+                    rises[layer, first : first + heads] = (losses[:-1] - losses[-1:]).sum(1)
             if advance is not None:
                 advance()
     finally:
@@ -87,14 +92,16 @@ def loss_sensitivity(
     return rises
 
 
-def _nll(model: Any, ids: Tensor, answer: int) -> Float[Tensor, "rows"]:
-    """Summed negative log-likelihood of the last ``answer`` tokens of each row."""
+def _nll(model: Any, ids: Tensor, answer: int) -> Float[Tensor, "rows answer"]:
+    """Negative log-likelihood of the last ``answer`` tokens of each row, float64."""
     logits = model(ids, use_cache=False, logits_to_keep=answer + 1).logits[:, :-1]
-    losses = [
-        torch.nn.functional.cross_entropy(row.float(), target[-answer:], reduction="none").double().sum()
-        for row, target in zip(logits, ids, strict=True)
-    ]
-    return torch.stack(losses).cpu()
+    parts = []
+    for first in range(0, answer, _LOSS_ROWS):
+        part = logits[:, first : first + _LOSS_ROWS]
+        targets = ids[:, ids.shape[1] - answer + first :][:, : part.shape[1]]
+        losses = torch.nn.functional.cross_entropy(at_least_float32(part).mT, targets, reduction="none")
+        parts.append(losses.double().cpu())
+    return torch.cat(parts, 1)
 
 
 def _layers(model: Any, count: int) -> list[torch.nn.Module]:
