@@ -27,7 +27,7 @@ import reasonalloc as ra
         ),
         ({"budget": 64, "prompt": "keep"}, "prompt must be one of compete, protect, got 'keep'"),
         ({"budget": 64, "storage_order": "x"}, "storage_order must be one of position, score, got 'x'"),
-        ({"budget": 64, "layers": "wave"}, "layers='wave' needs the model's demand profile"),
+        ({"budget": 64, "layers": "wave"}, "WaveLayers needs the model's demand profile"),
         ({"budget": 64, "scorer": "vase"}, "budget 64 leaves nothing beside the window of 64"),
     ],
 )
