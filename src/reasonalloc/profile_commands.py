@@ -139,11 +139,6 @@ def _show(profile: DemandProfile, budget: int) -> None:
     table = Table(
         title=f"{escape(str(name))}: {len(profile.prompts)} prompts, {tokens} tokens generated, "
         f"{profile.rows} positions measured",
-        caption=f"demand: tokens that hold {rho:.0%} of a position's attention, mean over\n"
-        f"positions and query heads; heads: least and most of a query head;\n"
-        f"budget: tokens per head of layers='wave' at a mean of {budget}.\n"
-        f"Bands: {bands.level:.0%}, by bootstrap over prompts.",
-        caption_justify="left",
     )
     for heading in ("layer", "demand", "± s.e.", "band", "heads", "budget", "band"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -158,6 +153,12 @@ def _show(profile: DemandProfile, budget: int) -> None:
             f"{bands.budget_low[layer]:.0f} to {bands.budget_high[layer]:.0f}",
         )
     console.print(table)
+    console.print(
+        f"demand: tokens that hold {rho:.0%} of a position's attention, mean over positions and query heads; "
+        f"heads: least and most of a query head; budget: tokens per head of layers='wave' at a mean of {budget}. "
+        f"Bands: {bands.level:.0%}, by bootstrap over prompts.",
+        highlight=False,
+    )
     for scorer, grid in profile.grids.items():
         mean = profile.miss_curves(scorer).mean((1, 2))
         curve = "  ".join(f"{b}: {m:.1%}" for b, m in zip(grid.budgets, mean, strict=True))
@@ -227,15 +228,7 @@ def compare_command(
         for name, row in zip(names, found.matrix, strict=True):
             table.add_row(name, *(f"{value:.4f}" for value in row))
         console.print(table)
-        table = Table(
-            title="Where waves differ",
-            caption="distance: mean W1 of two prompts that differ at this level and not above;\n"
-            "effect: over that of the level below; variance: share of the sum of squares;\n"
-            "p: permutation test of the level's labels, one sided; least p: the smallest that\n"
-            "so few members can give; -: relabelling would change nothing. Texts of different\n"
-            "length differ, too: compare tasks at a --max-new-tokens that all texts reach.",
-            caption_justify="left",
-        )
+        table = Table(title="Where waves differ")
         for heading in ("level", "distance", "effect", "variance", "p", "least p"):
             table.add_column(heading, justify="right")
         for level in found.levels:
@@ -248,6 +241,13 @@ def compare_command(
                 _or_dash(level.least_p, "{:.4f}"),
             )
         console.print(table)
+        console.print(
+            "distance: mean W1 of two prompts that differ at this level and not above; effect: over that of the level "
+            "below; variance: share of the sum of squares; p: permutation test of the level's labels, one sided; "
+            "least p: the smallest that so few members can give; -: relabelling would change nothing.\n"
+            "Texts of different length differ, too: compare tasks at a --max-new-tokens that all texts reach.",
+            highlight=False,
+        )
 
 
 @profile_app.command("merge")
