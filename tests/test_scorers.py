@@ -323,7 +323,7 @@ def test_rkv_blocks(monkeypatch, rows_at_once):
     seen = observe(70, keys=keys_with_duplicates(6))
     whole = RKV().score(seen)
     entries_of_a_row = whole.numel()  # a row of every (sequence, head): batch * heads * n
-    monkeypatch.setattr("reasonalloc.scoring.rkv._BLOCK_ENTRIES", rows_at_once * entries_of_a_row)
+    monkeypatch.setattr("reasonalloc.scoring.rkv._BLOCK_ENTRIES", {"cpu": rows_at_once * entries_of_a_row})
     got = RKV().score(seen)
     assert_scores(got, seen, ref_rkv)
     valid = seen.tokens.valid
