@@ -129,7 +129,9 @@ def show(profile: File, budget: Budget = 128, plot: Picture = None) -> None:
 
 
 def _show(profile: DemandProfile, budget: int) -> None:
-    from reasonalloc.calibration.stability import bootstrap
+    import numpy as np
+
+    from reasonalloc.calibration.stability import bootstrap, bootstrap_miss_curves
 
     rho = profile.reference_rho
     bands = bootstrap(profile, budget=budget)
@@ -163,6 +165,14 @@ def _show(profile: DemandProfile, budget: int) -> None:
         mean = profile.miss_curves(scorer).mean((1, 2))
         curve = "  ".join(f"{b}: {m:.1%}" for b, m in zip(grid.budgets, mean, strict=True))
         console.print(f"attention on tokens that {scorer} had evicted, by budget: {curve}", highlight=False)
+        if budget <= grid.budgets[-1]:
+            split = bootstrap_miss_curves(profile, scorer, budget)
+            console.print(
+                f"  miss-curve budgets at {budget}: {split.budgets.min()} to {split.budgets.max()} tokens per KV head; "
+                f"{bands.level:.0%} bands {float(np.median(split.widths)):.0%} of the budget wide in the median, "
+                f"{float(split.widths.max()):.0%} at most",
+                highlight=False,
+            )
     advice = bands.advice()
     if advice:
         console.print(f"[yellow]note:[/] {advice}.", highlight=False)

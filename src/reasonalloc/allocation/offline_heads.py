@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,14 @@ class OfflineBudgets(ABC):
         return min(budget, max(int(self.floor * budget), window + 1))
 
 
+@lru_cache(maxsize=16)
+def _budgets(
+    policy: OfflineBudgets, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
+) -> Int[np.ndarray[Any, Any], "layers kv_heads"]:
+    """``policy.budgets``, computed once for all layers and for every cache after the first."""
+    return policy.budgets(shape, budget, window, profile)
+
+
 class OfflineLayers(OfflineBudgets, LayerAllocator):
     """A layer's total is the sum of its heads' budgets."""
 
@@ -52,7 +61,7 @@ class OfflineLayers(OfflineBudgets, LayerAllocator):
         self, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
     ) -> Int[Tensor, "layers"]:
         """The sums."""
-        return torch.from_numpy(self.budgets(shape, budget, window, profile).sum(1))
+        return torch.from_numpy(_budgets(self, shape, budget, window, profile).sum(1))
 
 
 class OfflineHeads(OfflineBudgets, HeadAllocator):
@@ -64,7 +73,7 @@ class OfflineHeads(OfflineBudgets, HeadAllocator):
         self, layer: int, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
     ) -> HeadAllocator:
         """The layer's fixed shares."""
-        return FixedHeads(tuple(self.budgets(shape, budget, window, profile)[layer].tolist()))
+        return FixedHeads(tuple(_budgets(self, shape, budget, window, profile)[layer].tolist()))
 
     def allocate(
         self,

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from reasonalloc.allocation import DemandProfile, WaveLayers
+from reasonalloc.allocation import DemandProfile, MissCurveLayers, WaveLayers, marginal_gain
 from reasonalloc.allocation.apportion import smooth
 from reasonalloc.allocation.layers import split_over_layers
 from reasonalloc.allocation.profile import Floats
@@ -109,6 +109,63 @@ def bootstrap(
     wave_low, wave_high = np.quantile(waves, [tail, 1 - tail], axis=0)
     budget_low, budget_high = np.quantile(budgets, [tail, 1 - tail], axis=0)
     return Stability(profile.layer_demand(rho), wave_low, wave_high, found, budget_low, budget_high, budget, n, level)
+
+
+@dataclass(frozen=True)
+class MissStability:
+    """Percentile bands of the budgets that miss curves give, over bootstrap samples of the prompts.
+
+    Attributes:
+        budgets, low, high: tokens of each key/value head.
+    """
+
+    budgets: Int[np.ndarray[Any, Any], "layers kv_heads"]
+    low: Float[Floats, "layers kv_heads"]
+    high: Float[Floats, "layers kv_heads"]
+
+    @property
+    def widths(self) -> Float[Floats, "layers kv_heads"]:
+        """Width of each head's band, relative to its budget."""
+        return (self.high - self.low) / self.budgets
+
+
+def bootstrap_miss_curves(
+    profile: DemandProfile,
+    scorer: str,
+    budget: int = 128,
+    window: int = 8,
+    draws: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
+) -> MissStability:
+    """Resample the prompts of a profile and split ``budget`` by the miss curves of each sample.
+
+    Args:
+        profile: with miss curves of ``scorer``.
+        scorer: whose curves.
+        budget: mean tokens per head.
+        window: newest tokens that every head keeps.
+        draws: bootstrap samples.
+        level: of the bands.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: no such curves, or they end below the budget.
+    """
+    policy = MissCurveLayers(scorer=scorer)
+    found = policy.budgets(profile.shape, budget, window, profile)
+    grid = np.array(profile.grids[scorer].budgets, dtype=np.float64)
+    sums = np.stack([prompt.misses[scorer].reshape(len(grid), -1) for prompt in profile.prompts])
+    rows = np.array([prompt.rows for prompt in profile.prompts], dtype=np.float64)
+    n = len(rows)
+    times = np.random.default_rng(seed).multinomial(n, [1 / n] * n, size=draws).astype(np.float64)
+    splits = [
+        marginal_gain(np.tensordot(t, sums, 1) / (t @ rows), grid, int(found.sum()), policy.least(budget, window))
+        for t in times
+    ]
+    tail = (1 - level) / 2
+    low, high = np.quantile(splits, [tail, 1 - tail], axis=0).reshape(2, *found.shape)
+    return MissStability(found, low, high)
 
 
 def _budgets(
