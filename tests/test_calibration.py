@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -346,7 +347,7 @@ def test_too_short_to_measure():
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"miss": ("rvk",)}, "Did you mean 'rkv'"),
-        ({"miss_budgets": (8, 64), "miss": ("rkv",)}, "ask for at least 9"),
+        ({"miss_budgets": (8, 64), "miss": ("rkv",)}, r"'rkv' at miss_budgets .*ask for at least 9"),
         ({"miss_budgets": (64, 32)}, "ascending"),
     ],
 )
@@ -519,6 +520,11 @@ def test_wrong_use_of_curves():
     profile = tiny_profile()
     with pytest.raises(ValueError, match=r"end at 128 tokens and say nothing about a budget of 129: .*--miss-budgets"):
         ra.Cache(tiny_model().config, ra.Compression.method("missalloc", 129, profile=profile))
+    short = [replace(p, misses={"rkv": p.misses["rkv"] * [[[1]], [[1]], [[0]], [[0]], [[0]]]}) for p in profile.prompts]
+    with pytest.raises(ValueError, match=r"with 32 tokens per head nothing was missed .*--max-new-tokens"):
+        ra.Cache(
+            tiny_model().config, ra.Compression.method("missalloc", 32, profile=replace(profile, prompts=tuple(short)))
+        )
     with pytest.raises(ValueError, match=r"miss curves of 'rkv' do not describe scorer 'h2o'"):
         ra.Compression.method("missalloc", 64, profile=profile).replace(scorer="h2o")
 

@@ -293,7 +293,7 @@ def test_auto_calibrates_once_and_keeps_it(model_folder, tmp_path, monkeypatch, 
     (kept,) = (tmp_path / "profiles").iterdir()
     assert first.compression.demand_profile.to_json() == kept.read_bytes()
     assert first.stats().method["layers"] == "wave"
-    second = ra.Cache(model.config, ra.Compression.method("missalloc", 64, profile="auto"))
+    second = ra.Cache(model.config, ra.Compression.method("missalloc", 20, profile="auto"))
     assert capsys.readouterr().err == ""
     assert second.compression.demand_profile.to_json() == kept.read_bytes()
     nameless = tiny_model()

@@ -148,11 +148,11 @@ def _show(profile: DemandProfile, budget: int) -> None:
         table.add_row(
             str(layer),
             f"{bands.wave[layer]:.1f}",
-            f"{error[layer]:.1f}",
-            f"{bands.wave_low[layer]:.0f} to {bands.wave_high[layer]:.0f}",
+            _or_dash(error[layer], "{:.1f}"),
+            f"{bands.wave_low[layer]:.0f} to {bands.wave_high[layer]:.0f}" if bands.prompts > 1 else "-",
             f"{heads[layer].min():.0f} to {heads[layer].max():.0f}",
             f"{bands.budgets[layer]:.1f}",
-            f"{bands.budget_low[layer]:.0f} to {bands.budget_high[layer]:.0f}",
+            f"{bands.budget_low[layer]:.0f} to {bands.budget_high[layer]:.0f}" if bands.prompts > 1 else "-",
         )
     console.print(table)
     console.print(
@@ -165,8 +165,11 @@ def _show(profile: DemandProfile, budget: int) -> None:
         mean = profile.miss_curves(scorer).mean((1, 2))
         curve = "  ".join(f"{b}: {m:.1%}" for b, m in zip(grid.budgets, mean, strict=True))
         console.print(f"attention on tokens that {scorer} had evicted, by budget: {curve}", highlight=False)
-        if budget <= grid.budgets[-1]:
+        try:
             split = bootstrap_miss_curves(profile, scorer, budget)
+        except ValueError as error:
+            console.print(f"  {error}", highlight=False)
+        else:
             console.print(
                 f"  miss-curve budgets at {budget}: {split.budgets.min()} to {split.budgets.max()} tokens per KV head; "
                 f"{bands.level:.0%} bands {float(np.median(split.widths)):.0%} of the budget wide in the median, "

@@ -109,6 +109,11 @@ class MissCurveBudgets(OfflineBudgets):
                 f"the miss curves of {self.scorer!r} end at {int(grid[-1])} tokens and say nothing about a budget of "
                 f"{budget}: calibrate on longer texts, with --miss-budgets up to several times the budget"
             )
+        if not any(np.interp(budget, grid, curve) for curve in curves.reshape(len(grid), -1).T):
+            raise ValueError(
+                f"with {budget} tokens per head nothing was missed in the calibration texts, so that their miss curves "
+                "say nothing about this budget: calibrate on texts several times as long (--max-new-tokens)"
+            )
         total = shape.layers * shape.kv_heads * budget
         split = marginal_gain(curves.reshape(len(grid), -1), grid, total, self.least(budget, window))
         return split.reshape(shape.layers, shape.kv_heads)

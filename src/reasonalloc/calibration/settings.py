@@ -62,7 +62,10 @@ class CalibrationSettings:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         for scorer in self.miss:
             for budget in self.miss_budgets:
-                Compression(budget, scorer, layers="uniform")  # a budget too small for the window fails here
+                try:
+                    Compression(budget, scorer, layers="uniform")
+                except ValueError as error:
+                    raise ValueError(f"miss curves of {scorer!r} at miss_budgets (--miss-budgets): {error}") from error
         self.probe()
 
     @property
