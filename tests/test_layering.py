@@ -11,6 +11,7 @@ ROOT = Path(reasonalloc.__file__).parent
 # Each part may import the parts before it, never one behind it.
 ORDER = [
     ("registry",),
+    ("tasks",),
     ("allocation",),
     ("storage",),
     ("scoring",),
