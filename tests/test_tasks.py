@@ -76,8 +76,7 @@ def test_programs_by_python():
         for line in lines.split(" ; "):
             exec(line, {}, scope)
         assert problem.answer.split() == [str(scope[name] % 11) for name in asked.split()]
-    near = [line.split() for line in problem.thought.split(" . ")]
-    assert len(near) == 12
+        assert len(problem.thought.split(" . ")) == 12
 
 
 def test_search_by_breadth_first():
