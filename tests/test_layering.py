@@ -21,7 +21,7 @@ ORDER = [
     ("layer_cache",),
     ("calibration",),
     ("stats", "plots"),
-    ("engines",),
+    ("engines", "reasoner"),
     ("evaluation",),
     ("console",),
     ("demo", "profile_commands", "cli", "__init__"),

@@ -1,0 +1,262 @@
+"""Training the small reasoner from scratch, seeded and resumable.
+
+    python -m reasonalloc.reasoner.train -o reasoner --minutes 120
+
+Every family climbs a ladder of difficulties of its own: half of its batches are at the top rung, the others anywhere
+below, so that nothing is forgotten; it rises when the loss at the top falls under ``rise_below``. Matrices learn by Muon,
+the rest by AdamW. A checkpoint is written every minute; the same command goes on from it, with the same data.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import safetensors.torch
+import torch
+import typer
+from torch import Tensor
+
+from reasonalloc.reasoner.text import build_tokenizer, prompt_text, solution_text
+from reasonalloc.recorder import write_atomically
+from reasonalloc.tasks import TASKS
+
+_IGNORED = -100  # label of what is not learned: the question
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """All that decides what comes out, beside the time spent.
+
+    Attributes:
+        families: for each task its ladder of difficulties, ascending, and its goal: the rung to be reached.
+        model: settings of transformers' ``LlamaConfig``.
+        matrix_learning_rate: of Muon.
+        learning_rate: of AdamW.
+        tokens_per_step: about so many tokens make one batch.
+        rise_below: nats per learned token at the top rung, averaged, under which a family takes the next.
+        seed: of weights and data.
+    """
+
+    families: dict[str, dict[str, Any]]
+    model: dict[str, Any]
+    matrix_learning_rate: float
+    learning_rate: float
+    tokens_per_step: int
+    rise_below: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, family in self.families.items():
+            ladder = family["ladder"]
+            if list(ladder) != sorted(set(ladder)) or family["goal"] not in ladder:
+                raise ValueError(f"the ladder of {name} must ascend to its goal, got {family}")
+            TASKS.create(name).problem(0, ladder[-1], "train")  # an impossible difficulty fails here
+        if min(self.tokens_per_step, self.matrix_learning_rate, self.learning_rate, self.rise_below) <= 0:
+            raise ValueError("learning rates, tokens_per_step and rise_below must be positive")
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> TrainingConfig:
+        """From a JSON file; None takes the package's own."""
+        text = (path or resources.files(__package__).joinpath("config.json")).read_text(encoding="utf-8")
+        return cls(**json.loads(text))
+
+
+@dataclass
+class Progress:
+    """Where training is. All of it is in the checkpoint.
+
+    Attributes:
+        step: optimisation steps done.
+        tokens: tokens seen.
+        seconds: time spent.
+        rungs: index into each family's ladder.
+        losses: running mean of the loss at each family's top rung; None right after rising.
+        seen: batches at the top rung since rising.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    rungs: dict[str, int] = field(default_factory=dict)
+    losses: dict[str, float | None] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
+
+
+class Trainer:
+    """One training run in a folder: ``checkpoint.safetensors``, ``progress.json``, ``log.jsonl``, and the model."""
+
+    def __init__(self, config: TrainingConfig, folder: Path) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        if not hasattr(torch.optim, "Muon"):
+            raise ImportError(f"training needs torch.optim.Muon (torch 2.9 or newer), found torch {torch.__version__}")
+        self.config, self.folder = config, folder
+        self.tokenizer = build_tokenizer(tuple(config.families))
+        torch.manual_seed(config.seed)
+        special = {
+            "vocab_size": len(self.tokenizer),
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "bos_token_id": self.tokenizer.bos_token_id,
+            "eos_token_id": self.tokenizer.eos_token_id,
+            "max_position_embeddings": 8192,
+        }
+        self.model = LlamaForCausalLM(LlamaConfig(**{**config.model, **special}))
+        named = dict(self.model.named_parameters())
+        matrices = {name for name, p in named.items() if p.ndim == 2 and "embed" not in name and "lm_head" not in name}
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon([named[n] for n in sorted(matrices)], lr=config.matrix_learning_rate, weight_decay=0.01),
+            torch.optim.AdamW(
+                [p for n, p in sorted(named.items()) if n not in matrices], lr=config.learning_rate, weight_decay=0.0
+            ),
+        ]
+        self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.progress = Progress(rungs=dict.fromkeys(config.families, 0), losses=dict.fromkeys(config.families))
+        self.progress.seen = dict.fromkeys(config.families, 0)
+
+    # ---- data ----
+
+    def batch(self) -> tuple[str, bool, Tensor, Tensor]:
+        """The batch of the current step: family, whether it is at the top rung, ids and labels, padded at the end."""
+        rng = random.Random(f"{self.config.seed} {self.progress.step}")
+        name = rng.choice(list(self.config.families))
+        ladder = self.config.families[name]["ladder"][: self.progress.rungs[name] + 1]
+        difficulty = ladder[-1] if rng.random() < 0.5 else rng.choice(ladder)
+        task, rows, size = TASKS.create(name), [], 0
+        while size < self.config.tokens_per_step:
+            problem = task.problem(rng.randrange(1 << 48), difficulty, "train")
+            prompt = self.tokenizer(prompt_text(problem)).input_ids
+            rows.append((len(prompt), prompt + self.tokenizer(solution_text(problem)).input_ids))
+            size = len(rows) * max(len(ids) for _, ids in rows)
+        longest = max(len(ids) for _, ids in rows)
+        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        labels = torch.full_like(ids, _IGNORED)
+        for i, (prompt_length, row) in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            labels[i, prompt_length : len(row)] = torch.tensor(row[prompt_length:])
+        return name, difficulty == ladder[-1], ids, labels
+
+    # ---- training ----
+
+    def step(self, rate: float) -> dict[str, Any]:
+        """One optimisation step with learning rates times ``rate``; returns its line of the log."""
+        name, top, ids, labels = self.batch()
+        hidden = self.model.model(input_ids=ids).last_hidden_state[:, :-1]
+        learned = labels[:, 1:] != _IGNORED
+        logits = self.model.lm_head(hidden[learned])  # the question's logits are never made
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][learned])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, full in zip(groups, self.rates, strict=True):
+            group["lr"] = full * rate
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        self.progress.tokens += ids.numel()
+        if top:
+            self._climb(name, loss.item())
+        return {"step": self.progress.step, "task": name, "top": top, "loss": round(loss.item(), 5)}
+
+    def _climb(self, name: str, loss: float) -> None:
+        """Follow the loss at the top rung, and take the next one when it is low."""
+        progress, before = self.progress, self.progress.losses[name]
+        mean = loss if before is None else 0.9 * before + 0.1 * loss
+        progress.losses[name] = mean
+        progress.seen[name] += 1
+        more = progress.rungs[name] + 1 < len(self.config.families[name]["ladder"])
+        if mean < self.config.rise_below and progress.seen[name] >= 10 and more:
+            progress.rungs[name] += 1
+            progress.losses[name], progress.seen[name] = None, 0
+
+    def run(self, minutes: float, every: float = 60.0) -> None:
+        """Train until ``minutes`` have been spent in all, checkpoints included; the rates fall over the last third."""
+        began, saved, lines = time.perf_counter() - self.progress.seconds, time.perf_counter(), []
+        while self.progress.seconds < 60 * minutes:
+            spent = self.progress.seconds / (60 * minutes)
+            warm = min(1.0, (self.progress.step + 1) / 100)
+            lines.append(self.step(warm * min(1.0, max(0.02, (1 - spent) * 3))))
+            self.progress.seconds = time.perf_counter() - began
+            if time.perf_counter() - saved > every:
+                self.save(lines)
+                saved, lines = time.perf_counter(), []
+                tops = {n: self.config.families[n]["ladder"][rung] for n, rung in self.progress.rungs.items()}
+                print(f"{self.progress.seconds / 60:.1f} min, step {self.progress.step}, top rungs {tops}", flush=True)
+        self.save(lines)
+        self.export()
+
+    # ---- files ----
+
+    def save(self, lines: list[dict[str, Any]]) -> None:
+        """Checkpoint: weights, optimizers, progress in one file; the log beside it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        for i, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors.update({f"optimizer.{i}.{index}.{key}": torch.as_tensor(x) for key, x in state.items()})
+        about = {"config": json.dumps(asdict(self.config)), "progress": json.dumps(asdict(self.progress))}
+        contiguous = {name: x.contiguous().clone() for name, x in tensors.items()}
+        write_atomically(self.folder / "checkpoint.safetensors", safetensors.torch.save(contiguous, about))
+        log = self.folder / "log.jsonl"
+        before = log.read_bytes() if log.exists() else b""
+        write_atomically(log, before + "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def resume(self) -> bool:
+        """Go on from the folder's checkpoint, if there is one.
+
+        Raises:
+            ValueError: it was begun with another configuration.
+        """
+        path = self.folder / "checkpoint.safetensors"
+        if not path.exists():
+            return False
+        with safetensors.safe_open(path, "pt") as file:
+            about = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if json.loads(about["config"]) != json.loads(json.dumps(asdict(self.config))):
+            raise ValueError(f"{path} was begun with another configuration: choose another folder")
+        self.progress = Progress(**json.loads(about["progress"]))
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors[f"model.{name}"])
+        for i, optimizer in enumerate(self.optimizers):
+            found = optimizer.state_dict()
+            for name, tensor in tensors.items():
+                if name.startswith(f"optimizer.{i}."):
+                    _, _, index, key = name.split(".")
+                    found["state"].setdefault(int(index), {})[key] = tensor
+            optimizer.load_state_dict(found)
+        return True
+
+    def export(self) -> None:
+        """The model in bfloat16 and its tokenizer, as plain transformers loads them."""
+        target = self.folder / "model"
+        self.model.generation_config.eos_token_id = self.tokenizer.eos_token_id
+        weights = self.model.state_dict()
+        self.model.to(torch.bfloat16).save_pretrained(target)
+        self.model.float().load_state_dict(weights)
+        self.tokenizer.save_pretrained(target)
+
+
+def main(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of checkpoint, log and model.")],
+    minutes: Annotated[float, typer.Option(min=0.01, help="Training time in all.")] = 120.0,
+    config: Annotated[Path | None, typer.Option(help="Training configuration (JSON).")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 2,
+) -> None:
+    """Train the small reasoner, or go on."""
+    torch.set_num_threads(threads)
+    trainer = Trainer(TrainingConfig.load(config), output)
+    if trainer.resume():
+        print(f"going on from step {trainer.progress.step}")
+    trainer.run(minutes)
+
+
+if __name__ == "__main__":
+    typer.run(main)
