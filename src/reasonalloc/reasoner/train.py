@@ -3,8 +3,8 @@
     python -m reasonalloc.reasoner.train -o reasoner --minutes 120
 
 Every family climbs a ladder of difficulties of its own: half of its batches are at the top rung, the others anywhere
-below, so that nothing is forgotten; it rises when the loss at the top falls under ``rise_below``. Matrices learn by Muon,
-the rest by AdamW. A checkpoint is written every minute; the same command goes on from it, with the same data.
+below, so that nothing is forgotten; it rises when the loss at the top falls under ``rise_below``. Matrices learn by
+Muon, the rest by AdamW. A checkpoint is written every minute; the same command goes on from it, with the same data.
 """
 
 from __future__ import annotations
