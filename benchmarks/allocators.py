@@ -146,7 +146,9 @@ def main() -> None:
         lines = [json.dumps(setting), *(json.dumps(row) for row in rows.values())]
         write_atomically(options.output, "\n".join(lines).encode() + b"\n")
         print(f"{number + 1} of {len(traces)} texts", flush=True)
-    report([rows[trace.name] for trace in traces], list(wanted))
+    table = report([rows[trace.name] for trace in traces], list(wanted))
+    write_atomically(options.output.with_suffix(".md"), table.encode())
+    print(table)
 
 
 def digest(path: Path) -> str:
@@ -165,37 +167,44 @@ def finished(path: Path, setting: dict[str, Any]) -> dict[str, Any]:
     return {row["trace"]: row for row in rows}
 
 
-def report(rows: list[dict[str, Any]], names: list[str], draws: int = 10_000) -> None:
-    """Rise of the NLL over the full cache, and the paired difference to equal budgets of the same scorer."""
+def report(rows: list[dict[str, Any]], names: list[str], draws: int = 10_000) -> str:
+    """Markdown: rise of the NLL over the full cache with equal budgets, and paired differences to it."""
     full = np.array([row["full"] for row in rows])
-    print(f"\n{len(rows)} texts, full cache {full.mean():.4f} nats per token; 95 % intervals by bootstrap over texts\n")
-    print("| scorer | allocator | budget | rise over full | difference to uniform (paired) | KL |")
-    print("|---|---|---|---|---|---|")
     picks = np.random.default_rng(0).integers(0, len(rows), (draws, len(rows)))
-    for name in names:
-        scorer, allocator, budget = name.split("/")
-        if allocator.startswith("random"):
-            continue
-        rise = np.array([row["nll"][name] for row in rows]) - full
-        base = np.array([row["nll"][f"{scorer.removesuffix('-literal')}/uniform/{budget}"] for row in rows]) - full
-        low, high = np.quantile((rise - base)[picks].mean(1), [0.025, 0.975])
-        kl = np.mean([row["kl"][name] for row in rows])
-        print(
-            f"| {scorer} | {allocator} | {budget} | {rise.mean():.4f} | "
-            f"{(rise - base).mean():+.4f} [{low:+.4f}, {high:+.4f}] | {kl:.4f} |"
-        )
-    _rank_among_random_splits(rows, names)
+    split = [name.split("/") for name in names]
+    allocators = [a for a in dict.fromkeys(a for _, a, _ in split) if a != "uniform" and not a.startswith("random")]
+    lines = [
+        f"{len(rows)} texts, {sum(row['tokens'] for row in rows)} tokens; full cache {full.mean():.4f} nats per token. "
+        "Column uniform: rise over the full cache. Others: difference to uniform, paired by text, with the 95 % "
+        "interval of a bootstrap over texts; negative is better. Last column: the miss curves' budgets dealt out at random.",
+        "",
+        f"| scorer | budget | uniform | {' | '.join(allocators)} | random deals |",
+        "|---" * (len(allocators) + 4) + "|",
+    ]
+    for scorer, budget in dict.fromkeys((s, b) for s, _, b in split):
+        base = _nll(rows, f"{scorer.removesuffix('-literal')}/uniform/{budget}")
+        cells = [_difference(rows, f"{scorer}/{a}/{budget}", base, picks) for a in allocators]
+        deals = [
+            float((_nll(rows, name) - base).mean())
+            for name in names
+            if name.startswith(f"{scorer}/random ") and name.endswith(f"/{budget}")
+        ]
+        spread = f"{min(deals):+.4f} to {max(deals):+.4f} ({len(deals)})" if deals else ""
+        rise = f"{(base - full).mean():.4f}" if "literal" not in scorer else ""
+        lines.append(f"| {scorer} | {budget} | {rise} | {' | '.join(cells)} | {spread} |")
+    return "\n".join(lines) + "\n"
 
 
-def _rank_among_random_splits(rows: list[dict[str, Any]], names: list[str]) -> None:
-    mean = {name: float(np.mean([row["nll"][name] for row in rows])) for name in names}
-    for name in names:
-        scorer, allocator, budget = name.split("/")
-        prefix = f"{scorer.removesuffix('-literal')}/random "
-        splits = [mean[other] for other in names if other.startswith(prefix) and other.endswith(f"/{budget}")]
-        if splits and not allocator.startswith("random"):
-            better = sum(split < mean[name] for split in splits)
-            print(f"{name}: {better} of {len(splits)} random splits are better")
+def _nll(rows: list[dict[str, Any]], name: str) -> np.ndarray[Any, Any]:
+    return np.array([row["nll"][name] for row in rows])
+
+
+def _difference(rows: list[dict[str, Any]], name: str, base: np.ndarray[Any, Any], picks: np.ndarray[Any, Any]) -> str:
+    if any(name not in row["nll"] for row in rows):
+        return ""
+    paired = _nll(rows, name) - base
+    low, high = np.quantile(paired[picks].mean(1), [0.025, 0.975])
+    return f"{paired.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 if __name__ == "__main__":
