@@ -176,7 +176,8 @@ def report(rows: list[dict[str, Any]], names: list[str], draws: int = 10_000) ->
     lines = [
         f"{len(rows)} texts, {sum(row['tokens'] for row in rows)} tokens; full cache {full.mean():.4f} nats per token. "
         "Column uniform: rise over the full cache. Others: difference to uniform, paired by text, with the 95 % "
-        "interval of a bootstrap over texts; negative is better. Last column: the miss curves' budgets dealt out at random.",
+        "interval of a bootstrap over texts; negative is better. Last column: the miss curves' budgets dealt out at "
+        "random.",
         "",
         f"| scorer | budget | uniform | {' | '.join(allocators)} | random deals |",
         "|---" * (len(allocators) + 4) + "|",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -514,6 +515,23 @@ def test_calibrated_sensitivity(tmp_path):
             assert budgets.sum() == 9 * 32
             assert budgets[free] / root[free] == pytest.approx((budgets[free] / root[free]).mean(), rel=0.1)
         ra.Cache(model.config, compression)
+
+
+def test_a_configuration_names_its_profile_by_hash():
+    profile, other = tiny_profile(), tiny_profile(seed=1)
+    told, same, different = (
+        json.dumps(ra.Compression.method("missalloc", 64, profile=p).describe())
+        for p in (profile, tiny_profile(), other)
+    )
+    assert told == same != different
+    assert json.loads(told)["profile"] == profile.digest
+    assert json.loads(told)["layers"] == {
+        "name": "miss-curve",
+        "floor": 0.125,
+        "scorer": "rkv",
+        "sensitivity_exponent": 0.0,
+    }
+    assert ra.Compression(64).describe()["profile"] is None
 
 
 def test_wrong_use_of_curves():

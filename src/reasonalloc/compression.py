@@ -143,7 +143,7 @@ class Compression:
         return self.budget is not None and self.token_scorer.needs_received
 
     def describe(self) -> dict[str, Any]:
-        """The configuration as plain JSON values; policies by name and settings."""
+        """The configuration as plain JSON values; policies by name and settings, the profile by its hash."""
 
         def policy(value: Any, name: str) -> dict[str, Any]:
             return {"name": name, **vars(value)}
@@ -153,7 +153,7 @@ class Compression:
             "scorer": policy(self.scorer, SCORERS.name_of(self.token_scorer)),
             "layers": policy(self.layers, LAYER_ALLOCATORS.name_of(self.layer_allocator)),
             "heads": policy(self.heads, HEAD_ALLOCATORS.name_of(self.head_allocator)),
-            "profile": None if self.demand_profile is None else self.demand_profile.to_dict(),
+            "profile": self.profile if self.demand_profile is None else self.demand_profile.digest,
             "interval": self.interval,
             "window": self.window,
             "prompt": self.prompt,

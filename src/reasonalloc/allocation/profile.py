@@ -5,6 +5,7 @@ Everything is kept as sums per prompt, so that profiles merge exactly, and inter
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -304,6 +305,11 @@ class DemandProfile:
         prompts = ",\n".join(json.dumps(prompt, separators=(",", ":")) for prompt in data.pop("prompts"))
         fields = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in data.items())
         return f'{{\n{fields},\n"prompts": [\n{prompts}\n]\n}}\n'.encode()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file's text (hexadecimal)."""
+        return hashlib.sha256(self.to_json()).hexdigest()
 
     @classmethod
     def load(cls, path: str | Path) -> DemandProfile:
