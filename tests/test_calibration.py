@@ -538,6 +538,12 @@ def test_wrong_use_of_curves():
     profile = tiny_profile()
     with pytest.raises(ValueError, match=r"end at 128 tokens and say nothing about a budget of 129: .*--miss-budgets"):
         ra.Cache(tiny_model().config, ra.Compression.method("missalloc", 129, profile=profile))
+    with pytest.raises(ValueError, match=r"begin at 10 tokens and say nothing about a budget of 9: .*--miss-budgets"):
+        ra.Cache(tiny_model().config, ra.Compression.method("missalloc", 9, profile=profile))
+    for budget in (10, 12, 40):
+        split = ra.MissCurveLayers(scorer="rkv").budgets(profile.shape, budget, 8, profile)
+        assert split.min() >= 10
+        assert split.sum() == 9 * budget
     short = [replace(p, misses={"rkv": p.misses["rkv"] * [[[1]], [[1]], [[0]], [[0]], [[0]]]}) for p in profile.prompts]
     with pytest.raises(ValueError, match=r"with 32 tokens per head nothing was missed .*--max-new-tokens"):
         ra.Cache(

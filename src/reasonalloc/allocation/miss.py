@@ -89,6 +89,10 @@ class MissCurveBudgets(OfflineBudgets):
         if self.sensitivity_exponent < 0:
             raise ValueError(f"sensitivity_exponent must not be negative, got {self.sensitivity_exponent}")
 
+    def least_on(self, grid: Float[Floats, "budgets"], budget: int, window: int) -> int:
+        """The floor in tokens: never below the grid, where curves fall fastest and would have to be guessed."""
+        return max(self.least(budget, window), int(grid[0]))
+
     @property
     def calibrate_options(self) -> str:
         """Miss curves of the scorer."""
@@ -109,13 +113,18 @@ class MissCurveBudgets(OfflineBudgets):
                 f"the miss curves of {self.scorer!r} end at {int(grid[-1])} tokens and say nothing about a budget of "
                 f"{budget}: calibrate on longer texts, with --miss-budgets up to several times the budget"
             )
+        if budget < grid[0]:
+            raise ValueError(
+                f"the miss curves of {self.scorer!r} begin at {int(grid[0])} tokens and say nothing about a budget of "
+                f"{budget}: calibrate with --miss-budgets from about a quarter of the budget on"
+            )
         if not any(np.interp(budget, grid, curve) for curve in curves.reshape(len(grid), -1).T):
             raise ValueError(
                 f"with {budget} tokens per head nothing was missed in the calibration texts, so that their miss curves "
                 "say nothing about this budget: calibrate on texts several times as long (--max-new-tokens)"
             )
         total = shape.layers * shape.kv_heads * budget
-        split = marginal_gain(curves.reshape(len(grid), -1), grid, total, self.least(budget, window))
+        split = marginal_gain(curves.reshape(len(grid), -1), grid, total, self.least_on(grid, budget, window))
         return split.reshape(shape.layers, shape.kv_heads)
 
 

@@ -160,7 +160,9 @@ def bootstrap_miss_curves(
     n = len(rows)
     times = np.random.default_rng(seed).multinomial(n, [1 / n] * n, size=draws).astype(np.float64)
     splits = [
-        marginal_gain(np.tensordot(t, sums, 1) / (t @ rows), grid, int(found.sum()), policy.least(budget, window))
+        marginal_gain(
+            np.tensordot(t, sums, 1) / (t @ rows), grid, int(found.sum()), policy.least_on(grid, budget, window)
+        )
         for t in times
     ]
     tail = (1 - level) / 2
