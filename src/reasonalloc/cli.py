@@ -135,12 +135,16 @@ def methods() -> None:
     """List the methods by name, with their scorer and allocators."""
     from reasonalloc.compression import METHODS
 
-    table = Table("method", "scorer", "layers", "heads", "what it is", box=None)
+    table = Table(box=None)
+    for heading in ("method", "scorer", "layers", "heads"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("what it is")
     for name, method in METHODS.items():
         fixed = method.fixed if name != "full" else {}
-        layers = fixed.get("layers", "" if name == "full" else "wave, or dynamic without a profile")
+        layers = fixed.get("layers", "" if name == "full" else "wave/dynamic")
         table.add_row(name, fixed.get("scorer", ""), layers, fixed.get("heads", ""), method.summary)
     console.print(table)
+    console.print("wave/dynamic: wave where a profile is given, else measured while decoding", highlight=False)
 
 
 @plot_app.command("budgets")
