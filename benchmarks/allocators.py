@@ -15,21 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from common import machine
 
 import reasonalloc as ra
-from reasonalloc.allocation import (
-    FixedHeads,
-    HeadAllocator,
-    LayerAllocator,
-    MissCurveHeads,
-    MissCurveLayers,
-)
+from reasonalloc.allocation import MissCurveHeads, MissCurveLayers
+from reasonalloc.allocation.miss import MissCurveBudgets
+from reasonalloc.allocation.offline_heads import OfflineHeads, OfflineLayers
 from reasonalloc.allocation.profile import differences
 from reasonalloc.engines.transformers.loading import load, quiet
 from reasonalloc.evaluation import read_traces, teacher_force
-from reasonalloc.recorder import write_atomically
+from reasonalloc.files import write_atomically
 
 # name: layers, heads
 ALLOCATORS: dict[str, tuple[Any, Any]] = {
@@ -48,30 +43,22 @@ BY_SENSITIVITY: dict[str, tuple[Any, Any]] = {
 
 
 @dataclass(frozen=True)
-class Shuffled:
+class Shuffled(MissCurveBudgets):
     """The miss curves' own budgets, dealt out to the heads of the model at random: as uneven, but uninformed."""
 
-    seed: int
-    scorer: str
+    seed: int = 0
 
-    def split(self, shape: ra.ModelShape, budget: int, window: int, profile: Any) -> np.ndarray[Any, Any]:
-        budgets = MissCurveLayers(scorer=self.scorer).budgets(shape, budget, window, profile)
+    def split(self, shape: ra.ModelShape, budget: int, window: int, profile: ra.DemandProfile) -> np.ndarray[Any, Any]:
+        budgets = super().split(shape, budget, window, profile)
         return np.random.default_rng(self.seed).permutation(budgets.flatten()).reshape(budgets.shape)
 
 
-@dataclass(frozen=True)
-class ShuffledLayers(Shuffled, LayerAllocator):
-    def allocate(self, shape: ra.ModelShape, budget: int, window: int, profile: Any) -> torch.Tensor:
-        return torch.from_numpy(self.split(shape, budget, window, profile).sum(1))
+class ShuffledLayers(Shuffled, OfflineLayers):
+    pass
 
 
-@dataclass(frozen=True)
-class ShuffledHeads(Shuffled, HeadAllocator):
-    def for_layer(self, layer: int, shape: ra.ModelShape, budget: int, window: int, profile: Any) -> HeadAllocator:
-        return FixedHeads(tuple(self.split(shape, budget, window, profile)[layer].tolist()))
-
-    def allocate(self, *args: Any) -> Any:
-        raise TypeError("bound to a layer first")
+class ShuffledHeads(Shuffled, OfflineHeads):
+    pass
 
 
 def configurations(options: argparse.Namespace) -> dict[str, ra.Compression]:
@@ -82,7 +69,7 @@ def configurations(options: argparse.Namespace) -> dict[str, ra.Compression]:
     for budget in options.budgets:
         for scorer in options.scorers:
             random = {
-                f"random {i}": (ShuffledLayers(i, scorer), ShuffledHeads(i, scorer))
+                f"random {i}": (ShuffledLayers(seed=i), ShuffledHeads(seed=i))
                 for i in range(options.random_splits if budget in options.random_budgets else 0)
             }
             named = {name: ALLOCATORS[name] for name in options.allocators}

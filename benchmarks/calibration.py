@@ -8,13 +8,11 @@ Each runs in a process of its own; memory is the peak of the resident set.
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import time
 from typing import Any
 
 import torch
-from common import save
+from common import in_own_processes, save
 
 import reasonalloc as ra
 from reasonalloc.calibration import built_in_prompts
@@ -58,12 +56,7 @@ def main() -> None:
     if options.only:
         print(json.dumps(measure(options.only, options)))
         return
-    results = {}
-    for kind in ("unwatched", "calibrate"):
-        command = [sys.executable, *sys.argv, "--only", kind]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        results[kind] = json.loads(done.stdout.splitlines()[-1])
-        print(kind, results[kind], flush=True)
+    results = in_own_processes(("unwatched", "calibrate"))
     extra = results["calibrate"]["peak_mb"] - results["unwatched"]["peak_mb"]
     slower = results["calibrate"]["seconds"] / results["unwatched"]["seconds"]
     print(f"extra memory {extra:.0f} MB, {slower:.2f} times the time of the same generation unwatched")

@@ -2,7 +2,9 @@
 
 import json
 import platform
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 import transformers
 
 import reasonalloc as ra
-from reasonalloc.recorder import write_atomically
+from reasonalloc.files import write_atomically
 
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -53,6 +55,17 @@ def machine() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "reasonalloc": ra.__version__,
     }
+
+
+def in_own_processes(kinds: Sequence[str]) -> dict[str, Any]:
+    """This benchmark run once for each kind (``--only KIND``), in a process of its own; its last line is the result."""
+    results = {}
+    for kind in kinds:
+        command = [sys.executable, *sys.argv, "--only", kind]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        results[kind] = json.loads(done.stdout.splitlines()[-1])
+        print(kind, results[kind], flush=True)
+    return results
 
 
 def save(name: str, results: dict[str, Any]) -> None:

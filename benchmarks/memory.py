@@ -9,14 +9,12 @@ resident memory grew from before the first token to after the last.
 import argparse
 import gc
 import json
-import subprocess
-import sys
 from typing import Any
 
 import psutil
 import torch
 import transformers
-from common import save, smollm2_shape
+from common import in_own_processes, save, smollm2_shape
 
 import reasonalloc as ra
 from reasonalloc.demo import kv_bytes
@@ -77,12 +75,7 @@ def main() -> None:
     if options.only:
         print(json.dumps(measure(options.only, options.model, options.tokens, options.batch, options.budget)))
         return
-    results = {}
-    for kind in ("full", "reasonalloc"):
-        command = [sys.executable, *sys.argv, "--only", kind]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        results[kind] = json.loads(done.stdout.splitlines()[-1])
-        print(kind, results[kind], flush=True)
+    results = in_own_processes(("full", "reasonalloc"))
     full, ours = results["full"], results["reasonalloc"]
     print(f"KV bytes: {ours['kv_bytes'] / full['kv_bytes']:.3%} of the full cache's")
     print(f"all bytes of the cache: {ours['total_bytes'] / full['kv_bytes']:.3%}")

@@ -31,6 +31,7 @@ from reasonalloc.demo import PACKAGED_FILE
 from reasonalloc.engines.transformers.calibration import calibrate
 from reasonalloc.engines.transformers.loading import load
 from reasonalloc.engines.transformers.sensitivity import loss_sensitivity
+from reasonalloc.files import cache_folder
 
 LENGTHS = (21, 40, 9, 33, 27)
 BUDGETS = (24, 40, 64)
@@ -203,7 +204,7 @@ def test_profile_equals_full_attention_matrices(profile):
 @pytest.mark.slow
 def test_a_real_model_equals_full_attention_matrices():
     """SmolLM2 in float64, sampled: every sum of N_rho, counted from the matrices of one pass over the whole text."""
-    packaged = Path("~/.cache/reasonalloc").expanduser() / PACKAGED_FILE
+    packaged = cache_folder() / PACKAGED_FILE
     source = os.environ.get("REASONALLOC_TEST_MODEL") or str(packaged)
     if not Path(source).exists():
         pytest.skip("no model: set REASONALLOC_TEST_MODEL, or run make demo, which downloads one")

@@ -25,7 +25,8 @@ from reasonalloc import (
 from reasonalloc.allocation import HEAD_ALLOCATORS, HeadSplit
 from reasonalloc.budgets import LayerBudgets
 from reasonalloc.eviction import Candidates, rank_candidates, route_heads, select
-from reasonalloc.recorder import Routing, write_atomically
+from reasonalloc.files import write_atomically
+from reasonalloc.recorder import Routing
 
 HEADS = ("uniform", "threshold", "adakv")
 SEEDS = range(30)

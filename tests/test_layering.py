@@ -10,7 +10,7 @@ import reasonalloc
 ROOT = Path(reasonalloc.__file__).parent
 # Each part may import the parts before it, never one behind it.
 ORDER = [
-    ("registry",),
+    ("registry", "files"),
     ("tasks",),
     ("allocation",),
     ("storage",),

@@ -95,7 +95,8 @@ def _generate(
     from reasonalloc.engines.transformers import Cache
     from reasonalloc.engines.transformers.auto_profile import auto_profile
     from reasonalloc.engines.transformers.loading import encode, load, quiet
-    from reasonalloc.recorder import Recorder, write_atomically
+    from reasonalloc.files import write_atomically
+    from reasonalloc.recorder import Recorder
 
     quiet()
     with errors.status(f"loading {model}"):

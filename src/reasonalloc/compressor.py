@@ -15,7 +15,7 @@ from reasonalloc.compression import Compression
 from reasonalloc.eviction import rank_candidates, route_heads, select
 from reasonalloc.query_window import QueryWindow
 from reasonalloc.scoring.scorer import Observation
-from reasonalloc.scoring.window_attention import mean_over_queries, query_logits, softmax_over, visible
+from reasonalloc.scoring.window_attention import attention_weights, mean_over_queries
 from reasonalloc.storage.slab import HostInts
 from reasonalloc.storage.tokens import LayerTokens
 
@@ -118,6 +118,5 @@ class LayerCompressor:
     def _report_demand(self, seen: Observation) -> None:
         dynamic = self.budgets.dynamic
         assert dynamic is not None
-        columns = (seen.tokens.valid[:, :, None] & visible(seen))[:, :, None]
-        demand = attention_demand(softmax_over(query_logits(seen), columns), dynamic.rho)
+        demand = attention_demand(attention_weights(seen, seen.tokens.valid), dynamic.rho)
         self.budgets.report(self.layer, mean_over_queries(seen, demand[..., None]).mean((1, 2, 3)))

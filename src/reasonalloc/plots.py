@@ -10,7 +10,8 @@ from typing import Any
 from reasonalloc.allocation import DemandProfile
 from reasonalloc.calibration.operator_study import Choice, RhoEffect
 from reasonalloc.calibration.stability import Stability
-from reasonalloc.recorder import Recorder, write_atomically
+from reasonalloc.files import write_atomically
+from reasonalloc.recorder import Recorder
 
 
 def plot_budgets(recorder: Recorder, path: str | Path, sequence: int = 0) -> None:

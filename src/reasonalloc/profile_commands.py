@@ -16,6 +16,7 @@ from reasonalloc.console import clear_errors, console, errors
 
 if TYPE_CHECKING:
     from reasonalloc.allocation import DemandProfile
+    from reasonalloc.calibration.stability import Stability
 
 profile_app = typer.Typer(no_args_is_help=True, help="Look at demand profiles, compare and merge them.")
 
@@ -54,9 +55,10 @@ def calibrate(
     """
     with clear_errors():
         from reasonalloc.calibration import CalibrationSettings, built_in_prompts, read_prompts
+        from reasonalloc.calibration.stability import bootstrap
         from reasonalloc.engines.transformers import calibrate as run_calibration
         from reasonalloc.engines.transformers.loading import load, quiet
-        from reasonalloc.recorder import write_atomically
+        from reasonalloc.files import write_atomically
 
         if output.suffix != ".json":
             raise ValueError(f"a profile is saved as .json, got {output.name!r}")
@@ -95,7 +97,7 @@ def calibrate(
             profile = replace(profile, source={**profile.source, "model": name})
         write_atomically(output, profile.to_json())
         partial.unlink(missing_ok=True)
-        _show(profile, 128)
+        _show(profile, bootstrap(profile))
         console.print(f"wrote {output}", highlight=False)
 
 
@@ -116,25 +118,25 @@ def show(profile: File, budget: Budget = 128, plot: Picture = None) -> None:
     """The wave with its bootstrap band, the heads' spread, and the budgets that follow."""
     with clear_errors():
         from reasonalloc.allocation import DemandProfile
+        from reasonalloc.calibration.stability import bootstrap
 
         found = DemandProfile.load(profile)
+        bands = bootstrap(found, budget=budget)
         if plot is not None:
-            from reasonalloc.calibration.stability import bootstrap
             from reasonalloc.plots import plot_profile
 
-            plot_profile(found, bootstrap(found, budget=budget), plot)
-        _show(found, budget)
+            plot_profile(found, bands, plot)
+        _show(found, bands)
         if plot is not None:
             console.print(f"wrote {plot}", highlight=False)
 
 
-def _show(profile: DemandProfile, budget: int) -> None:
+def _show(profile: DemandProfile, bands: Stability) -> None:
     import numpy as np
 
-    from reasonalloc.calibration.stability import bootstrap, bootstrap_miss_curves
+    from reasonalloc.calibration.stability import bootstrap_miss_curves
 
-    rho = profile.reference_rho
-    bands = bootstrap(profile, budget=budget)
+    rho, budget = profile.reference_rho, bands.budget
     error, heads = profile.layer_standard_error(rho), profile.head_demand(rho)
     tokens = sum(prompt.tokens for prompt in profile.prompts)
     name = profile.source.get("model") or profile.architecture.get("model_type") or "a model"
@@ -271,7 +273,7 @@ def merge_command(
     """Make one profile of several: what measuring all their prompts together would have given."""
     with clear_errors():
         from reasonalloc.allocation import DemandProfile, merge
-        from reasonalloc.recorder import write_atomically
+        from reasonalloc.files import write_atomically
 
         merged = merge([DemandProfile.load(path) for path in profiles])
         write_atomically(output, merged.to_json())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from reasonalloc.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -108,23 +109,3 @@ def _json_floats(values: list[float] | None) -> list[float | str] | None:
 def _routing(entry: dict[str, Any]) -> Routing:
     threshold = entry["threshold"]
     return Routing(**{**entry, "threshold": None if threshold is None else [float(x) for x in threshold]})
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes private files; ours are as readable as any other
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -34,6 +34,11 @@ class HeadAllocator(ABC):
 
     needs_profile: bool = False
 
+    @property
+    def calibrate_options(self) -> str:
+        """What `reasonalloc calibrate` must be told beside the model, for a profile that serves this allocator."""
+        return ""
+
     def for_layer(
         self, layer: int, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
     ) -> HeadAllocator:
@@ -75,6 +80,14 @@ def pooled_counts(
     return (scores >= threshold[:, None, None]).sum(-1), threshold
 
 
+def share_out(
+    weights: Float[Tensor, "batch heads"], lengths: Int[Tensor, "batch heads"], total: Int[Tensor, "batch"], window: int
+) -> HeadSplit:
+    """Shares in proportion to ``weights``: every head at least its window, none more than it holds."""
+    held = lengths.to(torch.float64)
+    return HeadSplit(apportion(weights, total, held.clamp(max=window), held))
+
+
 @HEAD_ALLOCATORS.register("uniform")
 @dataclass(frozen=True)
 class UniformHeads(HeadAllocator):
@@ -88,8 +101,7 @@ class UniformHeads(HeadAllocator):
         window: int,
     ) -> HeadSplit:
         """Equal shares; a head that holds less than its share leaves the rest to the others."""
-        held = lengths.to(torch.float64)
-        return HeadSplit(apportion(torch.ones_like(held), total, held.clamp(max=window), held))
+        return share_out(torch.ones_like(lengths), lengths, total, window)
 
 
 @HEAD_ALLOCATORS.register("threshold")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +24,11 @@ class LayerAllocator(ABC):
     """Splits the whole cache's tokens over layers. Implementations are frozen dataclasses of their settings."""
 
     needs_profile: bool = False
+
+    @property
+    def calibrate_options(self) -> str:
+        """What `reasonalloc calibrate` must be told beside the model, for a profile that serves this allocator."""
+        return ""
 
     @abstractmethod
     def allocate(
@@ -41,9 +47,17 @@ class LayerAllocator(ABC):
 LAYER_ALLOCATORS: Registry[LayerAllocator] = Registry("layer allocator", "reasonalloc.layers")
 
 
-def no_profile(policy: object) -> str:
+class ReadsProfile(Protocol):
+    """Any allocator, of layers or of heads, that can say how to calibrate for it."""
+
+    @property
+    def calibrate_options(self) -> str:
+        """As for ``LayerAllocator``."""
+
+
+def no_profile(policy: ReadsProfile) -> str:
     """What is wrong where an allocator that needs a profile has none, and what to do."""
-    options = getattr(policy, "calibrate_options", "")
+    options = policy.calibrate_options
     command = " ".join(filter(None, ("reasonalloc calibrate --model MODEL", options, "-o wave.json")))
     return (
         f"{type(policy).__name__} needs the model's demand profile: run `{command}` and pass profile='wave.json'"

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from reasonalloc.allocation.heads import HEAD_ALLOCATORS
-from reasonalloc.allocation.layers import LAYER_ALLOCATORS, no_profile
+from reasonalloc.allocation.layers import LAYER_ALLOCATORS
 from reasonalloc.allocation.offline_heads import OfflineBudgets, OfflineHeads, OfflineLayers
 from reasonalloc.allocation.profile import DemandProfile, Floats
 from reasonalloc.allocation.sensitivity import tempered_sensitivity
@@ -98,12 +98,10 @@ class MissCurveBudgets(OfflineBudgets):
         """Miss curves of the scorer."""
         return f"--miss {self.scorer or 'SCORER'}"
 
-    def budgets(
-        self, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
+    def split(
+        self, shape: ModelShape, budget: int, window: int, profile: DemandProfile
     ) -> Int[np.ndarray[Any, Any], "layers kv_heads"]:
         """Tokens of every head. Raises ``ValueError`` where the profile has no curves, or they end too soon."""
-        if profile is None:
-            raise ValueError(no_profile(self))
         curves = profile.miss_curves(self.scorer)
         if self.sensitivity_exponent:
             curves = curves * tempered_sensitivity(profile, self.sensitivity_exponent)
@@ -124,8 +122,8 @@ class MissCurveBudgets(OfflineBudgets):
                 "say nothing about this budget: calibrate on texts several times as long (--max-new-tokens)"
             )
         total = shape.layers * shape.kv_heads * budget
-        split = marginal_gain(curves.reshape(len(grid), -1), grid, total, self.least_on(grid, budget, window))
-        return split.reshape(shape.layers, shape.kv_heads)
+        budgets = marginal_gain(curves.reshape(len(grid), -1), grid, total, self.least_on(grid, budget, window))
+        return budgets.reshape(shape.layers, shape.kv_heads)
 
 
 @LAYER_ALLOCATORS.register("miss-curve")

@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reasonalloc.allocation.apportion import apportion
-from reasonalloc.allocation.heads import HeadAllocator, HeadSplit
-from reasonalloc.allocation.layers import LayerAllocator
+from reasonalloc.allocation.heads import HeadAllocator, HeadSplit, share_out
+from reasonalloc.allocation.layers import LayerAllocator, no_profile
 from reasonalloc.allocation.profile import DemandProfile
 from reasonalloc.allocation.shape import ModelShape
 
@@ -33,11 +32,27 @@ class OfflineBudgets(ABC):
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor must be in [0, 1], got {self.floor}")
 
-    @abstractmethod
     def budgets(
         self, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
     ) -> Int[np.ndarray[Any, Any], "layers kv_heads"]:
-        """Tokens of every head, summing to ``layers * kv_heads * budget``. Raises ``ValueError`` without a profile."""
+        """Tokens of every head, summing to ``layers * kv_heads * budget``.
+
+        Raises ``ValueError`` without a profile, or where it does not hold what is needed.
+        """
+        if profile is None:
+            raise ValueError(no_profile(self))
+        return self.split(shape, budget, window, profile)
+
+    @property
+    @abstractmethod
+    def calibrate_options(self) -> str:
+        """As for ``LayerAllocator`` and ``HeadAllocator``."""
+
+    @abstractmethod
+    def split(
+        self, shape: ModelShape, budget: int, window: int, profile: DemandProfile
+    ) -> Int[np.ndarray[Any, Any], "layers kv_heads"]:
+        """``budgets`` from a profile."""
 
     def least(self, budget: int, window: int) -> int:
         """The floor in tokens."""
@@ -100,6 +115,5 @@ class FixedHeads(HeadAllocator):
         window: int,
     ) -> HeadSplit:
         """Weighted shares; a head that holds less than its share leaves the rest to the others."""
-        held = lengths.to(torch.float64)
-        weights = torch.tensor(self.weights, dtype=torch.float64, device=lengths.device).expand_as(held)
-        return HeadSplit(apportion(weights, total, held.clamp(max=window), held))
+        weights = torch.tensor(self.weights, dtype=torch.float64, device=lengths.device)
+        return share_out(weights.expand(lengths.shape), lengths, total, window)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from reasonalloc.allocation.apportion import apportion
 from reasonalloc.allocation.heads import HEAD_ALLOCATORS
-from reasonalloc.allocation.layers import LAYER_ALLOCATORS, no_profile
+from reasonalloc.allocation.layers import LAYER_ALLOCATORS
 from reasonalloc.allocation.offline_heads import OfflineBudgets, OfflineHeads, OfflineLayers
 from reasonalloc.allocation.profile import DemandProfile, Floats
 from reasonalloc.allocation.shape import ModelShape
@@ -34,24 +34,26 @@ class SensitivityBudgets(OfflineBudgets):
     """
 
     exponent: float = 0.5
-    calibrate_options = "--sensitivity"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.exponent < 0:
             raise ValueError(f"exponent must not be negative, got {self.exponent}")
 
-    def budgets(
-        self, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
+    @property
+    def calibrate_options(self) -> str:
+        """Loss sensitivity."""
+        return "--sensitivity"
+
+    def split(
+        self, shape: ModelShape, budget: int, window: int, profile: DemandProfile
     ) -> Int[np.ndarray[Any, Any], "layers kv_heads"]:
         """Tokens of every head. Raises ``ValueError`` for a profile without loss sensitivity."""
-        if profile is None:
-            raise ValueError(no_profile(self))
         heads, floor = shape.layers * shape.kv_heads, self.least(budget, window)
         weights = torch.from_numpy(tempered_sensitivity(profile, self.exponent).reshape(heads))
         low = torch.full_like(weights, floor)
-        split = apportion(weights, heads * budget, low, torch.full_like(weights, heads * budget))
-        return split.numpy().reshape(shape.layers, shape.kv_heads)
+        budgets = apportion(weights, heads * budget, low, torch.full_like(weights, heads * budget))
+        return budgets.numpy().reshape(shape.layers, shape.kv_heads)
 
 
 @LAYER_ALLOCATORS.register("sensitivity")

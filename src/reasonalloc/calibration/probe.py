@@ -22,7 +22,7 @@ from reasonalloc.allocation.profile import HISTOGRAM_EDGES, MissGrid, check_rhos
 from reasonalloc.calibration.miss_simulation import MissSimulation
 from reasonalloc.query_window import Queries, QueryWindow
 from reasonalloc.scoring.scorer import Observation
-from reasonalloc.scoring.window_attention import query_logits, softmax_over, visible
+from reasonalloc.scoring.window_attention import attention_weights, visible
 from reasonalloc.storage.tokens import LayerTokens
 
 
@@ -147,9 +147,7 @@ class DemandProbe:
     ) -> tuple[Float[Tensor, "batch heads group queries tokens"], Bool[Tensor, "batch queries"]]:
         """The queries' attention over all that they could see, and which of them count."""
         seen = Observation(tokens, queries.states, None, scaling, 0, torch.zeros(len(tokens.keys)), torch.Generator())
-        columns = tokens.valid[:, :, None] & visible(seen)
-        weights = softmax_over(query_logits(seen), columns[:, :, None])
-        return weights, columns[:, 0].sum(-1) >= self.settings.least_tokens
+        return attention_weights(seen, tokens.valid), visible(seen)[:, 0].sum(-1) >= self.settings.least_tokens
 
     def _add_demand(self, layer: int, weights: Tensor, rows: Tensor) -> None:
         demand = attention_demands(weights, self.settings.rhos).flatten(1, 2)  # [batch, query heads, queries, rhos]

@@ -22,8 +22,8 @@ import torch
 import typer
 from torch import Tensor
 
+from reasonalloc.files import write_atomically
 from reasonalloc.reasoner.text import build_tokenizer, prompt_text, solution_text
-from reasonalloc.recorder import write_atomically
 from reasonalloc.tasks import TASKS
 
 _IGNORED = -100  # label of what is not learned: the question

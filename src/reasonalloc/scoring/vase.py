@@ -14,9 +14,6 @@ from reasonalloc.scoring.window_attention import (
     average_pool,
     check_kernel,
     mean_over_queries,
-    query_logits,
-    softmax_over,
-    visible,
 )
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -75,8 +72,7 @@ class VaSE(Scorer):
 
     def probability(self, seen: Observation, candidates: Bool[Tensor, "batch heads tokens"]) -> Tensor:
         """Unnormalised probability of each candidate to be drawn."""
-        columns = (candidates[:, :, None] & visible(seen))[:, :, None]
-        weights = mean_over_queries(seen, softmax_over(query_logits(seen), columns))
+        weights = mean_over_queries(seen, attention_weights(seen, candidates))
         return average_pool(weights, self.kernel).mean(2).float().masked_fill(~candidates, 0.0)
 
 

@@ -42,6 +42,14 @@ def softmax_over(logits: Tensor, columns: Bool[Tensor, "..."]) -> Tensor:
     return weights.masked_fill(~columns, 0.0)
 
 
+def attention_weights(
+    seen: Observation, candidates: Bool[Tensor, "batch heads tokens"]
+) -> Float[Tensor, "batch heads group queries tokens"]:
+    """Attention of each observed query over those candidates that it could see."""
+    columns = candidates[:, :, None] & visible(seen)
+    return softmax_over(query_logits(seen), columns[:, :, None])
+
+
 def mean_over_queries(seen: Observation, x: Float[Tensor, "batch *heads queries tokens"]) -> Tensor:
     """Mean over the queries that exist (dim -2)."""
     if seen.real_queries is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,10 @@ from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers.calibration import calibrate
 from reasonalloc.engines.transformers.loading import load
 from reasonalloc.engines.transformers.support import architecture, model_shape
-from reasonalloc.recorder import write_atomically
+from reasonalloc.files import cache_folder, write_atomically
 
 SETTINGS = CalibrationSettings(max_new_tokens=512, miss=("rkv",))
 _WEIGHTS = {".safetensors", ".bin", ".gguf"}
-
-
-def cache_folder() -> Path:
-    """Where this package keeps files for its user: $REASONALLOC_CACHE, or reasonalloc in the user's cache folder."""
-    own = os.environ.get("REASONALLOC_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(own or f"{base}/reasonalloc").expanduser()
 
 
 def auto_profile_path(config: Any) -> Path:
@@ -55,7 +47,7 @@ def auto_profile(config: Any, compression: Compression, model: Any = None, token
             compression needs what only an explicit calibration measures.
     """
     for policy in (compression.layer_allocator, compression.head_allocator):
-        options = getattr(policy, "calibrate_options", "")
+        options = policy.calibrate_options
         if options not in ("", *(f"--miss {scorer}" for scorer in SETTINGS.miss)):
             raise ValueError(
                 f"profile='auto' measures demand and the miss curves of {', '.join(SETTINGS.miss)} only: "

@@ -22,7 +22,7 @@ from reasonalloc.engines.transformers.cache import Cache
 from reasonalloc.engines.transformers.loading import encode
 from reasonalloc.engines.transformers.sensitivity import loss_sensitivity
 from reasonalloc.engines.transformers.support import architecture, model_shape
-from reasonalloc.recorder import write_atomically
+from reasonalloc.files import write_atomically
 
 Progress = Callable[[int, int], None]
 
