@@ -11,6 +11,7 @@ from torch import Tensor
 from reasonalloc.scoring.scorer import Observation, Scorer, register_scorer
 from reasonalloc.scoring.window_attention import (
     at_least_float32,
+    attention_weights,
     average_pool,
     check_kernel,
     mean_over_queries,
