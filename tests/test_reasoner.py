@@ -1,17 +1,21 @@
 """The small reasoner's text format, tokenizer and trainer (the shipped weights are tested elsewhere)."""
 
 import json
+import random
+from collections import Counter
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reasonalloc.reasoner import build_tokenizer, prompt_text, read, solution_text
+from reasonalloc.reasoner.muon import Muon
 from reasonalloc.reasoner.train import Trainer, TrainingConfig
 from reasonalloc.tasks import TASKS
 
 SMALL = {
-    "families": {"maps": {"ladder": [2, 3, 4], "goal": 4}, "programs": {"ladder": [3, 4], "goal": 4}},
+    "ladders": {"maps": [4, 5, 6], "programs": [3, 4]},
+    "opening": {"family": "maps", "master": 4, "share": 0.6},
     "model": {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -22,8 +26,12 @@ SMALL = {
     },
     "matrix_learning_rate": 0.01,
     "learning_rate": 0.003,
-    "tokens_per_step": 400,
+    "tokens": 60_000,
+    "decay": 0.25,
+    "rows": 4,
+    "batch_tokens": [300, 600],
     "rise_below": 0.05,
+    "mastered": {"below": 0.01, "share": 0.2},
     "seed": 0,
 }
 
@@ -50,7 +58,7 @@ def test_batches_are_seeded_and_hide_the_question(tmp_path):
     first, again = (Trainer(TrainingConfig(**SMALL), tmp_path) for _ in range(2))
     name, _, ids, labels = first.batch()
     assert (again.batch()[2] == ids).all()
-    assert ids.numel() >= 400
+    assert ids.numel() >= 300
     learned = labels != -100
     assert (ids[learned] == labels[learned]).all()
     tokenizer, task = first.tokenizer, TASKS.create(name)
@@ -81,12 +89,19 @@ def test_interrupted_training_goes_on_alike(tmp_path):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="another configuration"):
         Trainer(TrainingConfig(**{**SMALL, "seed": 1}), tmp_path / "half").resume()
+    longer = Trainer(TrainingConfig(**{**SMALL, "tokens": 90_000}), tmp_path / "half")
+    assert longer.resume(), "the total may change while the rates are constant"
+    longer.progress.tokens = 80_000
+    longer.save([])
+    with pytest.raises(ValueError, match="another configuration"):
+        Trainer(TrainingConfig(**SMALL), tmp_path / "half").resume()
 
 
 def test_training_learns_climbs_and_exports(tmp_path):
     trainer = Trainer(TrainingConfig(**{**SMALL, "rise_below": 3.5}), tmp_path)
-    trainer.save([trainer.step(1.0) for _ in range(120)])
-    trainer.run(minutes=0.005, every=0.1)
+    trainer.run(every=0.2)
+    assert 60_000 <= trainer.progress.tokens < 61_000
+    assert trainer.rate() == 0.02
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, trainer.progress.step + 1))
     early, late = (sum(line["loss"] for line in part) / len(part) for part in (lines[:5], lines[-5:]))
@@ -94,7 +109,7 @@ def test_training_learns_climbs_and_exports(tmp_path):
     assert max(trainer.progress.rungs.values()) > 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    ids = tokenizer("<question> p1 > p2 <think>", return_tensors="pt").input_ids
+    ids = tokenizer("<question> x1 x2 5 <think>", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] > ids.shape[1]
     exported, trained = model.state_dict(), trainer.model.state_dict()
     for name, weight in trained.items():
@@ -104,11 +119,13 @@ def test_training_learns_climbs_and_exports(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"families": {"maps": {"ladder": [4, 3], "goal": 3}}}, "must ascend"),
-        ({"families": {"maps": {"ladder": [3, 4], "goal": 5}}}, "goal"),
-        ({"families": {"mops": {"ladder": [3], "goal": 3}}}, "Did you mean 'maps'"),
-        ({"families": {"maps": {"ladder": [300], "goal": 300}}}, "there are 128"),
-        ({"tokens_per_step": 0}, "positive"),
+        ({"ladders": {"maps": [6, 4]}}, "must ascend"),
+        ({"opening": {"family": "maps", "master": 7, "share": 0.6}}, "opening"),
+        ({"opening": {"family": "maps", "master": 4, "share": 1.6}}, "shares"),
+        ({"ladders": {"mops": [3]}}, "Did you mean 'maps'"),
+        ({"ladders": {"maps": [300]}}, "there are 192"),
+        ({"tokens": 0}, "positive"),
+        ({"batch_tokens": [5, 4]}, "positive"),
     ],
 )
 def test_wrong_configurations(change, message):
@@ -118,4 +135,33 @@ def test_wrong_configurations(change, message):
 
 def test_the_package_s_configuration_is_valid():
     config = TrainingConfig.load()
-    assert set(config.families) == {"maps", "programs", "search"}
+    assert set(config.ladders) == {"maps", "programs", "search"}
+
+
+def test_what_is_mastered_gets_fewer_turns(tmp_path):
+    trainer = Trainer(TrainingConfig(**SMALL), tmp_path)
+    rng = random.Random(0)
+    trainer.progress.rungs = {"maps": 1, "programs": 1}
+    turns = Counter(trainer._family(rng) for _ in range(2000))
+    assert 0.45 < turns["maps"] / 2000 < 0.55, "the opening is over"
+    trainer.progress.rungs["maps"], trainer.progress.losses["maps"] = 2, 0.001
+    turns = Counter(trainer._family(rng) for _ in range(2000))
+    assert 0.07 < turns["maps"] / 2000 < 0.13
+
+
+def test_muon_steps_along_the_orthogonal_factor():
+    """After a first step from zero momentum, the update's singular values are near 1 and its factors the gradient's."""
+    torch.manual_seed(0)
+    for shape in ((24, 8), (8, 24), (12, 12)):
+        weight = torch.zeros(shape, requires_grad=True)
+        gradient = torch.linalg.qr(torch.randn(max(shape), min(shape)))[0] * torch.linspace(0.5, 1, min(shape))
+        weight.grad = (gradient if shape[0] >= shape[1] else gradient.T).contiguous()
+        Muon([weight], lr=1.0, weight_decay=0.0).step()
+        u, _, v = torch.linalg.svd(weight.grad, full_matrices=False)
+        update = -weight.detach() / max(1.0, shape[0] / shape[1]) ** 0.5
+        values = torch.linalg.svdvals(update)
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+        assert torch.linalg.norm(update - u @ v) < 0.35 * torch.linalg.norm(u @ v)
+    with pytest.raises(ValueError, match="matrices"):
+        Muon([torch.zeros(3, requires_grad=True)], lr=1.0)

@@ -1,10 +1,12 @@
 """Training the small reasoner from scratch, seeded and resumable.
 
-    python -m reasonalloc.reasoner.train -o reasoner --minutes 120
+    python -m reasonalloc.reasoner.train -o reasoner
 
 Every family climbs a ladder of difficulties of its own: half of its batches are at the top rung, the others anywhere
-below, so that nothing is forgotten; it rises when the loss at the top falls under ``rise_below``. Matrices learn by
-Muon, the rest by AdamW. A checkpoint is written every minute; the same command goes on from it, with the same data.
+below, so that nothing is forgotten; it rises when the loss at the top falls under ``rise_below``. Looking up must be
+learned before anything else can be, so one family opens and has the most batches until it has climbed so far. Matrices
+learn by Muon, the rest by AdamW, at full rates until the last share of the tokens, over which they fall to nothing.
+A checkpoint is written every minute; the same command goes on from it, and ends with the same weights to the last bit.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ import typer
 from torch import Tensor
 
 from reasonalloc.files import write_atomically
+from reasonalloc.reasoner.muon import Muon
 from reasonalloc.reasoner.text import build_tokenizer, prompt_text, solution_text
 from reasonalloc.tasks import TASKS
 
 _IGNORED = -100  # label of what is not learned: the question
+_WARM_UP = 100  # steps over which the learning rates rise
 
 
 @dataclass(frozen=True)
@@ -34,31 +38,46 @@ class TrainingConfig:
     """All that decides what comes out, beside the time spent.
 
     Attributes:
-        families: for each task its ladder of difficulties, ascending, and its goal: the rung to be reached.
+        ladders: for each task its difficulties, ascending.
+        opening: the family that opens, the difficulty that it has to master, and its share of the batches until then.
         model: settings of transformers' ``LlamaConfig``.
         matrix_learning_rate: of Muon.
         learning_rate: of AdamW.
-        tokens_per_step: about so many tokens make one batch.
+        tokens: to be seen in all, questions and padding included.
+        decay: the share of them, the last, over which the learning rates fall.
+        rows: problems in one batch.
+        batch_tokens: bounds of a batch; short problems are more than ``rows``, long ones fewer.
         rise_below: nats per learned token at the top rung, averaged, under which a family takes the next.
+        mastered: how few nats at the last rung make a family mastered, and the share of its turns that it then keeps,
+            while there are others that are not.
         seed: of weights and data.
     """
 
-    families: dict[str, dict[str, Any]]
+    ladders: dict[str, list[int]]
+    opening: dict[str, Any]
     model: dict[str, Any]
     matrix_learning_rate: float
     learning_rate: float
-    tokens_per_step: int
+    tokens: int
+    decay: float
+    rows: int
+    batch_tokens: list[int]
     rise_below: float
+    mastered: dict[str, float]
     seed: int
 
     def __post_init__(self) -> None:
-        for name, family in self.families.items():
-            ladder = family["ladder"]
-            if list(ladder) != sorted(set(ladder)) or family["goal"] not in ladder:
-                raise ValueError(f"the ladder of {name} must ascend to its goal, got {family}")
+        for name, ladder in self.ladders.items():
+            if not ladder or list(ladder) != sorted(set(ladder)):
+                raise ValueError(f"the ladder of {name} must ascend, got {ladder}")
             TASKS.create(name).problem(0, ladder[-1], "train")  # an impossible difficulty fails here
-        if min(self.tokens_per_step, self.matrix_learning_rate, self.learning_rate, self.rise_below) <= 0:
-            raise ValueError("learning rates, tokens_per_step and rise_below must be positive")
+        if self.opening["master"] not in self.ladders.get(self.opening["family"], []):
+            raise ValueError(f"opening must name a family and a rung of its ladder, got {self.opening}")
+        if not 0 < self.opening["share"] < 1 or not 0 < self.decay <= 1:
+            raise ValueError(f"shares must lie in (0, 1), got opening {self.opening['share']}, decay {self.decay}")
+        positive = [self.matrix_learning_rate, self.learning_rate, self.tokens, self.rows, self.rise_below]
+        if min(positive) <= 0 or not 0 < self.batch_tokens[0] <= self.batch_tokens[1]:
+            raise ValueError("learning rates, tokens, rows, batch_tokens and rise_below must be positive")
 
     @classmethod
     def load(cls, path: Path | None = None) -> TrainingConfig:
@@ -73,7 +92,7 @@ class Progress:
 
     Attributes:
         step: optimisation steps done.
-        tokens: tokens seen.
+        tokens: tokens seen, questions and padding included.
         seconds: time spent.
         rungs: index into each family's ladder.
         losses: running mean of the loss at each family's top rung; None right after rising.
@@ -94,10 +113,8 @@ class Trainer:
     def __init__(self, config: TrainingConfig, folder: Path) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        if not hasattr(torch.optim, "Muon"):
-            raise ImportError(f"training needs torch.optim.Muon (torch 2.9 or newer), found torch {torch.__version__}")
         self.config, self.folder = config, folder
-        self.tokenizer = build_tokenizer(tuple(config.families))
+        self.tokenizer = build_tokenizer(tuple(config.ladders))
         torch.manual_seed(config.seed)
         special = {
             "vocab_size": len(self.tokenizer),
@@ -107,28 +124,31 @@ class Trainer:
             "max_position_embeddings": 8192,
         }
         self.model = LlamaForCausalLM(LlamaConfig(**{**config.model, **special}))
+        _initialise(self.model)
         named = dict(self.model.named_parameters())
         matrices = {name for name, p in named.items() if p.ndim == 2 and "embed" not in name and "lm_head" not in name}
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon([named[n] for n in sorted(matrices)], lr=config.matrix_learning_rate, weight_decay=0.01),
+            Muon([named[n] for n in sorted(matrices)], lr=config.matrix_learning_rate),
             torch.optim.AdamW(
                 [p for n, p in sorted(named.items()) if n not in matrices], lr=config.learning_rate, weight_decay=0.0
             ),
         ]
         self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
-        self.progress = Progress(rungs=dict.fromkeys(config.families, 0), losses=dict.fromkeys(config.families))
-        self.progress.seen = dict.fromkeys(config.families, 0)
+        self.progress = Progress(rungs=dict.fromkeys(config.ladders, 0), losses=dict.fromkeys(config.ladders))
+        self.progress.seen = dict.fromkeys(config.ladders, 0)
 
     # ---- data ----
 
     def batch(self) -> tuple[str, bool, Tensor, Tensor]:
         """The batch of the current step: family, whether it is at the top rung, ids and labels, padded at the end."""
         rng = random.Random(f"{self.config.seed} {self.progress.step}")
-        name = rng.choice(list(self.config.families))
-        ladder = self.config.families[name]["ladder"][: self.progress.rungs[name] + 1]
+        name = self._family(rng)
+        ladder = self.config.ladders[name][: self.progress.rungs[name] + 1]
         difficulty = ladder[-1] if rng.random() < 0.5 else rng.choice(ladder)
-        task, rows, size = TASKS.create(name), [], 0
-        while size < self.config.tokens_per_step:
+        task, (least, most) = TASKS.create(name), self.config.batch_tokens
+        rows: list[tuple[int, list[int]]] = []
+        size = 0
+        while not rows or size < least or (len(rows) < self.config.rows and size < most):
             problem = task.problem(rng.randrange(1 << 48), difficulty, "train")
             prompt = self.tokenizer(prompt_text(problem)).input_ids
             rows.append((len(prompt), prompt + self.tokenizer(solution_text(problem)).input_ids))
@@ -140,6 +160,24 @@ class Trainer:
             ids[i, : len(row)] = torch.tensor(row)
             labels[i, prompt_length : len(row)] = torch.tensor(row[prompt_length:])
         return name, difficulty == ladder[-1], ids, labels
+
+    def _family(self, rng: random.Random) -> str:
+        """The family whose turn it is."""
+        opening, names = self.config.opening, list(self.config.ladders)
+        first = opening["family"]
+        mastered = self.config.ladders[first][self.progress.rungs[first]] > opening["master"]
+        if not mastered and rng.random() < opening["share"]:
+            return str(first)
+        name = rng.choice(names)
+        waiting = [other for other in names if not self._mastered(other)]
+        if waiting and name not in waiting and rng.random() >= self.config.mastered["share"]:
+            return rng.choice(waiting)
+        return name
+
+    def _mastered(self, name: str) -> bool:
+        loss = self.progress.losses[name]
+        last = self.progress.rungs[name] == len(self.config.ladders[name]) - 1
+        return last and loss is not None and loss < self.config.mastered["below"]
 
     # ---- training ----
 
@@ -170,26 +208,37 @@ class Trainer:
         mean = loss if before is None else 0.9 * before + 0.1 * loss
         progress.losses[name] = mean
         progress.seen[name] += 1
-        more = progress.rungs[name] + 1 < len(self.config.families[name]["ladder"])
+        more = progress.rungs[name] + 1 < len(self.config.ladders[name])
         if mean < self.config.rise_below and progress.seen[name] >= 10 and more:
             progress.rungs[name] += 1
             progress.losses[name], progress.seen[name] = None, 0
 
-    def run(self, minutes: float, every: float = 60.0) -> None:
-        """Train until ``minutes`` have been spent in all, checkpoints included; the rates fall over the last third."""
+    def rate(self) -> float:
+        """What the learning rates are multiplied by now."""
+        left = 1 - self.progress.tokens / self.config.tokens
+        return min(1.0, (self.progress.step + 1) / _WARM_UP, max(0.02, left / self.config.decay))
+
+    def run(self, every: float = 60.0) -> None:
+        """Train until all tokens have been seen; a checkpoint every so many seconds, and the model at the end."""
         began, saved, lines = time.perf_counter() - self.progress.seconds, time.perf_counter(), []
-        while self.progress.seconds < 60 * minutes:
-            spent = self.progress.seconds / (60 * minutes)
-            warm = min(1.0, (self.progress.step + 1) / 100)
-            lines.append(self.step(warm * min(1.0, max(0.02, (1 - spent) * 3))))
+        while self.progress.tokens < self.config.tokens:
+            lines.append(self.step(self.rate()))
             self.progress.seconds = time.perf_counter() - began
             if time.perf_counter() - saved > every:
                 self.save(lines)
                 saved, lines = time.perf_counter(), []
-                tops = {n: self.config.families[n]["ladder"][rung] for n, rung in self.progress.rungs.items()}
-                print(f"{self.progress.seconds / 60:.1f} min, step {self.progress.step}, top rungs {tops}", flush=True)
+                print(self._status(), flush=True)
         self.save(lines)
         self.export()
+
+    def _status(self) -> str:
+        progress = self.progress
+        tops = [
+            f"{name} {self.config.ladders[name][rung]} ({progress.losses[name] or float('nan'):.4f})"
+            for name, rung in progress.rungs.items()
+        ]
+        share = progress.tokens / self.config.tokens
+        return f"{progress.seconds / 60:.1f} min, step {progress.step}, {share:.1%}, top rungs: {', '.join(tops)}"
 
     # ---- files ----
 
@@ -208,7 +257,7 @@ class Trainer:
         write_atomically(log, before + "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def resume(self) -> bool:
-        """Go on from the folder's checkpoint, if there is one.
+        """Go on from the folder's checkpoint, if there is one. The total of tokens may differ until rates fall.
 
         Raises:
             ValueError: it was begun with another configuration.
@@ -219,9 +268,11 @@ class Trainer:
         with safetensors.safe_open(path, "pt") as file:
             about = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        if json.loads(about["config"]) != json.loads(json.dumps(asdict(self.config))):
-            raise ValueError(f"{path} was begun with another configuration: choose another folder")
+        before, now = json.loads(about["config"]), json.loads(json.dumps(asdict(self.config)))
         self.progress = Progress(**json.loads(about["progress"]))
+        constant = (1 - self.config.decay) * min(before["tokens"], now["tokens"])
+        if before | ({"tokens": now["tokens"]} if self.progress.tokens <= constant else {}) != now:
+            raise ValueError(f"{path} was begun with another configuration: choose another folder")
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"model.{name}"])
@@ -244,9 +295,25 @@ class Trainer:
         self.tokenizer.save_pretrained(target)
 
 
+def _initialise(model: Any) -> None:
+    """Weights at the scale of what they multiply: transformers' 0.02 takes several times as long to find look-ups.
+
+    Some channels of the embedding begin as constants, which gives the first layers a bias.
+    """
+    residual = (2 * model.config.num_hidden_layers) ** -0.5
+    for name, weight in model.named_parameters():
+        if "embed" in name:
+            torch.nn.init.normal_(weight)
+            weight.data[:, :8] = 1.0
+        elif "lm_head" in name:
+            torch.nn.init.zeros_(weight)
+        elif weight.ndim == 2:
+            scale = residual if "o_proj" in name or "down_proj" in name else 1.0
+            torch.nn.init.normal_(weight, std=scale * weight.shape[1] ** -0.5)
+
+
 def main(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of checkpoint, log and model.")],
-    minutes: Annotated[float, typer.Option(min=0.01, help="Training time in all.")] = 120.0,
     config: Annotated[Path | None, typer.Option(help="Training configuration (JSON).")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 2,
 ) -> None:
@@ -255,7 +322,7 @@ def main(
     trainer = Trainer(TrainingConfig.load(config), output)
     if trainer.resume():
         print(f"going on from step {trainer.progress.step}")
-    trainer.run(minutes)
+    trainer.run()
 
 
 if __name__ == "__main__":

@@ -4,83 +4,76 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 
-from reasonalloc.tasks.task import TASKS, Problem, Task
+from reasonalloc.tasks.task import DIGITS, MODULUS, NAMES, TASKS, Problem, Task
 
 
 @TASKS.register("maps")
 @dataclass(frozen=True)
 class Maps(Task):
-    """Follow the roads: from each start, so many steps; where does the walk end?
+    """Follow the roads from each start to the end of the line: what do the tolls add up to?
 
-    The map is a set of one-way roads ``a > b``, one from each place, in random order. Walks lead around one loop of
-    ``difficulty`` places, which they pass several times; the other places, a share ``distractors`` of the loop's, are
-    never visited. Memory pattern: every step looks up one entry of the question, most entries again and again, some
-    never.
+    ``a b 5`` is a one-way road from a to b with a toll of 5; ``z end`` says that no road leaves z. The roads form
+    ``lines`` of ``difficulty`` places in all, on which the walks begin anywhere, and one more line of distractors that
+    is never entered; all are listed in random order. Tolls add up modulo 11, and the thought writes the sum after
+    every road. Memory pattern: every step looks up one entry of the question; those near the end of a line again and
+    again, others once, a third of them never.
 
     Attributes:
-        walks: starts in one question; the score is the share of ends that are right.
-        laps: how often the walks together go around the loop, about.
-        distractors: places off the loop, as a share of those on it.
-        places: names to choose from; a map takes at most this many.
+        walks: starts in one question, or as many as there are places; the score is the share of sums that are right.
+        lines: that are walked on.
+        distractors: places on the line that is never entered, as a share of the others.
     """
 
-    walks: int = 4
-    laps: float = 4.0
+    walks: int = 10
+    lines: int = 2
     distractors: float = 0.5
-    places: int = 128
 
     name = "maps"
-    least = 2
+    least = 4
 
     def __post_init__(self) -> None:
-        if self.walks < 1 or self.laps <= 0 or self.distractors < 0 or self.places < 3:
-            raise ValueError(f"walks, laps and places must be positive, distractors not negative, got {self}")
+        if self.walks < 1 or not 1 <= self.lines <= self.least // 2 or self.distractors < 0:
+            raise ValueError(f"walks must be positive, lines 1 or 2, distractors not negative, got {self}")
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        """Places, numbers of steps in digits, and the words between them."""
-        return (*(f"p{i}" for i in range(self.places)), *map(str, range(10)), ">", ";", "from", "steps", ".", ":")
+        """Places, numbers, and the words between them."""
+        return (*NAMES, *DIGITS, ";", "start", "from", ":", "=", "end", "->", ".")
 
     def draw(self, rng: random.Random, difficulty: int) -> Problem:
         """A map and its walks."""
-        others = round(self.distractors * difficulty)
-        if difficulty + others > self.places:
-            raise ValueError(f"difficulty {difficulty} needs {difficulty + others} places, there are {self.places}")
-        names = [f"p{i}" for i in rng.sample(range(self.places), difficulty + others)]
-        loop, aside = names[:difficulty], names[difficulty:]
-        roads = dict(zip(loop, [*loop[1:], loop[0]], strict=True))
-        roads.update(zip(aside, rng.sample(aside, len(aside)), strict=True))
-        order = rng.sample(names, len(names))
-        mean = max(1, round(self.laps * difficulty / self.walks))
-        starts = [(rng.choice(loop), rng.randint(max(1, mean // 2), mean + mean // 2)) for _ in range(self.walks)]
-        edges = " ; ".join(f"{place} > {roads[place]}" for place in order)
-        asked = " ; ".join(f"from {start} {_digits(steps)} steps" for start, steps in starts)
-        thought, ends = [], []
-        for start, steps in starts:
-            thought.append(f"from {start} {_digits(steps)} steps :")
-            place = start
-            for _ in range(steps):
-                thought.append(f"{place} > {roads[place]} ;")
-                place = roads[place]
-            thought.append(".")
-            ends.append(place)
-        return Problem(self.name, difficulty, f"{edges} . {asked}", " ".join(thought), " ".join(ends))
+        places = self.draw_names(rng, difficulty + round(self.distractors * difficulty))
+        walked, aside = places[:difficulty], places[difficulty:]
+        lines = [line for line in (*(walked[i :: self.lines] for i in range(self.lines)), aside) if line]
+        roads = {a: [b, rng.choice(DIGITS)] for line in lines for a, b in pairwise(line)}
+        roads.update({line[-1]: ["end"] for line in lines})
+        starts = rng.sample(walked, min(self.walks, difficulty))
+        listed = " ; ".join(" ".join([a, *roads[a]]) for a in rng.sample(places, len(places)))
+        walks = [_walk(roads, start) for start in starts]
+        thought = " ".join(text for text, _ in walks)
+        answer = " ".join(f"{start} {total}" for start, (_, total) in zip(starts, walks, strict=True))
+        return Problem(self.name, difficulty, f"{listed} . start {' '.join(starts)}", thought, answer)
 
     def score(self, question: str, answer: str) -> float:
-        """Share of walks whose end is right."""
-        edges, asked = question.split(" . ")
-        roads = dict(edge.split(" > ") for edge in edges.split(" ; "))
-        given = answer.split()
-        right, walks = 0, asked.split(" ; ")
-        for i, walk in enumerate(walks):
-            _, place, *digits, _ = walk.split()
-            for _ in range(int("".join(digits))):
-                place = roads[place]
-            right += i < len(given) and given[i] == place
-        return right / len(walks) if len(given) == len(walks) else 0.0
+        """Share of walks whose sum is right."""
+        listed, asked = question.split(" . start ")
+        roads = {a: way for a, *way in (road.split() for road in listed.split(" ; "))}
+        expected = [(start, _walk(roads, start)[1]) for start in asked.split()]
+        words = answer.split()
+        given = list(zip(words[::2], words[1::2], strict=False))
+        if len(words) != 2 * len(expected):
+            return 0.0
+        return sum((a, str(b)) == pair for (a, b), pair in zip(expected, given, strict=True)) / len(expected)
 
 
-def _digits(number: int) -> str:
-    """A number as one word for each digit."""
-    return " ".join(str(number))
+def _walk(roads: dict[str, list[str]], start: str) -> tuple[str, int]:
+    """A walk in words, and the sum of its tolls."""
+    place, total, words = start, 0, [f"from {start} :"]
+    while roads[place] != ["end"]:
+        after, toll = roads[place]
+        total = (total + int(toll)) % MODULUS
+        words.append(f"{place} {after} {toll} = {total} ;")
+        place = after
+    return f"{' '.join(words)} {place} end -> {start} {total} .", total

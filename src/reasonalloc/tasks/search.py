@@ -4,90 +4,91 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from itertools import pairwise
 
-from reasonalloc.tasks.task import TASKS, Problem, Task
+from reasonalloc.tasks.task import NAMES, TASKS, Problem, Task
 
 
 @TASKS.register("search")
 @dataclass(frozen=True)
 class Search(Task):
-    """Find a way through a graph of ``difficulty`` nodes, first branch first, going back at dead ends.
+    """Find the way to the goal in a cave of ``difficulty`` rooms, first branch first, going back at dead ends.
 
-    The graph is a random tree with some more edges, listed by node. The thought says at every node where one can still
-    go; a node that leads nowhere is left for good. Memory pattern: what was found in a dead end is never needed again,
-    the branches still open are, much later.
+    The cave is a random tree; each room's onward rooms are listed, the rooms in random order. The thought says on
+    entering a room where one can go, and on coming back where one can still go; the answer is the way home, from the
+    goal to the start. Memory pattern: what was found in a dead end is never needed again, the open branches are, much
+    later.
 
     Attributes:
-        nodes: names to choose from; a graph takes at most this many.
-        shortcuts: edges beside the tree's, as a share of the nodes.
+        branches: rooms that one room leads to, at most.
+        deep: a new room hangs at one of so many last ones, so that small numbers make deep caves.
+        far: the goal is entered after this share of the rooms, at the earliest.
     """
 
-    nodes: int = 256
-    shortcuts: float = 0.1
+    branches: int = 3
+    deep: int = 6
+    far: float = 0.5
 
     name = "search"
     least = 4
 
     def __post_init__(self) -> None:
-        if self.nodes < 4 or self.shortcuts < 0:
-            raise ValueError(f"nodes must be at least 4 and shortcuts not negative, got {self}")
+        if self.branches < 2 or self.deep < 1 or not 0 <= self.far < 1:
+            raise ValueError(f"branches must be at least 2, deep at least 1, far in [0, 1), got {self}")
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        """Nodes, and the words between them."""
-        return (*(f"n{i}" for i in range(self.nodes)), ":", ";", ".", "from", "to", "at", "go", "back", "end", "found")
+        """Rooms, and the words between them."""
+        return (*NAMES, ":", ";", ".", "start", "goal", "at", "go", "from", "back", "end", "found")
 
     def draw(self, rng: random.Random, difficulty: int) -> Problem:
-        """A graph, searched in the order in which it lists neighbours."""
-        if difficulty > self.nodes:
-            raise ValueError(f"difficulty {difficulty} needs as many nodes, there are {self.nodes}")
-        names = [f"n{i}" for i in rng.sample(range(self.nodes), difficulty)]
-        edges = {(names[rng.randrange(max(0, i - 6), i)], names[i]) for i in range(1, difficulty)}
-        for _ in range(round(self.shortcuts * difficulty)):
-            one, other = rng.sample(names, 2)
-            if (other, one) not in edges:
-                edges.add((one, other))
-        ordered = sorted(edges)
-        neighbours: dict[str, list[str]] = {name: [] for name in names}
-        for one, other in rng.sample(ordered, len(ordered)):
-            neighbours[one].append(other)
-            neighbours[other].append(one)
-        start, goal = names[0], rng.choice(names[difficulty // 2 :])
-        lines = " ; ".join(f"{name} : {' '.join(neighbours[name])}" for name in rng.sample(names, difficulty))
-        thought, path = _explore(neighbours, start, goal)
-        return Problem(self.name, difficulty, f"{lines} . from {start} to {goal}", thought, " ".join(path))
+        """A cave, searched in the order in which it lists the ways."""
+        rooms = self.draw_names(rng, difficulty)
+        ways: dict[str, list[str]] = {room: [] for room in rooms}
+        for i in range(1, difficulty):
+            open_rooms = [room for room in rooms[max(0, i - self.deep) : i] if len(ways[room]) < self.branches]
+            ways[rng.choice(open_rooms)].append(rooms[i])
+        start = rooms[0]
+        entered = _entered(ways, start)
+        goal = rng.choice(entered[max(1, int(self.far * difficulty)) :])
+        lines = " ; ".join(f"{room} : {' '.join(ways[room] or ['end'])}" for room in rng.sample(rooms, difficulty))
+        thought, path = _explore(ways, start, goal)
+        home = " ".join(reversed(path))
+        return Problem(self.name, difficulty, f"{lines} . start {start} goal {goal}", thought, home)
 
     def score(self, question: str, answer: str) -> float:
-        """1 for any way from start to goal along edges that visits no node twice, else 0."""
-        graph, asked = question.split(" . ")
-        neighbours = {}
-        for line in graph.split(" ; "):
-            node, others = line.split(" : ")
-            neighbours[node] = set(others.split())
+        """1 for the way home from the goal to the start, else 0. In a tree there is one."""
+        cave, asked = question.split(" . ")
+        came_from = {}
+        for line in cave.split(" ; "):
+            room, ways = line.split(" : ")
+            came_from.update(dict.fromkeys(ways.split(), room))
         _, start, _, goal = asked.split()
-        way = answer.split()
-        right = (
-            len(way) > 1
-            and (way[0], way[-1]) == (start, goal)
-            and len(set(way)) == len(way)
-            and all(other in neighbours.get(one, ()) for one, other in pairwise(way))
-        )
-        return float(right)
+        way = [goal]
+        while way[-1] != start:
+            way.append(came_from[way[-1]])
+        return float(answer.split() == way)
 
 
-def _explore(neighbours: dict[str, list[str]], start: str, goal: str) -> tuple[str, list[str]]:
-    """Depth first, in words: where one is, where one can still go from there, and which way is taken."""
-    path, seen, words = [start], {start}, []
+def _entered(ways: dict[str, list[str]], start: str) -> list[str]:
+    """All rooms in the order in which the search enters them."""
+    entered, waiting = [], [start]
+    while waiting:
+        entered.append(waiting.pop())
+        waiting += reversed(ways[entered[-1]])
+    return entered
+
+
+def _explore(ways: dict[str, list[str]], start: str, goal: str) -> tuple[str, list[str]]:
+    """Depth first, in words: where one is, where one can go from there, which way is taken; and the way to the goal."""
+    path, left, words = [start], {room: list(onward) for room, onward in ways.items()}, [f"at {start} :"]
     while path[-1] != goal:
         here = path[-1]
-        open_ways = [node for node in neighbours[here] if node not in seen]
-        words += ["at", here, ":", *(open_ways or ["end"]), ";"]
-        if open_ways:
-            path.append(open_ways[0])
-            seen.add(open_ways[0])
-            words += ["go", open_ways[0], "."]
+        words.append(f"{' '.join(left[here] or ['end'])} ;")
+        if left[here]:
+            path.append(left[here].pop(0))
+            words.append(f"go {path[-1]} from {here} .")
+            words += [] if path[-1] == goal else [f"at {path[-1]} :"]
         else:
             path.pop()
-            words += ["back", path[-1], "."]
-    return " ".join([*words, "found", goal]), path
+            words.append(f"back {path[-1]} :")
+    return f"{' '.join(words)} found {goal}", path

@@ -14,6 +14,10 @@ Split = Literal["train", "test"]
 _TEST_SHARE = 8  # one question in so many belongs to the test split
 _ATTEMPTS = 1000
 
+NAMES = tuple(f"x{i}" for i in range(192))  # places, variables, nodes: one stock for all families
+MODULUS = 11  # numbers are residues of this prime, so that every number is one word
+DIGITS = tuple(map(str, range(MODULUS)))
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -69,6 +73,16 @@ class Task(ABC):
     def check(self, question: str, answer: str) -> bool:
         """Whether all of the answer is right."""
         return self.score(question, answer) == 1.0
+
+    def draw_names(self, rng: random.Random, count: int) -> list[str]:
+        """So many different names.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        if count > len(NAMES):
+            raise ValueError(f"{self.name}: {count} names are needed, there are {len(NAMES)}; lower the difficulty")
+        return rng.sample(NAMES, count)
 
     def problem(self, seed: int, difficulty: int, split: Split = "test") -> Problem:
         """The problem of this seed: always the same, and never in the other split.
