@@ -368,16 +368,16 @@ def test_prompts(tmp_path):
     with pytest.raises(ValueError, match=r"line 1: no text in field 'prompt' \(found: question, task\)"):
         read_prompts(path)
     for content, message in (
-        ("", "holds no prompt"),
+        ("", "is empty"),
         ("{", "line 1: not JSON"),
         ('{"prompt": 3}', "line 1: no text"),
-        ("[1]", "found: list"),
+        ("[1]", "a JSON object is needed, found list"),
         ('{"prompt": "a"}\n{"prompt": "a"}', "line 2: .* is there twice"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             read_prompts(path)
-    with pytest.raises(FileNotFoundError, match="no prompts at"):
+    with pytest.raises(FileNotFoundError, match="no file at"):
         read_prompts(tmp_path / "none.jsonl")
 
 

@@ -68,7 +68,7 @@ def test_bad_input(tmp_path):
     (trace,) = read_traces(path, word_tokenizer(), "q", "a", least=2)
     assert (trace.prompt.tolist(), trace.answer.tolist()) == ([3, 4], [5, 6, 7])
     assert len(read_traces(path, word_tokenizer(), "q", "a", most=2)) == 1
-    with pytest.raises(ValueError, match=r"line 1: needs the fields 'problem' and 'solution'"):
+    with pytest.raises(ValueError, match=r"line 1: no text in field 'problem'"):
         read_traces(path, word_tokenizer())
     with pytest.raises(FileNotFoundError):
         read_traces(tmp_path / "none.jsonl", word_tokenizer())

@@ -1,4 +1,4 @@
-"""The command line: ``reasonalloc generate | calibrate | profile | methods | plot | demo``."""
+"""The command line: ``reasonalloc generate | calibrate | profile | eval | report | methods | plot | demo``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from reasonalloc.console import clear_errors, console, errors
+from reasonalloc.evaluation_commands import evaluate, report
 from reasonalloc.profile_commands import calibrate, profile_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Reasoning models in a small, fixed KV cache.")
@@ -19,6 +20,8 @@ plot_app = typer.Typer(no_args_is_help=True, help="Draw what was recorded.")
 app.add_typer(plot_app, name="plot")
 app.add_typer(profile_app, name="profile")
 app.command()(calibrate)
+app.command("eval")(evaluate)
+app.command()(report)
 
 
 @app.command()

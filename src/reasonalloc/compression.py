@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +22,7 @@ from reasonalloc.scoring import SCORERS, Scorer
 
 Prompt = Literal["compete", "protect"]
 StorageOrder = Literal["position", "score"]
+Settings = Mapping[str, Any]  # of a policy, its name among them
 AUTO_PROFILE = "auto"
 
 
@@ -32,10 +33,11 @@ class Compression:
     Attributes:
         budget: tokens per key/value head, averaged over all layers and heads, the window included; None keeps all.
             Between two compressions every head holds up to ``interval`` more.
-        scorer: which tokens to keep: a registered name, or a ``Scorer``.
-        layers: how tokens are split over layers: a registered name, or a ``LayerAllocator``. None (the default) is
+        scorer: which tokens to keep: a registered name, a ``Scorer``, or a name with settings:
+            ``{"name": "rkv", "window": 16}``.
+        layers: how tokens are split over layers: likewise, or a ``LayerAllocator``. None (the default) is
             "wave" where a profile is given, and otherwise "dynamic", ReasonAlloc's calibration-free form.
-        heads: how a layer's tokens are split over its heads: a registered name, or a ``HeadAllocator``.
+        heads: how a layer's tokens are split over its heads: likewise, or a ``HeadAllocator``.
         profile: the model's demand profile, or the path of its JSON file; read by layers="wave" and by "miss-curve".
             "auto": the engine's cache looks in the user's cache folder, and calibrates the model if nothing is there.
         interval: decoded tokens between two compressions (the paper's Delta).
@@ -51,9 +53,9 @@ class Compression:
     """
 
     budget: int | None
-    scorer: Scorer | str = "rkv"
-    layers: LayerAllocator | str | None = None
-    heads: HeadAllocator | str = "threshold"
+    scorer: Scorer | Settings | str = "rkv"
+    layers: LayerAllocator | Settings | str | None = None
+    heads: HeadAllocator | Settings | str = "threshold"
     profile: DemandProfile | str | Path | None = None
     interval: int = 128
     window: int | None = None

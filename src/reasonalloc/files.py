@@ -1,10 +1,12 @@
-"""Files: written whole or not at all, and kept for the user in one folder."""
+"""Files: written whole or not at all, read with errors that name the line, kept for the user in one folder."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def cache_folder() -> Path:
@@ -26,6 +28,43 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON-lines file with their line numbers; empty lines are passed over.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: see ``parse_json_lines``, or the file is no text in UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    try:
+        return parse_json_lines(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+
+
+def parse_json_lines(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
+    """The objects of a text in JSON lines, with their line numbers.
+
+    Raises:
+        ValueError: nothing in it, or a line that is no JSON object; ``name`` and line are named.
+    """
+    objects = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}, line {number}: not JSON ({error})") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"{name}, line {number}: a JSON object is needed, found {type(data).__name__}")
+        objects.append((number, data))
+    if not objects:
+        raise ValueError(f"{name} is empty")
+    return objects
 
 
 def _umask() -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from reasonalloc.allocation import DemandProfile
 from reasonalloc.calibration.operator_study import Choice, RhoEffect
 from reasonalloc.calibration.stability import Stability
+from reasonalloc.evaluation.statistics import Estimate
 from reasonalloc.files import write_atomically
 from reasonalloc.recorder import Recorder
 
@@ -141,6 +142,44 @@ def _quartiles(x: Any) -> Any:
     import numpy as np
 
     return np.quantile(x, [0.25, 0.75], axis=1)
+
+
+def draw_curves(
+    series: dict[str, list[tuple[int, Estimate]]],
+    full: Estimate | None,
+    control: dict[int, list[float]],
+    title: str,
+    metric: str,
+) -> bytes:
+    """A PNG of each method's metric against the budget, with intervals, the full cache's band and random splits."""
+    figure = _figure("curves.png", 8, 5)
+    axes = figure.subplots()
+    budgets = sorted({budget for points in series.values() for budget, _ in points})
+    if full is not None:
+        axes.axhspan(100 * full.low, 100 * full.high, color="grey", alpha=0.15)
+        axes.axhline(100 * full.mean, color="grey", linestyle="--", linewidth=1, label="full cache")
+    for i, (method, points) in enumerate(series.items()):
+        shift = 1 + 0.012 * (i - len(series) / 2)  # so that intervals do not cover each other
+        x = [budget * shift for budget, _ in points]
+        y = [100 * estimate.mean for _, estimate in points]
+        below = [100 * (estimate.mean - estimate.low) for _, estimate in points]
+        above = [100 * (estimate.high - estimate.mean) for _, estimate in points]
+        axes.errorbar(
+            x, y, yerr=[below, above], marker="osD^vP*X"[i % 8], markersize=4, linewidth=1, capsize=2, label=method
+        )
+    for budget, means in control.items():
+        label = "random splits" if budget == min(control) else None
+        axes.scatter([budget] * len(means), [100 * m for m in means], marker="_", color="black", alpha=0.4, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(budgets, [str(budget) for budget in budgets])
+    axes.set_xlabel("budget: tokens per key/value head")
+    axes.set_ylabel(f"{metric}, %")
+    axes.set_ylim(bottom=0)
+    axes.set_title(title)
+    axes.legend(fontsize="small")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
 
 
 def _figure(path: str | Path, width: float, height: float) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Policy = TypeVar("Policy")
 
@@ -45,11 +45,15 @@ class Registry(Generic[Policy]):
         """Every known name, sorted, those of installed plug-ins included."""
         return sorted({*self._classes, *(point.name for point in entry_points(group=self.group))})
 
-    def create(self, policy: str | Policy) -> Policy:
-        """An instance: made with its defaults where ``policy`` is a name, else ``policy`` itself.
+    def create(self, policy: str | Mapping[str, Any] | Policy) -> Policy:
+        """An instance: from a name with its defaults, from a name and settings, or ``policy`` itself.
 
-        Raises ``ValueError`` for an unknown name, with the nearest one.
+            scorers.create("rkv"), scorers.create({"name": "rkv", "window": 16}), scorers.create(RKV())
+
+        Raises ``ValueError`` for an unknown name, with the nearest one, and for an unknown setting.
         """
+        if isinstance(policy, Mapping):
+            return self._configured(dict(policy))
         if not isinstance(policy, str):
             return policy
         if policy not in self._classes:
@@ -58,6 +62,17 @@ class Registry(Generic[Policy]):
         if policy not in self._classes:
             raise unknown_name(self.kind, policy, self.names())
         return self._classes[policy]()
+
+    def _configured(self, settings: dict[str, Any]) -> Policy:
+        name = settings.pop("name", None)
+        if not isinstance(name, str):
+            raise ValueError(f"a {self.kind} with settings needs its name, got {settings}")
+        policy = self.create(name)
+        known = vars(policy)
+        unknown = [setting for setting in settings if setting not in known]
+        if unknown:
+            raise unknown_name(f"setting of {self.kind} {name!r}:", unknown[0], list(known))
+        return type(policy)(**{**known, **settings})
 
     def name_of(self, policy: Policy) -> str:
         """The registered name of an instance's class, or the class's own name where it is not registered."""

@@ -21,6 +21,7 @@ from reasonalloc.allocation.layers import (
 from reasonalloc.allocation.miss import MissCurveHeads, MissCurveLayers, marginal_gain
 from reasonalloc.allocation.offline_heads import FixedHeads
 from reasonalloc.allocation.profile import DemandProfile, MissGrid, PromptDemand, merge
+from reasonalloc.allocation.random_split import RandomHeads, RandomLayers
 from reasonalloc.allocation.sensitivity import SensitivityHeads, SensitivityLayers
 from reasonalloc.allocation.shape import ModelShape
 
@@ -40,6 +41,8 @@ __all__ = [
     "ModelShape",
     "PromptDemand",
     "PyramidLayers",
+    "RandomHeads",
+    "RandomLayers",
     "SensitivityHeads",
     "SensitivityLayers",
     "ThresholdHeads",

@@ -28,6 +28,8 @@ class OfflineBudgets(ABC):
 
     floor: float = 0.125
 
+    needs_profile = True
+
     def __post_init__(self) -> None:
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor must be in [0, 1], got {self.floor}")
@@ -39,9 +41,9 @@ class OfflineBudgets(ABC):
 
         Raises ``ValueError`` without a profile, or where it does not hold what is needed.
         """
-        if profile is None:
+        if profile is None and self.needs_profile:
             raise ValueError(no_profile(self))
-        return self.split(shape, budget, window, profile)
+        return self.split(shape, budget, window, profile)  # type: ignore[arg-type]  # None where none is needed
 
     @property
     @abstractmethod
@@ -70,8 +72,6 @@ def _budgets(
 class OfflineLayers(OfflineBudgets, LayerAllocator):
     """A layer's total is the sum of its heads' budgets."""
 
-    needs_profile = True
-
     def allocate(
         self, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
     ) -> Int[Tensor, "layers"]:
@@ -81,8 +81,6 @@ class OfflineLayers(OfflineBudgets, LayerAllocator):
 
 class OfflineHeads(OfflineBudgets, HeadAllocator):
     """Each head's own budget, for good; under other layer totals the shares within the layer are kept."""
-
-    needs_profile = True
 
     def for_layer(
         self, layer: int, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None

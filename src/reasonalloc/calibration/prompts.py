@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
+
+from reasonalloc.files import parse_json_lines, read_json_lines
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,8 @@ class ProbePrompt:
 
 def built_in_prompts() -> list[ProbePrompt]:
     """The eight prompts of this package: two each of mathematics, logic, code and planning."""
-    return _parse(
-        resources.files(__package__).joinpath("prompts.jsonl").read_text(encoding="utf-8"), "built-in", "prompt"
-    )
+    text = resources.files(__package__).joinpath("prompts.jsonl").read_text(encoding="utf-8")
+    return _prompts(parse_json_lines(text, "built-in"), "built-in", "prompt")
 
 
 def read_prompts(path: str | Path, field: str = "prompt") -> list[ProbePrompt]:
@@ -42,31 +43,19 @@ def read_prompts(path: str | Path, field: str = "prompt") -> list[ProbePrompt]:
         ValueError: an empty file, a line that is no such object, or a prompt that is there twice; the line is named.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no prompts at {path}")
-    try:
-        return _parse(path.read_text(encoding="utf-8"), str(path), field)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+    return _prompts(read_json_lines(path), str(path), field)
 
 
-def _parse(text: str, name: str, field: str) -> list[ProbePrompt]:
+def _prompts(lines: list[tuple[int, dict[str, Any]]], name: str, field: str) -> list[ProbePrompt]:
     prompts: list[ProbePrompt] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            data = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}, line {number}: not JSON ({error})") from error
-        value = data.get(field) if isinstance(data, dict) else None
+    for number, data in lines:
+        value = data.get(field)
         if not isinstance(value, str) or not value.strip():
-            there = ", ".join(data) if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"{name}, line {number}: no text in field {field!r} (found: {there}); name the field")
+            raise ValueError(
+                f"{name}, line {number}: no text in field {field!r} (found: {', '.join(data)}); name the field"
+            )
         prompt = ProbePrompt(value, str(data.get("task", "")))
         if prompt.text in [other.text for other in prompts]:
             raise ValueError(f"{name}, line {number}: {prompt.text[:60]!r} is there twice")
         prompts.append(prompt)
-    if not prompts:
-        raise ValueError(f"{name} holds no prompt")
     return prompts

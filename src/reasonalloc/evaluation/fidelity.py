@@ -6,7 +6,6 @@ need thousands of samples for.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers.cache import Cache
+from reasonalloc.files import read_json_lines
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,12 @@ def read_traces(
         FileNotFoundError: there is no such file.
         ValueError: a line that is no object with both fields; line and field are named.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no data at {path}")
-    traces = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            data = json.loads(line)
-            question, answer = (data[field] for field in (question_field, answer_field))
-            prompt_ids, answer_ids = _tokenize(tokenizer, str(question), str(answer))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: needs the fields {question_field!r} and {answer_field!r} ({error})"
-            ) from error
+    path, traces = Path(path), []
+    for number, data in read_json_lines(path):
+        for field in (question_field, answer_field):
+            if not isinstance(data.get(field), str):
+                raise ValueError(f"{path}, line {number}: no text in field {field!r} (found: {', '.join(data)})")
+        prompt_ids, answer_ids = _tokenize(tokenizer, data[question_field], data[answer_field])
         if least <= len(answer_ids) and (most is None or len(answer_ids) <= most):
             traces.append(Trace(str(data.get("unique_id", number)), prompt_ids, answer_ids))
     return traces

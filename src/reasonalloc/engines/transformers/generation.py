@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from reasonalloc.engines.transformers.cache import Cache
 
+OnStep = Callable[[Tensor, Tensor], None]  # rows, tokens
 _PER_STEP = (
     "output_scores",
     "output_logits",
@@ -24,6 +26,7 @@ def drop_finished(
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
+    on_step: OnStep | None = None,
     **model_kwargs: Any,
 ) -> Tensor:
     """Greedy search or sampling in which a finished sequence leaves the batch, and its cache is freed.
@@ -34,6 +37,10 @@ def drop_finished(
     drawn for the remaining sequences only, so a seed gives other samples than with the stock loop. Afterwards the
     cache holds the sequences that finished last; start the next batch with a new or a reset cache.
 
+    ``generate(..., on_step=f)`` calls ``f(rows, tokens)`` at every step, while the cache still holds all ``rows``: the
+    indices of the batch's sequences that are being written, and their newest tokens. (transformers gives a streamer
+    to its own loops alone.)
+
     Raises:
         ValueError: per-step outputs were asked for, beams, or a cache that is not ``reasonalloc.Cache``.
     """
@@ -43,7 +50,6 @@ def drop_finished(
         raise ValueError(f"drop_finished returns token ids only, without {', '.join(wanted) or 'beams'}")
     if not isinstance(cache, Cache):
         raise ValueError(f"drop_finished needs past_key_values=reasonalloc.Cache(...), got {type(cache).__name__}")
-    streamer = model_kwargs.pop("streamer", None)
     model_kwargs.pop("synced_gpus", None)
     pad = generation_config._pad_token_tensor
     pad_id = 0 if pad is None else int(pad)
@@ -56,8 +62,8 @@ def drop_finished(
         del outputs
         token = _choose(logits_processor(input_ids, logits), generation_config.do_sample)
         input_ids = torch.cat([input_ids, token[:, None]], 1)
-        if streamer is not None:
-            streamer.put(token.cpu())
+        if on_step is not None:
+            on_step(alive, token)
         done = stopping_criteria(input_ids, None)
         if bool(done.any()):
             for row in done.nonzero().flatten().tolist():
@@ -70,8 +76,6 @@ def drop_finished(
             model_kwargs = {name: _select(value, keep, len(done)) for name, value in model_kwargs.items()}
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
         outputs = model(**inputs, return_dict=True)
-    if streamer is not None:
-        streamer.end()
     return torch.nn.utils.rnn.pad_sequence([row for row in ends if row is not None], True, pad_id)
 
 

@@ -1,0 +1,84 @@
+"""Grading raw texts: what the answer is, and how much of it is right. Never part of generation."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from reasonalloc.evaluation.questions import RECALL
+from reasonalloc.reasoner import read
+from reasonalloc.tasks import TASKS
+
+THOUGHT_ENDS = ("</think>", "<|end_of_thought|>", "[/THINK]")  # what reasoning models write before the answer
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What a text is worth.
+
+    Attributes:
+        extracted: the answer found in it; None if there is none that can be read.
+        score: share of it that is right, in [0, 1].
+    """
+
+    extracted: str | None
+    score: float
+
+    @property
+    def correct(self) -> bool:
+        """Whether all of it is right."""
+        return self.score == 1.0
+
+
+def after_thought(text: str) -> str:
+    """What follows the last end of a thought; all of the text where there is none."""
+    return max((text.rpartition(mark)[2] for mark in THOUGHT_ENDS if mark in text), key=len, default=text)
+
+
+def grade_math(reference: str, text: str) -> Grade:
+    """By math-verify: the last boxed or final expression, equal to the reference as mathematics.
+
+    Raises:
+        ImportError: math-verify is missing.
+        ValueError: the reference itself cannot be read.
+    """
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise ImportError("grading mathematics needs math-verify: pip install 'reasonalloc[eval]'") from error
+    gold = parse(f"\\boxed{{{reference}}}")
+    if not gold:
+        raise ValueError(f"the reference answer {reference!r} cannot be read as mathematics")
+    found = parse(after_thought(text))
+    if not found:
+        return Grade(None, 0.0)
+    return Grade(str(found[-1]), float(verify(gold, found)))
+
+
+def grade_recall(reference: str, text: str) -> Grade:
+    """Share of the things whose number is the first one said after their name."""
+    said = after_thought(text).lower()
+    found = {}
+    for thing in json.loads(reference):
+        number = re.search(re.escape(thing) + r"\D{0,20}(\d+)", said)
+        if number:
+            found[thing] = number[1]
+    right = sum(found.get(thing) == number for thing, number in json.loads(reference).items())
+    return Grade(json.dumps(found) if found else None, right / len(json.loads(reference)))
+
+
+def _grade_task(name: str) -> Callable[[str, str], Grade]:
+    def grade(question: str, text: str) -> Grade:
+        answer = read(text).answer
+        return Grade(answer, 0.0 if answer is None else TASKS.create(name).score(question, answer))
+
+    return grade
+
+
+GRADERS: dict[str, Callable[[str, str], Grade]] = {
+    "math": grade_math,
+    RECALL: grade_recall,
+    **{name: _grade_task(name) for name in ("maps", "programs", "search")},
+}

@@ -1,0 +1,157 @@
+"""Questions with known answers: from the Hugging Face hub, from a file, or made here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reasonalloc.evaluation.recall import recall_question
+from reasonalloc.files import read_json_lines
+from reasonalloc.registry import unknown_name
+from reasonalloc.tasks import TASKS
+
+MATH_PROMPT = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Attributes:
+        id: unique within its set.
+        prompt: the user's turn, without chat template.
+        reference: what grading compares with; for built-in tasks the question itself, from which it is recomputed.
+    """
+
+    id: str
+    prompt: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Questions that are graded alike.
+
+    Attributes:
+        name: in tables.
+        grader: a name in ``grading.GRADERS``.
+        questions: in their order.
+    """
+
+    name: str
+    grader: str
+    questions: tuple[Question, ...]
+
+    def __post_init__(self) -> None:
+        if not self.questions:
+            raise ValueError(f"{self.name} has no questions")
+        ids = [question.id for question in self.questions]
+        if len(set(ids)) < len(ids):
+            twice = next(i for i in ids if ids.count(i) > 1)
+            raise ValueError(f"{self.name}: the id {twice!r} appears more than once")
+
+    def first(self, count: int | None) -> QuestionSet:
+        """At most so many of them."""
+        return self if count is None else QuestionSet(self.name, self.grader, self.questions[:count])
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """Where a set lies on the Hugging Face hub."""
+
+    path: str
+    question: str
+    answer: str
+    split: str = "test"
+    config: str | None = None
+
+
+HUB_SETS = {
+    "math500": HubSet("HuggingFaceH4/MATH-500", "problem", "answer"),
+    "aime24": HubSet("HuggingFaceH4/aime_2024", "problem", "answer", "train"),
+    "aime25": HubSet("math-ai/aime25", "problem", "answer"),
+    "gsm8k": HubSet("openai/gsm8k", "question", "answer", "test", "main"),
+}
+RECALL = "recall"
+
+
+def load_questions(
+    name: str,
+    data: Path | None = None,
+    question_field: str | None = None,
+    answer_field: str | None = None,
+    count: int | None = None,
+) -> QuestionSet:
+    """A set by its name.
+
+    Args:
+        name: "math500", "aime24", "aime25" or "gsm8k" (from the hub, or from ``data``); any other name together with
+            ``data``; a built-in task and its difficulty, "maps:48"; or "recall:N", with N facts.
+        data: a JSON-lines file with the questions, instead of the hub.
+        question_field, answer_field: its fields; None takes the known set's own, or "question" and "answer".
+        count: only so many, the first ones. Built-in tasks have as many as one likes: 100 by default.
+
+    Raises:
+        ValueError: an unknown name, a difficulty that is none, data without the named fields.
+        OSError: the hub or the file cannot be read.
+        ImportError: ``datasets`` is missing.
+    """
+    family, _, size = name.partition(":")
+    if data is None and (family in TASKS.names() or family == RECALL):
+        if not size.isdigit():
+            raise ValueError(f"{family} needs a size, for instance {family}:48, got {name!r}")
+        made = _recall if family == RECALL else _built_in
+        return made(name, int(size), 100 if count is None else count)
+    known = HUB_SETS.get(name)
+    if data is None and known is None:
+        raise unknown_name("task", name, [*HUB_SETS, *(f"{task}:48" for task in TASKS.names()), f"{RECALL}:16"])
+    question_field = question_field or (known.question if known else "question")
+    answer_field = answer_field or (known.answer if known else "answer")
+    rows = _hub_rows(known) if data is None and known else read_json_lines(Path(str(data)))
+    source = str(data) if data is not None or known is None else known.path
+    questions = tuple(_questions(rows, question_field, answer_field, source))
+    return QuestionSet(name, "math", questions).first(count)
+
+
+def _questions(
+    rows: Iterable[tuple[int, Mapping[str, Any]]], question_field: str, answer_field: str, source: str
+) -> Iterable[Question]:
+    for number, row in rows:
+        for field in (question_field, answer_field):
+            if field not in row:
+                raise ValueError(f"{source}, line {number}: no field {field!r}; there are {', '.join(map(str, row))}")
+        reference = str(row[answer_field]).rpartition("####")[2].strip()  # gsm8k: the number behind its explanation
+        prompt = MATH_PROMPT.format(question=str(row[question_field]).strip())
+        yield Question(str(row.get("unique_id", row.get("id", number))), prompt, reference)
+
+
+def _hub_rows(source: HubSet) -> list[tuple[int, dict[str, Any]]]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(
+            "reading from the hub needs datasets: pip install 'reasonalloc[eval]', or pass --data"
+        ) from error
+    try:
+        return list(enumerate(load_dataset(source.path, source.config, split=source.split), 1))
+    except Exception as error:  # the client's errors are of many kinds
+        raise OSError(
+            f"cannot read {source.path} from the hub ({type(error).__name__}: {error}); pass the questions as a "
+            "JSON-lines file with --data"
+        ) from error
+
+
+def _built_in(name: str, difficulty: int, count: int) -> QuestionSet:
+    task = TASKS.create(name.partition(":")[0])
+    problems = [task.problem(seed, difficulty) for seed in range(count)]
+    questions = (Question(str(seed), problem.question, problem.question) for seed, problem in enumerate(problems))
+    return QuestionSet(name, task.name, tuple(questions))
+
+
+def _recall(name: str, facts: int, count: int) -> QuestionSet:
+    made = [recall_question(seed, facts) for seed in range(count)]
+    questions = (Question(str(seed), prompt, json.dumps(answers)) for seed, (prompt, answers) in enumerate(made))
+    return QuestionSet(name, RECALL, tuple(questions))

@@ -1,0 +1,105 @@
+"""What a difference is worth: intervals clustered on problems, paired tests, correction for several comparisons.
+
+Everything starts from one number a problem, the mean over its samples: samples of one problem are no independent
+evidence about others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+LEVEL = 0.95
+DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two methods on the same problems.
+
+    Attributes:
+        difference: of the means, first minus second, with its interval.
+        p: two-sided, of a paired sign-flip test.
+        corrected: p corrected for all comparisons made together (Holm); None until ``correct`` was called.
+    """
+
+    difference: Estimate
+    p: float
+    corrected: float | None = None
+
+    @property
+    def real(self) -> bool:
+        """Whether the corrected p is below 5 %."""
+        return self.corrected is not None and self.corrected < 1 - LEVEL
+
+
+def mean_score(problems: Float[Floats, "problems"], seed: int = 0) -> Estimate:
+    """Mean of scores in [0, 1] over problems, with a bootstrap interval over problems.
+
+    Where no problem differs from the others, resampling has nothing to say; then the interval is that of a binomial
+    (Clopper and Pearson). A single problem gives [0, 1].
+    """
+    count = len(problems)
+    if count < 2:
+        return Estimate(float(problems.mean()), 0.0, 1.0)
+    if np.ptp(problems) == 0:
+        mean, far = float(problems[0]), float((1 - LEVEL) / 2) ** (1 / count)
+        return Estimate(mean, mean * far, mean + (1 - mean) * (1 - far))
+    found = _bootstrap(problems, seed)
+    return Estimate(found.mean, max(0.0, found.low), min(1.0, found.high))
+
+
+def compare(first: Float[Floats, "problems"], second: Float[Floats, "problems"], seed: int = 0) -> Comparison:
+    """Means over the same problems, in the same order."""
+    if first.shape != second.shape:
+        raise ValueError(f"methods must be compared on the same problems, got {len(first)} and {len(second)}")
+    differences = first - second
+    if len(differences) < 2 or np.ptp(differences) == 0:
+        mean = float(differences.mean())
+        return Comparison(Estimate(mean, mean, mean), 1.0 if mean == 0 else 2.0 ** (1 - len(differences)))
+    rng = np.random.default_rng(seed)
+    signs = rng.integers(0, 2, (DRAWS, len(differences)), dtype=np.int8) * 2 - 1
+    flipped = np.abs(signs @ differences)
+    reached = int((flipped >= abs(differences.sum()) * (1 - 1e-12)).sum())
+    return Comparison(_bootstrap(differences, seed), (reached + 1) / (DRAWS + 1))
+
+
+def correct(comparisons: list[Comparison]) -> list[Comparison]:
+    """Holm's step-down correction: the chance of any false "real" among all of them stays below 5 %."""
+    order = np.argsort([comparison.p for comparison in comparisons], kind="stable")
+    corrected, largest = [0.0] * len(comparisons), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, comparisons[i].p * (len(comparisons) - rank)))
+        corrected[i] = largest
+    return [Comparison(c.difference, c.p, p) for c, p in zip(comparisons, corrected, strict=True)]
+
+
+def rank_among(value: float, others: list[float]) -> tuple[int, int]:
+    """Place of a method among random splits, 1 the best (ties count for the method), and of how many places."""
+    return 1 + sum(other > value for other in others), 1 + len(others)
+
+
+def _bootstrap(values: Float[Floats, "problems"], seed: int) -> Estimate:
+    """Percentile interval of the mean, widened for few problems as Student's t is against the normal law."""
+    count = len(values)
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, count, (DRAWS, count))
+    mean = float(values.mean())
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(values[picks].mean(1) - mean, [tail, 1 - tail])
+    wider = (count / (count - 1)) ** 0.5 * stats.t.ppf(1 - tail, count - 1) / stats.norm.ppf(1 - tail)
+    return Estimate(mean, mean + wider * float(low), mean + wider * float(high))

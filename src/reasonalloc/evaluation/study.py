@@ -1,0 +1,229 @@
+"""A study: which methods answer which questions at which budgets. One JSON file, and the plan of work it makes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from reasonalloc.compression import METHODS, Compression
+from reasonalloc.evaluation.answering import Sampling
+from reasonalloc.evaluation.questions import Question, QuestionSet, load_questions
+from reasonalloc.registry import unknown_name
+
+FULL = "full"
+RANDOM = "random-split"
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """Where questions come from; see ``load_questions``."""
+
+    name: str
+    data: str | None = None
+    question_field: str | None = None
+    answer_field: str | None = None
+    count: int | None = None
+
+    def load(self) -> QuestionSet:
+        """The questions."""
+        data = None if self.data is None else Path(self.data)
+        return load_questions(self.name, data, self.question_field, self.answer_field, self.count)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method, perhaps with changes.
+
+    Attributes:
+        name: in tables.
+        method: a name in ``METHODS``.
+        changes: fields of ``Compression`` in place of the method's own; policies as {"name": ..., settings}.
+    """
+
+    name: str
+    method: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise unknown_name("method", self.method, list(METHODS))
+        if "budget" in self.changes:
+            raise ValueError(f"{self.name}: budgets are the study's, not a change of one method")
+
+    def compression(self, budget: int | None, common: Mapping[str, Any]) -> Compression:
+        """The cache's configuration."""
+        return Compression.method(self.method, budget, **{**common, **self.changes})
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that decides the results.
+
+    Attributes:
+        model: local folder, .gguf file or hub id.
+        tasks: the questions.
+        variants: the methods.
+        budgets: tokens per key/value head; "full" takes none.
+        samples: answers to each question; 1 when decoding greedily.
+        sampling: how tokens are chosen.
+        common: fields of ``Compression`` for all methods: interval, profile, prompt, ...
+        random_splits: so many random splits of each budget, as a control: R-KV's scores, heads and layers at random.
+        random_budgets: the budgets that get them; None: all.
+        random_count: on so many of each task's questions, the first ones; None: on all.
+        dtype: of the model.
+        seed: of sampling.
+        batch: answers that are decoded together. Which ones those are follows from the study alone, so that
+            results do not depend on where or when they are made.
+    """
+
+    model: str
+    tasks: tuple[TaskSource, ...]
+    variants: tuple[Variant, ...]
+    budgets: tuple[int, ...]
+    samples: int = 8
+    sampling: Sampling = field(default_factory=Sampling)
+    common: Mapping[str, Any] = field(default_factory=dict)
+    random_splits: int = 0
+    random_budgets: tuple[int, ...] | None = None
+    random_count: int | None = None
+    dtype: str = "auto"
+    seed: int = 0
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.tasks or not self.variants:
+            raise ValueError("a study needs at least one task and one method")
+        if self.samples > 1 and not self.sampling.temperature:
+            raise ValueError(f"greedy answers are all alike: {self.samples} samples need a temperature above 0")
+        for kind, names in (("task", [t.name for t in self.tasks]), ("method", [v.name for v in self.variants])):
+            if len(set(names)) < len(names):
+                raise ValueError(f"two {kind}s of one name: {', '.join(names)}")
+        if set(self.random_budgets or ()) - set(self.budgets):
+            raise ValueError(f"random_budgets {self.random_budgets} must be among the budgets {self.budgets}")
+        self.cells()  # a wrong setting fails here
+
+    @classmethod
+    def load(cls, path: Path) -> Study:
+        """From its JSON file. Raises ``ValueError`` where that is no study."""
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Study:
+        """From plain JSON values; methods may be given by name alone."""
+        values = dict(data)
+        try:
+            values["tasks"] = tuple(TaskSource(**({"name": t} if isinstance(t, str) else t)) for t in values["tasks"])
+            values["variants"] = tuple(
+                Variant(v, v) if isinstance(v, str) else Variant(**v) for v in values["variants"]
+            )
+            values["budgets"] = tuple(values["budgets"])
+            values["sampling"] = Sampling(**values.get("sampling", {}))
+            if values.get("random_budgets") is not None:
+                values["random_budgets"] = tuple(values["random_budgets"])
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is no study: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def cells(self) -> list[Cell]:
+        """Every method at every budget."""
+        cells = []
+        for variant in self.variants:
+            for budget in (None,) if variant.method == FULL else self.budgets:
+                cells.append(Cell(variant.name, budget, variant.compression(budget, self.common)))
+        for budget in self.budgets if self.random_budgets is None else self.random_budgets:
+            for i in range(self.random_splits):
+                split = {"name": RANDOM, "split_seed": i}
+                variant = Variant(f"{RANDOM} {i}", "rkv", {"layers": split, "heads": split})
+                cells.append(Cell(variant.name, budget, variant.compression(budget, self.common)))
+        return cells
+
+    def plan(self, model: str) -> list[Batch]:
+        """All work, in batches: the longest prompts first, methods and budgets beside each other.
+
+        Args:
+            model: the model's fingerprint, which goes into every unit's key.
+        """
+        batches = []
+        for source in self.tasks:
+            questions = source.load()
+            for cell in self.cells():
+                few = questions.first(self.random_count) if cell.method.startswith(RANDOM) else questions
+                units = [
+                    Unit(model, cell, few.name, few.grader, question, sample, self.sampling, self.dtype, self.seed)
+                    for question in few.questions
+                    for sample in range(self.samples)
+                ]
+                units.sort(key=lambda unit: -len(unit.question.prompt))
+                batches += [tuple(units[i : i + self.batch]) for i in range(0, len(units), self.batch)]
+        return sorted(batches, key=lambda batch: -len(batch[0].question.prompt))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one budget."""
+
+    method: str
+    budget: int | None
+    compression: Compression
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """The compression as plain JSON values."""
+        return self.compression.describe()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One answer to be made, and all that it depends on."""
+
+    model: str
+    cell: Cell
+    task: str
+    grader: str
+    question: Question
+    sample: int
+    sampling: Sampling
+    dtype: str
+    seed: int
+
+    def identity(self) -> dict[str, Any]:
+        """Plain JSON values; what they do not hold cannot change the answer."""
+        return {
+            "model": self.model,
+            "method": self.cell.method,
+            "compression": self.cell.description,
+            "task": self.task,
+            "question": self.question.id,
+            "prompt": self.question.prompt,
+            "reference": self.question.reference,
+            "sample": self.sample,
+            "sampling": asdict(self.sampling),
+            "dtype": self.dtype,
+            "seed": self.seed,
+        }
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of the identity's canonical JSON, shortened."""
+        return digest(self.identity())
+
+
+Batch = tuple[Unit, ...]
+
+
+def digest(value: Any) -> str:
+    """The first 24 hexadecimal digits of the SHA-256 of a value's canonical JSON."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:24]

@@ -1,0 +1,566 @@
+"""Evaluation: questions, grading, the store and its executors, statistics, the report."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import reasonalloc as ra
+from reasonalloc.cli import app
+from reasonalloc.evaluation import statistics
+from reasonalloc.evaluation.answering import Answer, Sampling, answer
+from reasonalloc.evaluation.executors import Worker, fingerprint, run_local, shard
+from reasonalloc.evaluation.grading import GRADERS, after_thought, grade_recall
+from reasonalloc.evaluation.questions import load_questions
+from reasonalloc.evaluation.recall import recall_question
+from reasonalloc.evaluation.report import collect, markdown, sentences, to_csv, to_html, write_report
+from reasonalloc.evaluation.store import Store
+from reasonalloc.evaluation.study import Study
+from reasonalloc.reasoner.train import Trainer, TrainingConfig
+from reasonalloc.tasks import TASKS
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+TINY = {
+    "ladders": {"maps": [4, 6], "programs": [3], "search": [4]},
+    "opening": {"family": "maps", "master": 4, "share": 0.6},
+    "model": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    },
+    "matrix_learning_rate": 0.01,
+    "learning_rate": 0.003,
+    "tokens": 4000,
+    "decay": 0.25,
+    "rows": 4,
+    "batch_tokens": [300, 600],
+    "rise_below": 0.05,
+    "mastered": {"below": 0.01, "share": 0.2},
+    "seed": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a tiny reasoner that can do nothing yet: what it writes is rubbish, but its own."""
+    folder = tmp_path_factory.mktemp("tiny")
+    Trainer(TrainingConfig(**TINY), folder).run()
+    return str(folder / "model")
+
+
+def study_of(model, **changes):
+    values = {
+        "model": model,
+        "tasks": [{"name": "maps:6", "count": 5}, {"name": "search:5", "count": 4}],
+        "variants": ["full", "rkv", {"name": "small window", "method": "rkv", "changes": {"window": 2}}],
+        "budgets": [16, 24],
+        "samples": 1,
+        "sampling": {"temperature": 0, "top_p": 1.0, "max_new_tokens": 60},
+        "common": {"interval": 8},
+        "dtype": "float32",
+        "batch": 3,
+    }
+    return Study.from_dict({**values, **changes})
+
+
+# ---- questions and grading ----
+
+
+def test_built_in_questions_are_those_of_the_test_split():
+    questions = load_questions("programs:8", count=6)
+    assert [q.prompt for q in questions.questions] == [
+        TASKS.create("programs").problem(i, 8).question for i in range(6)
+    ]
+    assert load_questions("maps:4").first(7).questions == load_questions("maps:4", count=7).questions
+    assert len(load_questions("search:5").questions) == 100
+
+
+def test_questions_from_a_file(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"question": "2 + 2?", "answer": "so it is #### 4", "id": 7}\n\n{"question": "3?", "answer": 3}\n')
+    mine = load_questions("mine", path)
+    assert [(q.id, q.reference) for q in mine.questions] == [("7", "4"), ("3", "3")]
+    assert mine.questions[0].prompt.startswith("2 + 2?\n\nPlease reason step by step")
+    with pytest.raises(ValueError, match="line 1: no field 'problem'; there are question, answer, id"):
+        load_questions("math500", path)
+    with pytest.raises(ValueError, match="no field 'text'"):
+        load_questions("mine", path, question_field="text")
+    with pytest.raises(FileNotFoundError, match="no file at"):
+        load_questions("mine", tmp_path / "none.jsonl")
+    path.write_text('{"question": "a", "answer": "1", "id": 1}\n{"question": "b", "answer": "1", "id": 1}\n')
+    with pytest.raises(ValueError, match="the id '1' appears more than once"):
+        load_questions("mine", path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("math50", "Did you mean 'math500'"),
+        ("maps", "maps needs a size, for instance maps:48"),
+        ("maps:big", "maps needs a size"),
+        ("maps:2", "begins at difficulty 4"),
+        ("recall:3", "recall takes 4 to"),
+    ],
+)
+def test_unknown_questions(name, message):
+    with pytest.raises(ValueError, match=message):
+        load_questions(name)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="no data for evaluation on this machine")
+@pytest.mark.parametrize(
+    ("name", "file", "count"), [("math500", "math500", 500), ("aime24", "aime24", 30), ("gsm8k", "gsm8k_test", 1319)]
+)
+def test_known_sets_from_files(name, file, count):
+    questions = load_questions(name, DATA / f"{file}.jsonl").questions
+    assert len(questions) == count
+    pytest.importorskip("math_verify")
+    for question in questions[:: count // 25]:
+        assert GRADERS["math"](question.reference, f"Hence \\boxed{{{question.reference}}}.").correct, question
+
+
+@pytest.mark.parametrize(
+    ("reference", "text", "extracted", "right"),
+    [
+        ("\\frac{1}{2}", "So the answer is \\boxed{0.5}.", True, True),
+        ("42", "<think>maybe \\boxed{41}</think> It is \\boxed{42}.", True, True),
+        ("42", "<think>maybe \\boxed{42}</think> It is \\boxed{41}.", True, False),
+        ("7", "I do not know", False, False),
+        ("(3,\\frac{\\pi}{2})", "\\boxed{\\left( 3, \\frac{\\pi}{2} \\right)}", True, True),
+    ],
+)
+def test_mathematics_is_graded_as_mathematics(reference, text, extracted, right):
+    pytest.importorskip("math_verify")
+    grade = GRADERS["math"](reference, text)
+    assert (grade.extracted is not None, grade.correct) == (extracted, right)
+
+
+def test_an_unreadable_reference_is_an_error():
+    pytest.importorskip("math_verify")
+    with pytest.raises(ValueError, match="reference answer '' cannot be read"):
+        GRADERS["math"]("", "\\boxed{1}")
+
+
+def test_tasks_are_graded_by_their_own_checker():
+    for name in ("maps", "programs", "search"):
+        problem = TASKS.create(name).problem(3, 6)
+        grade = GRADERS[name](problem.question, f"{problem.thought} <answer> {problem.answer}")
+        assert grade.correct
+        assert grade.extracted == problem.answer
+        assert GRADERS[name](problem.question, problem.thought).extracted is None
+        assert GRADERS[name](problem.question, f"{problem.thought} <answer> x1").score == 0.0
+
+
+def test_recall():
+    prompt, answers = recall_question(1, 30)
+    assert (prompt, answers) == recall_question(1, 30)
+    assert prompt.count("The number of") == 31  # the form of the answer is one more
+    for thing, number in answers.items():
+        assert f"The number of {thing} is {number}." in prompt
+    said = " ".join(f"The number of {thing} is {number}." for thing, number in answers.items())
+    assert grade_recall(json.dumps(answers), said).correct
+    thing, number = next(iter(answers.items()))
+    assert grade_recall(json.dumps(answers), f"**{thing.title()}**: {number}").score == 0.25
+    assert grade_recall(json.dumps(answers), f"the number of {thing} is {int(number) + 1}").score == 0.0
+    assert grade_recall(json.dumps(answers), "I forgot").extracted is None
+
+
+def test_what_follows_the_thought():
+    assert after_thought("a</think>b</think>c") == "c"
+    assert after_thought("no thought") == "no thought"
+
+
+# ---- answering ----
+
+
+def test_answers_are_those_of_stock_generation(model):
+    """Text, length and end of each answer in a padded batch, against transformers alone, one by one."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from reasonalloc.engines.transformers.loading import load
+
+    network, tokenizer = load(model, "float32")
+    prompts = [TASKS.create("maps").problem(i, d).question for i, d in enumerate((4, 6, 5))]
+    got = answer(network, tokenizer, prompts, ra.Compression.method("full"), Sampling(0, 1.0, 50), meter_every=1)
+    stock = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    plain = AutoTokenizer.from_pretrained(model)
+    for prompt, found in zip(prompts, got, strict=True):
+        turns = [{"role": "user", "content": prompt}]
+        ids = plain.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        out = stock.generate(**ids, max_new_tokens=50, do_sample=False)[0, ids["input_ids"].shape[1] :].tolist()
+        finished = out[-1] == plain.eos_token_id
+        assert (found.tokens, found.finished) == (len(out), finished)
+        assert found.text == plain.decode(out[:-1] if finished else out)
+        asked = ids["input_ids"].shape[1]
+        assert found.kept_tokens == pytest.approx(asked + (len(out) - 1) / 2)
+
+
+def test_answers_stay_inside_the_budget(model):
+    from reasonalloc.engines.transformers.loading import load
+
+    network, tokenizer = load(model, "float32")
+    prompts = [TASKS.create("maps").problem(i, 6).question for i in range(3)]
+    compression = ra.Compression.method("rkv", 16, interval=8)
+    for found in answer(network, tokenizer, prompts, compression, Sampling(0, 1.0, 60)):
+        assert 12 < found.kept_tokens <= 24
+        assert found.kv_bytes == 2 * 4 * 8 * 2 * 2 * 24  # k and v, bytes, dim, layers, heads, slots
+
+
+def test_sampling_is_checked():
+    with pytest.raises(ValueError, match=r"top_p in \(0, 1\]"):
+        Sampling(top_p=0)
+    with pytest.raises(ValueError, match="temperature"):
+        Sampling(temperature=-1)
+
+
+# ---- studies ----
+
+
+def test_study_survives_json(model, tmp_path):
+    study = study_of(model, random_splits=2, random_budgets=[24], random_count=3)
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps(study.to_dict()))
+    again = Study.load(path)
+    assert again == study
+    keys = [[unit.key for unit in batch] for batch in study.plan("m")]
+    assert keys == [[unit.key for unit in batch] for batch in again.plan("m")]
+    flat = [key for batch in keys for key in batch]
+    assert len(set(flat)) == len(flat) == 9 * 5 + 2 * 6
+    assert all(len(batch) <= 3 for batch in keys)
+    assert {u.key for b in study.plan("m") for u in b}.isdisjoint(u.key for b in study.plan("other") for u in b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": ["rvk"]}, "Did you mean 'rkv'"),
+        ({"variants": ["rkv", "rkv"]}, "two methods of one name"),
+        (
+            {"variants": [{"name": "a", "method": "rkv", "changes": {"scorer": {"name": "rkv", "kernal": 3}}}]},
+            "'kernel'",
+        ),
+        ({"variants": [{"name": "a", "method": "rkv", "changes": {"budget": 3}}]}, "budgets are the study's"),
+        ({"budgets": [4]}, "leaves nothing beside the window"),
+        ({"samples": 2}, "greedy answers are all alike"),
+        ({"tasks": []}, "at least one task"),
+        ({"random_budgets": [99]}, "must be among the budgets"),
+        ({"variants": ["reasonalloc-layer"], "common": {"layers": "wave"}}, "calibrate"),
+        ({"nonsense": 1}, "this is no study"),
+    ],
+)
+def test_wrong_studies(model, changes, message):
+    with pytest.raises(ValueError, match=message):
+        study_of(model, **changes)
+
+
+# ---- the store and its executors ----
+
+
+def run_all(study, folder):
+    worker, store = Worker(study), Store(folder)
+    store.begin(study)
+    run_local(worker, store, worker.plan, lambda *done: None)
+    return store
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """An uninterrupted run."""
+    return run_all(study_of(model), tmp_path_factory.mktemp("whole"))
+
+
+def work(study, folder, index, of, slow):
+    """A shard, in a process of its own; ``slow`` seconds before every result."""
+    worker, store = Worker(study), Store(folder)
+    write, store.write = store.write, lambda *result: (time.sleep(slow), write(*result))
+    run_local(worker, store, shard(worker.plan, index, of), lambda *done: None)
+
+
+def in_process(*arguments):
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
+def test_killed_runs_are_resumed_by_another_executor(model, whole, tmp_path):
+    """Killed five times at random moments, then finished by two shards: the same files, byte for byte."""
+    study, folder = study_of(model), tmp_path / "run"
+    store, expected, counts, rng = Store(folder), whole.results(), [], random.Random(0)
+    store.begin(study)
+    for _ in range(5):
+        before = len(store.results())
+        process = in_process(study, folder, 0, 1, 0.05)
+        deadline, more = time.monotonic() + 60, rng.randrange(1, 8)
+        while len(store.results()) < before + more:
+            assert process.is_alive(), "finished before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.1)
+        process.kill()
+        process.join()
+        counts.append(len(store.results()))
+        assert all(expected[key] == content for key, content in store.results().items())
+    assert 0 < counts[0] < counts[-1] < len(expected), f"the runs were not killed half-way: {counts}"
+    for index in (1, 0):
+        work(study, folder, index, 2, 0)
+    assert store.results() == expected
+
+
+def test_two_shards_at_once(model, whole, tmp_path):
+    study, folder = study_of(model), tmp_path / "run"
+    Store(folder).begin(study)
+    processes = [in_process(study, folder, index, 2, 0.0) for index in range(2)]
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    assert Store(folder).results() == whole.results()
+
+
+def test_ray_survives_a_killed_worker(model, whole, tmp_path):
+    ray = pytest.importorskip("ray")
+    from reasonalloc.evaluation.executors import run_ray
+
+    study, folder, killed = study_of(model), tmp_path / "run", []
+    Store(folder).begin(study)
+
+    def kill_once(*done):
+        if not killed:
+            from ray.util.state import list_actors
+
+            (victim, *_) = [a for a in list_actors() if a.state == "ALIVE"]
+            os.kill(victim.pid, signal.SIGKILL)
+            killed.append(victim.pid)
+
+    ray.init(num_cpus=2, include_dashboard=True, log_to_driver=False)
+    try:
+        run_ray(study, folder, workers=2, gpus=0, done=kill_once)
+    finally:
+        ray.shutdown()
+    assert killed
+    assert Store(folder).results() == whole.results()
+
+
+def test_sampled_answers_repeat(model, tmp_path):
+    changes = {"samples": 3, "sampling": {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 20}, "budgets": [16]}
+    first, again = (run_all(study_of(model, **changes), tmp_path / name).results() for name in "ab")
+    assert first == again
+    texts = {json.loads(content)["answer"]["text"] for content in first.values()}
+    assert len(texts) > len(first) // 3
+
+
+def test_another_study_needs_another_folder(model, whole):
+    with pytest.raises(ValueError, match=r"another study \(different: budgets\)"):
+        whole.begin(study_of(model, budgets=[16]))
+    whole.begin(study_of(model, batch=5))  # how many at once changes no question
+
+
+def test_a_folder_that_cannot_be_written(model, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("reasonalloc.evaluation.store.write_atomically", full)
+    with pytest.raises(OSError, match=r"cannot write to .*: No space left on device"):
+        Store(tmp_path / "run").begin(study_of(model))
+
+
+def test_a_disk_that_fills_up_loses_nothing(model, whole, tmp_path, monkeypatch):
+    from reasonalloc.evaluation import store as module
+
+    study, folder, write, left = study_of(model), tmp_path / "run", module.write_atomically, [7]
+
+    def filling(path, content):
+        if not left[0]:
+            raise OSError(28, "No space left on device")
+        left[0] -= 1
+        write(path, content)
+
+    monkeypatch.setattr(module, "write_atomically", filling)
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps(study.to_dict()))
+    done = CliRunner().invoke(app, ["eval", "-o", str(folder), "--study", str(path)])
+    assert done.exit_code == 2
+    assert "No space left on device" in done.stderr
+    monkeypatch.undo()
+    done = CliRunner().invoke(app, ["eval", "-o", str(folder), "--resume"])
+    assert done.exit_code == 0, done.stderr
+    assert Store(folder).results() == whole.results()
+
+
+def test_shards_are_numbered():
+    assert shard([(1,), (2,), (3,)], 1, 2) == [(2,)]
+    with pytest.raises(ValueError, match="shards are numbered 0/2 to 1/2, got 2/2"):
+        shard([], 2, 2)
+
+
+def test_fingerprints_tell_weights_apart(model):
+    from reasonalloc.engines.transformers.loading import load
+
+    network, _ = load(model, "float32")
+    before = fingerprint(network)
+    assert fingerprint(load(model, "float32")[0]) == before
+    network.model.norm.weight.data[0] += 0.5
+    assert fingerprint(network) != before
+
+
+# ---- statistics ----
+
+
+@pytest.mark.parametrize(("problems", "samples", "law"), [(200, 1, (2, 1)), (40, 4, (1, 1)), (60, 8, (0.5, 0.5))])
+def test_intervals_cover_what_they_promise(monkeypatch, problems, samples, law):
+    """1,000 simulated studies: problems of different difficulty, several samples of each."""
+    monkeypatch.setattr(statistics, "DRAWS", 1000)
+    rng, inside = np.random.default_rng(1), 0
+    for i in range(1000):
+        difficulty = rng.beta(*law, problems)
+        found = statistics.mean_score(rng.binomial(samples, difficulty) / samples, seed=i)
+        inside += found.low <= law[0] / sum(law) <= found.high
+    assert 930 <= inside <= 970
+
+
+def test_paired_tests_hold_their_level_and_find_effects(monkeypatch):
+    monkeypatch.setattr(statistics, "DRAWS", 1000)
+    rng = np.random.default_rng(2)
+    inside = false = found = 0
+    for i in range(1000):
+        difficulty = rng.beta(2, 1, 100)
+        a, b = (rng.binomial(4, difficulty) / 4 for _ in range(2))
+        null = statistics.compare(a, b, i)
+        inside += null.difference.low <= 0 <= null.difference.high
+        false += null.p < 0.05
+        worse = rng.binomial(4, 0.8 * difficulty) / 4
+        found += statistics.compare(a, worse, i).p < 0.05
+    assert 930 <= inside <= 970
+    assert 30 <= false <= 70
+    assert found > 900
+
+
+def test_extreme_scores_have_honest_intervals():
+    assert statistics.mean_score(np.ones(20)).low == pytest.approx(0.025 ** (1 / 20))
+    assert statistics.mean_score(np.zeros(20)).high == pytest.approx(1 - 0.025 ** (1 / 20))
+    assert statistics.mean_score(np.ones(1)) == statistics.Estimate(1.0, 0.0, 1.0)
+    same = statistics.compare(np.ones(9), np.ones(9))
+    assert (same.difference.mean, same.p) == (0.0, 1.0)
+    assert statistics.compare(np.ones(9), np.zeros(9)).p == 2**-8
+    with pytest.raises(ValueError, match="same problems"):
+        statistics.compare(np.ones(3), np.ones(4))
+
+
+def test_holm():
+    """Against the definition, on the textbook's example."""
+    ps = [0.01, 0.04, 0.03, 0.005]
+    made = [statistics.Comparison(statistics.Estimate(0, 0, 0), p) for p in ps]
+    assert [c.corrected for c in statistics.correct(made)] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert [c.real for c in statistics.correct(made)] == [True, False, False, True]
+
+
+def test_rank_among_random_splits():
+    assert statistics.rank_among(0.5, [0.4, 0.5, 0.6]) == (2, 4)
+
+
+# ---- the report ----
+
+
+def fill(store, study, right):
+    """A finished study with made-up answers: ``right(method, budget, problem)`` says which are correct."""
+    store.begin(study)
+    plan = study.plan("m")
+    for batch in plan:
+        for unit in batch:
+            name, _, size = unit.task.partition(":")
+            problem = TASKS.create(name).problem(int(unit.question.id), int(size))
+            correct = right(unit.cell.method, unit.cell.budget, int(unit.question.id))
+            text = f"{problem.thought} <answer> {problem.answer if correct else 'x1'}"
+            if correct is None:
+                text = problem.thought
+            kept = unit.cell.budget or 200
+            store.write(unit, Answer(text, 100, correct is not None, kept, 1000 * kept))
+    return plan
+
+
+def test_report_says_what_is_real(model, tmp_path):
+    study = study_of(
+        model, tasks=[{"name": "maps:6", "count": 40}], variants=["full", "rkv", "h2o", "snapkv"], budgets=[16, 32],
+        random_splits=3, random_count=20,
+    )  # fmt: skip
+
+    def right(method, budget, problem):
+        if method == "full":
+            return True
+        if method.startswith("random"):
+            return problem % 4 == int(method[-1])  # 25 % each
+        share = {("rkv", 16): 2, ("h2o", 16): 6, ("snapkv", 16): 2, ("rkv", 32): 6, ("h2o", 32): 6, ("snapkv", 32): 1}
+        return problem % 8 < share[method, budget] or (None if problem == 39 else False)
+
+    store = Store(tmp_path / "run")
+    plan = fill(store, study, right)
+    findings = collect(store, study, plan)
+    cells = {(cell.method, cell.budget): cell for cell in findings.cells}
+    assert cells["full", None].accuracy.mean() == 1
+    assert cells["rkv", 16].accuracy.mean() == 0.25
+    assert cells["h2o", 16].accuracy.mean() == 0.75
+    assert cells["rkv", 16].unreadable == cells["rkv", 16].cut_off == 1 / 40
+    text = "\n".join(sentences(findings, "maps:6"))
+    assert "At budget 16, h2o is better than rkv (+50.0 points" in text
+    assert "At budget 16, snapkv cannot be told from rkv (+0.0 points" in text
+    assert "At budget 32, snapkv is worse than rkv (-62.5 points" in text
+    assert "At budget 16, rkv (30.0%) takes place 1 of 4 among random splits" in text
+    assert "At budget 32, snapkv (15.0%) takes place 4 of 4 among random splits" in text
+    table = markdown(findings)
+    assert "| rkv | 16 | 25.0 [" in table
+    assert "| 8.0% | 100 | 2.5% | 2.5% | 40 | 40 |" in table
+    assert len(to_csv(findings).splitlines()) == 1 + 7 + 6
+    pytest.importorskip("matplotlib")
+    paths = write_report(findings, tmp_path / "report")
+    assert {p.name for p in paths} == {"report.md", "report.csv", "report.html", "maps-6.png"}
+    page = to_html(findings, {"maps:6": b"png"})
+    assert "data:image/png;base64,cG5n" in page
+    assert "src='http" not in page
+
+
+def test_unfinished_problems_are_left_out_and_said(model, tmp_path):
+    study = study_of(model, tasks=[{"name": "maps:6", "count": 6}])
+    store = Store(tmp_path / "run")
+    plan = fill(store, study, lambda *unit: True)
+    gone = sorted(store.folder.glob("results/*/*.json"))[0]
+    gone.unlink()
+    findings = collect(store, study, plan)
+    assert findings.missing == 1
+    assert sorted(len(cell.problems) for cell in findings.cells) == [5, 6, 6, 6, 6]
+    assert "Incomplete: 1 answers are missing" in markdown(findings)
+    assert len(sentences(findings, "maps:6")) == 2
+
+
+def test_the_commands(model, tmp_path):
+    runner = CliRunner()
+    base = ["eval", "-o", str(tmp_path / "run"), "-m", model, "--task", "maps:6", "--count", "3", "--samples", "1"]
+    base += ["--temperature", "0", "--max-new-tokens", "30", "--dtype", "float32"]
+    done = runner.invoke(app, [*base, "--methods", "full,rkv", "--budgets", "16,24", "--interval", "8"])
+    assert done.exit_code == 0, done.stderr
+    done = runner.invoke(app, ["report", str(tmp_path / "run"), "--metric", "score"])
+    assert done.exit_code == 0, done.stderr
+    assert "cannot be told" not in done.stdout, "two methods, one of them full: nothing to compare"
+    assert (tmp_path / "run" / "report" / "report.html").exists()
+    for arguments, message in (
+        ([*base, "--methods", "full,rkv", "--budgets", "16"], "another study (different: budgets"),
+        ([*base, "--budgets", "16;24"], "--budgets takes whole numbers"),
+        ([*base[:-2], "--methods", "rvk"], "Did you mean 'rkv'"),
+        (["eval", "-o", str(tmp_path / "run"), "--resume", "--shard", "2/2"], "shards are numbered"),
+        ([*base, "--methods", "full", "--shard", "x"], "--shard is i/n"),
+        (["eval", "-o", str(tmp_path / "other")], "name a --model"),
+        (["eval", "-o", str(tmp_path / "other"), "--resume"], "holds no study"),
+        (["report", str(tmp_path / "other")], "holds no study"),
+        (["report", str(tmp_path / "run"), "--metric", "luck"], "accuracy or score"),
+    ):
+        done = runner.invoke(app, arguments)
+        assert done.exit_code == 2, done.stdout
+        assert message in done.stderr.replace("\n", " ")
