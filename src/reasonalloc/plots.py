@@ -10,9 +10,10 @@ from typing import Any
 from reasonalloc.allocation import DemandProfile
 from reasonalloc.calibration.operator_study import Choice, RhoEffect
 from reasonalloc.calibration.stability import Stability
-from reasonalloc.evaluation.statistics import Estimate
 from reasonalloc.files import write_atomically
 from reasonalloc.recorder import Recorder
+
+Interval = tuple[float, float, float]  # mean, low, high
 
 
 def plot_budgets(recorder: Recorder, path: str | Path, sequence: int = 0) -> None:
@@ -145,8 +146,8 @@ def _quartiles(x: Any) -> Any:
 
 
 def draw_curves(
-    series: dict[str, list[tuple[int, Estimate]]],
-    full: Estimate | None,
+    series: dict[str, list[tuple[int, Interval]]],
+    full: Interval | None,
     control: dict[int, list[float]],
     title: str,
     metric: str,
@@ -156,14 +157,14 @@ def draw_curves(
     axes = figure.subplots()
     budgets = sorted({budget for points in series.values() for budget, _ in points})
     if full is not None:
-        axes.axhspan(100 * full.low, 100 * full.high, color="grey", alpha=0.15)
-        axes.axhline(100 * full.mean, color="grey", linestyle="--", linewidth=1, label="full cache")
+        axes.axhspan(100 * full[1], 100 * full[2], color="grey", alpha=0.15)
+        axes.axhline(100 * full[0], color="grey", linestyle="--", linewidth=1, label="full cache")
     for i, (method, points) in enumerate(series.items()):
         shift = 1 + 0.012 * (i - len(series) / 2)  # so that intervals do not cover each other
         x = [budget * shift for budget, _ in points]
-        y = [100 * estimate.mean for _, estimate in points]
-        below = [100 * (estimate.mean - estimate.low) for _, estimate in points]
-        above = [100 * (estimate.high - estimate.mean) for _, estimate in points]
+        y = [100 * mean for _, (mean, _, _) in points]
+        below = [100 * (mean - low) for _, (mean, low, _) in points]
+        above = [100 * (high - mean) for _, (mean, _, high) in points]
         axes.errorbar(
             x, y, yerr=[below, above], marker="osD^vP*X"[i % 8], markersize=4, linewidth=1, capsize=2, label=method
         )

@@ -10,8 +10,9 @@ import torch
 
 from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers.cache import Cache
-from reasonalloc.engines.transformers.generation import drop_finished
+from reasonalloc.engines.transformers.generation import OnStep, drop_finished
 from reasonalloc.engines.transformers.loading import encode
+from reasonalloc.recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def answer(
     sampling: Sampling,
     seed: int = 0,
     meter_every: int = 16,
+    recorder: Recorder | None = None,
+    on_step: OnStep | None = None,
 ) -> list[Answer]:
     """Answer every prompt, in one batch that sequences leave as they finish.
 
@@ -103,18 +106,20 @@ def answer(
         sampling: how tokens are chosen.
         seed: of torch's random numbers, for sampling.
         meter_every: steps between two looks at the cache.
+        recorder: gets every routing, if given.
+        on_step: called at every step, see ``drop_finished``.
     """
     inputs = encode(tokenizer, prompts, True, model.device)
     end = model.generation_config.eos_token_id
     ends = set(end) if isinstance(end, list) else {end}
-    cache = Cache(model.config, compression)
+    cache = Cache(model.config, compression, recorder=recorder)
     meter = _Meter(cache, len(prompts), meter_every)
     torch.manual_seed(seed)
     out = model.generate(
         **inputs,
         past_key_values=cache,
         custom_generate=drop_finished,
-        on_step=meter,
+        on_step=lambda rows, tokens: [watch(rows, tokens) for watch in (meter, on_step) if watch],
         pad_token_id=tokenizer.pad_token_id,
         **sampling.options(),
     )

@@ -7,7 +7,7 @@ import csv
 import html
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -281,11 +281,11 @@ def to_html(findings: Findings, pictures: dict[str, bytes]) -> str:
 
 
 def curves(findings: Findings, task: str) -> dict[str, Any]:
-    """What a picture of a task needs: method -> [(budget, estimate)], the full cache, the random splits' range."""
-    series: dict[str, list[tuple[int, Estimate]]] = {}
+    """What a picture of a task needs: method -> [(budget, interval)], the full cache, the random splits."""
+    series: dict[str, list[tuple[int, tuple[float, ...]]]] = {}
     full = None
     for cell in findings.of(task):
-        estimate = mean_score(cell.metric(findings.metric))
+        estimate = astuple(mean_score(cell.metric(findings.metric)))
         if cell.method == FULL or cell.budget is None:
             full = estimate
         else:
