@@ -17,10 +17,11 @@ from reasonalloc.cli import app
 from reasonalloc.evaluation import statistics
 from reasonalloc.evaluation.answering import Answer, Sampling, answer
 from reasonalloc.evaluation.executors import Worker, fingerprint, run_local, shard
+from reasonalloc.evaluation.fidelity import Reading
 from reasonalloc.evaluation.grading import GRADERS, after_thought, grade_recall
-from reasonalloc.evaluation.questions import load_questions
+from reasonalloc.evaluation.questions import load_questions, load_texts
 from reasonalloc.evaluation.recall import recall_question
-from reasonalloc.evaluation.report import collect, markdown, sentences, to_csv, to_html, write_report
+from reasonalloc.evaluation.report import ACCURACY, KL, NLL, collect, markdown, sentences, to_csv, to_html, write_report
 from reasonalloc.evaluation.store import Store
 from reasonalloc.evaluation.study import Study
 from reasonalloc.reasoner.train import Trainer, TrainingConfig
@@ -191,7 +192,7 @@ def test_answers_are_those_of_stock_generation(model):
 
     network, tokenizer = load(model, "float32")
     prompts = [TASKS.create("maps").problem(i, d).question for i, d in enumerate((4, 6, 5))]
-    got = answer(network, tokenizer, prompts, ra.Compression.method("full"), Sampling(0, 1.0, 50), meter_every=1)
+    got = answer(network, tokenizer, prompts, ra.Compression.method("full"), Sampling(0, 1.0, 50), look_every=1)
     stock = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
     plain = AutoTokenizer.from_pretrained(model)
     for prompt, found in zip(prompts, got, strict=True):
@@ -354,7 +355,7 @@ def test_sampled_answers_repeat(model, tmp_path):
     changes = {"samples": 3, "sampling": {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 20}, "budgets": [16]}
     first, again = (run_all(study_of(model, **changes), tmp_path / name).results() for name in "ab")
     assert first == again
-    texts = {json.loads(content)["answer"]["text"] for content in first.values()}
+    texts = {json.loads(content)["result"]["text"] for content in first.values()}
     assert len(texts) > len(first) // 3
 
 
@@ -505,20 +506,20 @@ def test_report_says_what_is_real(model, tmp_path):
     plan = fill(store, study, right)
     findings = collect(store, study, plan)
     cells = {(cell.method, cell.budget): cell for cell in findings.cells}
-    assert cells["full", None].accuracy.mean() == 1
-    assert cells["rkv", 16].accuracy.mean() == 0.25
-    assert cells["h2o", 16].accuracy.mean() == 0.75
+    assert cells["full", None].values[ACCURACY].mean() == 1
+    assert cells["rkv", 16].values[ACCURACY].mean() == 0.25
+    assert cells["h2o", 16].values[ACCURACY].mean() == 0.75
     assert cells["rkv", 16].unreadable == cells["rkv", 16].cut_off == 1 / 40
     text = "\n".join(sentences(findings, "maps:6"))
-    assert "At budget 16, h2o is better than rkv (+50.0 points" in text
-    assert "At budget 16, snapkv cannot be told from rkv (+0.0 points" in text
-    assert "At budget 32, snapkv is worse than rkv (-62.5 points" in text
-    assert "At budget 16, rkv (30.0%) takes place 1 of 4 among random splits" in text
-    assert "At budget 32, snapkv (15.0%) takes place 4 of 4 among random splits" in text
+    assert "At budget 16, h2o is better than rkv (+50.0 [" in text
+    assert "At budget 16, snapkv cannot be told from rkv (+0.0 [" in text
+    assert "At budget 32, snapkv is worse than rkv (-62.5 [" in text
+    assert "At budget 16, rkv (30.0) takes place 1 of 4 among random splits" in text
+    assert "At budget 32, snapkv (15.0) takes place 4 of 4 among random splits" in text
     table = markdown(findings)
     assert "| rkv | 16 | 25.0 [" in table
     assert "| 8.0% | 100 | 2.5% | 2.5% | 40 | 40 |" in table
-    assert len(to_csv(findings).splitlines()) == 1 + 7 + 6
+    assert len(to_csv(findings).splitlines()) == 1 + 7 * (7 + 6)
     pytest.importorskip("matplotlib")
     paths = write_report(findings, tmp_path / "report")
     assert {p.name for p in paths} == {"report.md", "report.csv", "report.html", "maps-6.png"}
@@ -540,6 +541,62 @@ def test_unfinished_problems_are_left_out_and_said(model, tmp_path):
     assert len(sentences(findings, "maps:6")) == 2
 
 
+def test_reading_given_solutions(model, tmp_path):
+    """Likelihoods in the store are teacher_force's own, with the full cache at divergence 0, and the sign is right."""
+    from reasonalloc.engines.transformers.loading import load
+    from reasonalloc.evaluation.fidelity import make_trace, teacher_force
+
+    changes = {"tasks": [{"name": "maps:4", "fidelity": True, "count": 3}], "budgets": [16], "random_splits": 2}
+    study = study_of(model, **changes, sampling={"temperature": 0, "max_new_tokens": 50})
+    store = run_all(study, tmp_path / "run")
+    network, tokenizer = load(model, "float32")
+    plan = study.plan(fingerprint(network))
+    assert [len(batch) for batch in plan] == [5] * 3, "one batch for each text, with every cache"
+    for batch in plan:
+        problem = TASKS.create("maps").problem(int(batch[0].question.id), 4)
+        trace = make_trace(tokenizer, "", problem.question, f"{problem.thought} <answer> {problem.answer}", 50)
+        for unit in batch:
+            expected = teacher_force(network, trace, unit.cell.compression)
+            found = store.read(unit)
+            assert found.nll == pytest.approx(expected.nll.tolist(), abs=1e-5)
+            assert len(found.nll) == found.tokens == 50
+            if unit.cell.budget is None:
+                assert max(found.kl) < 1e-5
+                assert all(found.agree)
+    findings = collect(store, study, plan)
+    cells = {cell.method: cell for cell in findings.cells}
+    assert cells["full"].values[KL].max() < 1e-5 < cells["rkv"].values[KL].min()
+    assert cells["rkv"].values[NLL].shape == (3,)
+    assert "| nll | kl | agreement % |" in markdown(findings)
+    assert "small window cannot be told from rkv" in "\n".join(sentences(findings, "fidelity:maps:4"))
+
+
+def test_lower_likelihoods_are_better(model, tmp_path):
+    study = study_of(
+        model, tasks=[{"name": "maps:4", "fidelity": True, "count": 12}], variants=["rkv", "h2o"], budgets=[16]
+    )
+    store = Store(tmp_path / "run")
+    store.begin(study)
+    plan = study.plan("m")
+    for batch in plan:
+        for unit in batch:
+            nll = [1.0, 2.0] if unit.cell.method == "rkv" else [0.5, 2.0 + 0.01 * int(unit.question.id)]
+            store.write(unit, Reading(nll, [0.1, 0.1], [True, False], 16.0, 10))
+    text = "\n".join(sentences(collect(store, study, plan), "fidelity:maps:4"))
+    assert "At budget 16, h2o is better than rkv (-0.2225 [" in text
+    assert "nats, corrected p = " in text
+
+
+def test_texts_from_a_file(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"question": "a", "solution": "one two"}\n{"question": "b", "solution": "one two three"}\n')
+    assert [q.reference for q in load_texts("mine", path, least_words=3).questions] == ["one two three"]
+    with pytest.raises(ValueError, match="no field 'proof'"):
+        load_texts("mine", path, text_field="proof")
+    with pytest.raises(ValueError, match="fidelity:mine has no questions"):
+        load_texts("mine", path, least_words=9)
+
+
 def test_the_commands(model, tmp_path):
     runner = CliRunner()
     base = ["eval", "-o", str(tmp_path / "run"), "-m", model, "--task", "maps:6", "--count", "3", "--samples", "1"]
@@ -556,7 +613,7 @@ def test_the_commands(model, tmp_path):
         ([*base[:-2], "--methods", "rvk"], "Did you mean 'rkv'"),
         (["eval", "-o", str(tmp_path / "run"), "--resume", "--shard", "2/2"], "shards are numbered"),
         ([*base, "--methods", "full", "--shard", "x"], "--shard is i/n"),
-        (["eval", "-o", str(tmp_path / "other")], "name a --model"),
+        (["eval", "-o", str(tmp_path / "other")], "name a --model and at least one --task or --fidelity"),
         (["eval", "-o", str(tmp_path / "other"), "--resume"], "holds no study"),
         (["report", str(tmp_path / "other")], "holds no study"),
         (["report", str(tmp_path / "run"), "--metric", "luck"], "accuracy or score"),

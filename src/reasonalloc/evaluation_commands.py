@@ -12,8 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from reasonalloc.console import clear_errors, console, errors
 
 if TYPE_CHECKING:
-    from reasonalloc.evaluation.answering import Answer
-    from reasonalloc.evaluation.store import Store
+    from reasonalloc.evaluation.store import Result, Store
     from reasonalloc.evaluation.study import Batch
 
 DEFAULT_METHODS = "full,rkv,pyramid-rkv,reasonalloc"
@@ -28,6 +27,11 @@ def evaluate(
         list[str] | None,
         typer.Option(help="math500, aime24, aime25, gsm8k, maps:48, programs:56, search:72, recall:32; repeatable."),
     ] = None,
+    fidelity: Annotated[
+        list[str] | None,
+        typer.Option(help="Read given solutions of a task with each cache instead of answering; repeatable."),
+    ] = None,
+    least_words: Annotated[int, typer.Option(min=0, help="With --fidelity: pass over shorter texts.")] = 0,
     methods: Annotated[str, typer.Option(help="Names, with commas; see `reasonalloc methods`.")] = DEFAULT_METHODS,
     budgets: Annotated[str, typer.Option(help="Tokens per KV head, with commas.")] = "128,256,512",
     samples: Annotated[int, typer.Option(min=1, help="Answers to each question.")] = 8,
@@ -63,20 +67,23 @@ def evaluate(
         elif study is not None:
             wanted = Study.load(study)
         else:
-            if model is None or not task:
-                raise ValueError("name a --model and at least one --task, or a --study, or --resume")
+            if model is None or not (task or fidelity):
+                raise ValueError("name a --model and at least one --task or --fidelity, or a --study, or --resume")
+            source = {
+                "data": None if data is None else str(data),
+                "question_field": question_field,
+                "answer_field": answer_field,
+                "count": count,
+            }
             wanted = Study.from_dict(
                 {
                     "model": model,
                     "tasks": [
-                        {
-                            "name": name,
-                            "data": None if data is None else str(data),
-                            "question_field": question_field,
-                            "answer_field": answer_field,
-                            "count": count,
-                        }
-                        for name in task
+                        *({"name": name, **source} for name in task or ()),
+                        *(
+                            {"name": name, **source, "fidelity": True, "least_words": least_words}
+                            for name in fidelity or ()
+                        ),
                     ],
                     "variants": [name.strip() for name in methods.split(",")],
                     "budgets": numbers(budgets, "--budgets"),
@@ -116,7 +123,7 @@ def report(
     """Grade the answers; write report.html, report.md, report.csv and pictures."""
     with clear_errors():
         from reasonalloc.evaluation.executors import Worker
-        from reasonalloc.evaluation.report import collect, markdown, write_report
+        from reasonalloc.evaluation.report import ACCURACY, SCORE, collect, markdown, write_report
         from reasonalloc.evaluation.store import Store
 
         if metric not in ("accuracy", "score"):
@@ -125,7 +132,7 @@ def report(
         study = store.study()
         with errors.status(f"loading {study.model}"):
             plan = Worker(study).plan
-        findings = collect(store, study, plan, metric)
+        findings = collect(store, study, plan, SCORE if metric == "score" else ACCURACY)
         if not findings.cells:
             raise ValueError(f"{folder} has no finished problem yet")
         paths = write_report(findings, output or folder / "report")
@@ -168,11 +175,14 @@ class _Watch:
     def __exit__(self, *error: Any) -> None:
         self.progress.stop()
 
-    def done(self, batch: Batch, answers: list[Answer], seconds: float) -> None:
+    def done(self, batch: Batch, results: list[Result], seconds: float) -> None:
         """Count a finished batch."""
-        for unit, found in zip(batch, answers, strict=True):
-            self.right[unit.cell.method].append(self.store.grade(unit, found).correct)
-        self.tokens += sum(found.tokens for found in answers)
+        from reasonalloc.evaluation.answering import Answer
+
+        for unit, found in zip(batch, results, strict=True):
+            if isinstance(found, Answer):
+                self.right[unit.cell.method].append(self.store.grade(unit, found).correct)
+        self.tokens += sum(found.tokens for found in results)
         self.seconds += seconds
         so_far = ", ".join(f"{name} {sum(x) / len(x):.0%}" for name, x in list(self.right.items())[:5])
         self.progress.update(

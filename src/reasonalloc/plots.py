@@ -151,31 +151,33 @@ def draw_curves(
     control: dict[int, list[float]],
     title: str,
     metric: str,
+    from_zero: bool,
 ) -> bytes:
     """A PNG of each method's metric against the budget, with intervals, the full cache's band and random splits."""
     figure = _figure("curves.png", 8, 5)
     axes = figure.subplots()
     budgets = sorted({budget for points in series.values() for budget, _ in points})
     if full is not None:
-        axes.axhspan(100 * full[1], 100 * full[2], color="grey", alpha=0.15)
-        axes.axhline(100 * full[0], color="grey", linestyle="--", linewidth=1, label="full cache")
+        axes.axhspan(full[1], full[2], color="grey", alpha=0.15)
+        axes.axhline(full[0], color="grey", linestyle="--", linewidth=1, label="full cache")
     for i, (method, points) in enumerate(series.items()):
         shift = 1 + 0.012 * (i - len(series) / 2)  # so that intervals do not cover each other
         x = [budget * shift for budget, _ in points]
-        y = [100 * mean for _, (mean, _, _) in points]
-        below = [100 * (mean - low) for _, (mean, low, _) in points]
-        above = [100 * (high - mean) for _, (mean, _, high) in points]
+        y = [mean for _, (mean, _, _) in points]
+        below = [mean - low for _, (mean, low, _) in points]
+        above = [high - mean for _, (mean, _, high) in points]
         axes.errorbar(
             x, y, yerr=[below, above], marker="osD^vP*X"[i % 8], markersize=4, linewidth=1, capsize=2, label=method
         )
     for budget, means in control.items():
         label = "random splits" if budget == min(control) else None
-        axes.scatter([budget] * len(means), [100 * m for m in means], marker="_", color="black", alpha=0.4, label=label)
+        axes.scatter([budget] * len(means), means, marker="_", color="black", alpha=0.4, label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(budgets, [str(budget) for budget in budgets])
     axes.set_xlabel("budget: tokens per key/value head")
-    axes.set_ylabel(f"{metric}, %")
-    axes.set_ylim(bottom=0)
+    axes.set_ylabel(metric)
+    if from_zero:
+        axes.set_ylim(bottom=0)
     axes.set_title(title)
     axes.legend(fontsize="small")
     buffer = io.BytesIO()

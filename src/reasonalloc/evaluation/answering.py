@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers.cache import Cache
 from reasonalloc.engines.transformers.generation import OnStep, drop_finished
 from reasonalloc.engines.transformers.loading import encode
+from reasonalloc.evaluation.footprint import Footprint
 from reasonalloc.recorder import Recorder
 
 
@@ -65,26 +66,6 @@ class Answer:
     kv_bytes: int
 
 
-class _Meter:
-    """Looks at the cache every few steps, and notes each sequence's share."""
-
-    def __init__(self, cache: Cache, rows: int, every: int) -> None:
-        self.cache, self.every, self.step = cache, every, 0
-        self.kept: list[list[float]] = [[] for _ in range(rows)]
-        self.bytes = [0] * rows
-
-    def __call__(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
-        """To be called at every step, with the sequences that the cache holds."""
-        if self.step % self.every == 0:
-            slabs = [cache.slab for cache in self.cache.layer_caches if cache.slab is not None]
-            kept = np.stack([slab.lengths for slab in slabs]).mean((0, 2)).tolist()
-            share = sum(slab.kv_bytes for slab in slabs) // len(kept)
-            for row, length in zip(rows.tolist(), kept, strict=True):
-                self.kept[row].append(length)
-                self.bytes[row] = max(self.bytes[row], share)
-        self.step += 1
-
-
 def answer(
     model: Any,
     tokenizer: Any,
@@ -92,7 +73,7 @@ def answer(
     compression: Compression,
     sampling: Sampling,
     seed: int = 0,
-    meter_every: int = 16,
+    look_every: int = 16,
     recorder: Recorder | None = None,
     on_step: OnStep | None = None,
 ) -> list[Answer]:
@@ -105,7 +86,7 @@ def answer(
         compression: the cache.
         sampling: how tokens are chosen.
         seed: of torch's random numbers, for sampling.
-        meter_every: steps between two looks at the cache.
+        look_every: steps between two looks at the cache.
         recorder: gets every routing, if given.
         on_step: called at every step, see ``drop_finished``.
     """
@@ -113,19 +94,26 @@ def answer(
     end = model.generation_config.eos_token_id
     ends = set(end) if isinstance(end, list) else {end}
     cache = Cache(model.config, compression, recorder=recorder)
-    meter = _Meter(cache, len(prompts), meter_every)
+    footprint, steps = Footprint(len(prompts)), itertools.count()
+
+    def watch(rows: torch.Tensor, tokens: torch.Tensor) -> None:
+        if next(steps) % look_every == 0:
+            footprint.look(cache, rows.tolist())
+        if on_step is not None:
+            on_step(rows, tokens)
+
     torch.manual_seed(seed)
     out = model.generate(
         **inputs,
         past_key_values=cache,
         custom_generate=drop_finished,
-        on_step=lambda rows, tokens: [watch(rows, tokens) for watch in (meter, on_step) if watch],
+        on_step=watch,
         pad_token_id=tokenizer.pad_token_id,
         **sampling.options(),
     )
     written = out[:, inputs["input_ids"].shape[1] :].tolist()
-    rows = zip(written, meter.kept, meter.bytes, strict=True)
-    return [_describe(tokenizer, ids, ends, kept, kv_bytes) for ids, kept, kv_bytes in rows]
+    found = zip(written, footprint.kept, footprint.kv_bytes, strict=True)
+    return [_describe(tokenizer, ids, ends, kept, kv_bytes) for ids, kept, kv_bytes in found]
 
 
 def _describe(tokenizer: Any, ids: list[int], ends: set[int], kept: list[float], kv_bytes: int) -> Answer:

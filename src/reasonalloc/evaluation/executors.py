@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from reasonalloc.engines.transformers.loading import load, quiet
-from reasonalloc.evaluation.answering import Answer, answer
-from reasonalloc.evaluation.store import Store
+from reasonalloc.evaluation.answering import answer
+from reasonalloc.evaluation.fidelity import Reading, make_trace, read_alike
+from reasonalloc.evaluation.questions import FIDELITY
+from reasonalloc.evaluation.store import Result, Store
 from reasonalloc.evaluation.study import Batch, Study, digest
 
-Done = Callable[[Batch, list[Answer], float], None]  # a batch, its answers, the seconds it took
+Done = Callable[[Batch, list[Result], float], None]  # a batch, its results, the seconds it took
 
 
 class Worker:
@@ -25,11 +27,18 @@ class Worker:
         self.model, self.tokenizer = load(study.model, study.dtype, device)
         self.plan = study.plan(fingerprint(self.model))
 
-    def run(self, batch: Batch) -> list[Answer]:
-        """Answers of a batch; sampling is seeded by the batch itself."""
+    def run(self, batch: Batch) -> list[Result]:
+        """Results of a batch; sampling is seeded by the batch itself."""
+        if batch[0].grader == FIDELITY:
+            return list(self._read(batch))
         seed = int(digest([unit.key for unit in batch])[:12], 16)
         prompts = [unit.question.prompt for unit in batch]
-        return answer(self.model, self.tokenizer, prompts, batch[0].cell.compression, batch[0].sampling, seed)
+        return list(answer(self.model, self.tokenizer, prompts, batch[0].cell.compression, batch[0].sampling, seed))
+
+    def _read(self, batch: Batch) -> list[Reading]:
+        question, most = batch[0].question, batch[0].sampling.max_new_tokens
+        trace = make_trace(self.tokenizer, question.id, question.prompt, question.reference, most)
+        return read_alike(self.model, trace, [unit.cell.compression for unit in batch])
 
 
 def fingerprint(model: Any) -> str:
@@ -54,10 +63,10 @@ def run_local(worker: Worker, store: Store, batches: list[Batch], done: Done) ->
     for batch in batches:
         if store.missing(batch):
             began = time.perf_counter()
-            answers = worker.run(batch)
-            for unit, found in zip(batch, answers, strict=True):
+            results = worker.run(batch)
+            for unit, found in zip(batch, results, strict=True):
                 store.write(unit, found)
-            done(batch, answers, time.perf_counter() - began)
+            done(batch, results, time.perf_counter() - began)
 
 
 def run_ray(study: Study, folder: Path, workers: int, gpus: float, done: Done, attempts: int = 3) -> None:
@@ -113,8 +122,8 @@ class _RayWorker:
         """How many batches the plan has."""
         return len(self.worker.plan)
 
-    def run(self, index: int) -> tuple[Batch, list[Answer], float] | None:
+    def run(self, index: int) -> tuple[Batch, list[Result], float] | None:
         """Do one batch; None if it was done already."""
-        finished: list[tuple[Batch, list[Answer], float]] = []
+        finished: list[tuple[Batch, list[Result], float]] = []
         run_local(self.worker, self.store, [self.worker.plan[index]], lambda *batch: finished.append(batch))
         return finished[0] if finished else None

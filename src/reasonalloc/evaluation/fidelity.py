@@ -18,6 +18,7 @@ from torch import Tensor
 
 from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers.cache import Cache
+from reasonalloc.evaluation.footprint import Footprint
 from reasonalloc.files import read_json_lines
 
 
@@ -44,13 +45,60 @@ class Fidelity:
         nll: negative log-likelihood of the text's own token, in nats.
         kl: divergence of the full cache's distribution from this one, KL(full || this), in nats; None without one.
         agree: whether the likeliest token is the full cache's; None without one.
+        kept_tokens: tokens per head held, averaged over layers, heads and intervals.
+        kv_bytes: key and value slots at their largest, free ones included, in bytes.
         log_probs: the whole distributions, if they were asked for.
     """
 
     nll: Float[np.ndarray[Any, Any], "answer"]
     kl: Float[np.ndarray[Any, Any], "answer"] | None
     agree: np.ndarray[Any, Any] | None
+    kept_tokens: float
+    kv_bytes: int
     log_probs: Float[Tensor, "answer vocabulary"] | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """``Fidelity`` as it is kept: plain numbers.
+
+    Attributes:
+        nll, kl, agree: at every position of the text, see ``Fidelity``.
+        kept_tokens, kv_bytes: see ``Fidelity``.
+    """
+
+    nll: list[float]
+    kl: list[float]
+    agree: list[bool]
+    kept_tokens: float
+    kv_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """How many were read."""
+        return len(self.nll)
+
+
+def read_alike(model: Any, trace: Trace, compressions: list[Compression]) -> list[Reading]:
+    """One text with several caches, each against the full cache, which is read once."""
+    full = teacher_force(model, trace, Compression.method("full"), keep_log_probs=True)
+    found = [teacher_force(model, trace, compression, full) for compression in compressions]
+    return [
+        Reading(
+            [round(float(x), 6) for x in one.nll],
+            [round(float(x), 6) for x in one.kl],  # type: ignore[union-attr]  # there is a reference
+            [bool(x) for x in one.agree],  # type: ignore[union-attr]
+            one.kept_tokens,
+            one.kv_bytes,
+        )
+        for one in found
+    ]
+
+
+def make_trace(tokenizer: Any, name: str, question: str, text: str, most: int | None = None) -> Trace:
+    """A question, with the model's chat template, and the first ``most`` tokens of a text."""
+    prompt, answer = _tokenize(tokenizer, question, text)
+    return Trace(name, prompt, answer[:most])
 
 
 def read_traces(
@@ -121,7 +169,7 @@ def teacher_force(
     answer = trace.answer.to(model.device)
     logits = [model(trace.prompt.to(model.device)[None], past_key_values=cache, logits_to_keep=1).logits[0]]
     nll, kl, agree, kept = [], [], [], []
-    done = 0
+    footprint, done = Footprint(1), 0
     for chunk in [*_chunks(len(answer) - 1, compression.interval), None]:
         log_probs = logits.pop().float().log_softmax(-1)
         targets = answer[done : done + len(log_probs)]
@@ -134,11 +182,14 @@ def teacher_force(
             kept.append(log_probs.cpu())
         if chunk is not None:
             logits.append(model(answer[chunk][None], past_key_values=cache).logits[0])
+            footprint.look(cache, [0])
         done += len(log_probs)
     return Fidelity(
         torch.cat(nll).numpy(),
         torch.cat(kl).numpy() if kl else None,
         torch.cat(agree).numpy() if agree else None,
+        float(np.mean(footprint.kept[0])) if footprint.kept[0] else 0.0,
+        footprint.kv_bytes[0],
         torch.cat(kept) if kept else None,
     )
 

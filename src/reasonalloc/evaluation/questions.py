@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,17 +65,18 @@ class HubSet:
     path: str
     question: str
     answer: str
+    solution: str
     split: str = "test"
     config: str | None = None
 
 
 HUB_SETS = {
-    "math500": HubSet("HuggingFaceH4/MATH-500", "problem", "answer"),
-    "aime24": HubSet("HuggingFaceH4/aime_2024", "problem", "answer", "train"),
-    "aime25": HubSet("math-ai/aime25", "problem", "answer"),
-    "gsm8k": HubSet("openai/gsm8k", "question", "answer", "test", "main"),
+    "math500": HubSet("HuggingFaceH4/MATH-500", "problem", "answer", "solution"),
+    "aime24": HubSet("HuggingFaceH4/aime_2024", "problem", "answer", "solution", "train"),
+    "aime25": HubSet("math-ai/aime25", "problem", "answer", "answer"),
+    "gsm8k": HubSet("openai/gsm8k", "question", "answer", "answer", "test", "main"),
 }
-RECALL = "recall"
+RECALL, FIDELITY = "recall", "fidelity"
 
 
 def load_questions(
@@ -106,26 +107,62 @@ def load_questions(
         made = _recall if family == RECALL else _built_in
         return made(name, int(size), 100 if count is None else count)
     known = HUB_SETS.get(name)
-    if data is None and known is None:
-        raise unknown_name("task", name, [*HUB_SETS, *(f"{task}:48" for task in TASKS.names()), f"{RECALL}:16"])
-    question_field = question_field or (known.question if known else "question")
-    answer_field = answer_field or (known.answer if known else "answer")
-    rows = _hub_rows(known) if data is None and known else read_json_lines(Path(str(data)))
-    source = str(data) if data is not None or known is None else known.path
-    questions = tuple(_questions(rows, question_field, answer_field, source))
+    fields = (question_field or (known.question if known else "question"),
+              answer_field or (known.answer if known else "answer"))  # fmt: skip
+    questions = tuple(
+        # gsm8k: the number behind its explanation
+        Question(id, MATH_PROMPT.format(question=question.strip()), answer.rpartition("####")[2].strip())
+        for id, question, answer in _rows(name, data, *fields)
+    )
     return QuestionSet(name, "math", questions).first(count)
 
 
-def _questions(
-    rows: Iterable[tuple[int, Mapping[str, Any]]], question_field: str, answer_field: str, source: str
-) -> Iterable[Question]:
+def load_texts(
+    name: str,
+    data: Path | None = None,
+    question_field: str | None = None,
+    text_field: str | None = None,
+    count: int | None = None,
+    least_words: int = 0,
+) -> QuestionSet:
+    """Questions with a text that answers them, to be read rather than written: the set "fidelity:NAME".
+
+    Args:
+        name, data, question_field, count: as for ``load_questions``; built-in tasks bring their worked solutions.
+        text_field: None takes the known set's solutions, or "solution".
+        least_words: texts of fewer words are passed over.
+
+    Raises:
+        as ``load_questions``.
+    """
+    family, _, size = name.partition(":")
+    if data is None and family in TASKS.names() and size.isdigit():
+        made = load_questions(name, count=count).questions
+        problems = [TASKS.create(family).problem(int(question.id), int(size)) for question in made]
+        found = [Question(str(i), p.question, f"{p.thought} <answer> {p.answer}") for i, p in enumerate(problems)]
+    else:
+        known = HUB_SETS.get(name)
+        fields = (question_field or (known.question if known else "question"),
+                  text_field or (known.solution if known else "solution"))  # fmt: skip
+        found = [Question(*row) for row in _rows(name, data, *fields)]
+    long = tuple(text for text in found if len(text.reference.split()) >= least_words)
+    return QuestionSet(f"{FIDELITY}:{name}", FIDELITY, long).first(count)
+
+
+def _rows(name: str, data: Path | None, question_field: str, answer_field: str) -> Iterable[tuple[str, str, str]]:
+    """Id, question and answer of every row."""
+    known = HUB_SETS.get(name)
+    if data is not None:
+        rows, source = read_json_lines(data), str(data)
+    elif known is not None:
+        rows, source = _hub_rows(known), known.path
+    else:
+        raise unknown_name("task", name, [*HUB_SETS, *(f"{task}:48" for task in TASKS.names()), f"{RECALL}:16"])
     for number, row in rows:
         for field in (question_field, answer_field):
             if field not in row:
                 raise ValueError(f"{source}, line {number}: no field {field!r}; there are {', '.join(map(str, row))}")
-        reference = str(row[answer_field]).rpartition("####")[2].strip()  # gsm8k: the number behind its explanation
-        prompt = MATH_PROMPT.format(question=str(row[question_field]).strip())
-        yield Question(str(row.get("unique_id", row.get("id", number))), prompt, reference)
+        yield str(row.get("unique_id", row.get("id", number))), str(row[question_field]), str(row[answer_field])
 
 
 def _hub_rows(source: HubSet) -> list[tuple[int, dict[str, Any]]]:

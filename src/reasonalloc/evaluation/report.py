@@ -6,15 +6,15 @@ import base64
 import csv
 import html
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from reasonalloc.evaluation.answering import Answer
-from reasonalloc.evaluation.grading import Grade
+from reasonalloc.evaluation.fidelity import Reading
+from reasonalloc.evaluation.questions import FIDELITY
 from reasonalloc.evaluation.statistics import (
     Comparison,
     Estimate,
@@ -22,13 +22,51 @@ from reasonalloc.evaluation.statistics import (
     compare,
     correct,
     mean_score,
+    mean_value,
     rank_among,
 )
-from reasonalloc.evaluation.store import Store
-from reasonalloc.evaluation.study import FULL, RANDOM, Batch, Study, Unit
+from reasonalloc.evaluation.store import Result, Store
+from reasonalloc.evaluation.study import RANDOM, Batch, Study, Unit
 from reasonalloc.files import write_atomically
 
 BASELINE = "rkv"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number means.
+
+    Attributes:
+        name: in tables.
+        unit: of differences, in sentences.
+        scale: from the number to that unit.
+        digits: behind the point.
+        lower_is_better: of likelihoods.
+        bounded: a share, in [0, 1].
+    """
+
+    name: str
+    unit: str
+    scale: float
+    digits: int
+    lower_is_better: bool = False
+    bounded: bool = True
+
+    def estimate(self, values: Floats) -> Estimate:
+        """Mean over problems with its interval."""
+        return mean_score(values) if self.bounded else mean_value(values)
+
+    def text(self, found: Estimate, sign: str = "") -> str:
+        """ "mean [low, high]"."""
+        mean, low, high = (f"{self.scale * x:{sign}.{self.digits}f}" for x in astuple(found))
+        return f"{mean} [{low}, {high}]"
+
+
+ACCURACY = Metric("accuracy %", "points", 100, 1)
+SCORE = Metric("score %", "points", 100, 1)
+NLL = Metric("nll", "nats", 1, 4, lower_is_better=True, bounded=False)
+KL = Metric("kl", "nats", 1, 4, lower_is_better=True, bounded=False)
+AGREEMENT = Metric("agreement %", "points", 100, 1)
 
 
 @dataclass(frozen=True)
@@ -37,12 +75,12 @@ class CellResult:
 
     Attributes:
         task, method, budget: which; budget None: the full cache.
-        problems: ids, in the order of the scores.
-        accuracy: per problem, share of samples that are wholly right.
-        score: per problem, mean share of the answer that is right.
+        problems: ids, in the order of the values.
+        values: per problem, the mean over its samples: accuracy (share of answers wholly right) and score (share of an
+            answer that is right); for a text that was read the mean over its tokens of nll, kl and agreement.
         kept: tokens per head held, mean over answers and steps.
         kv_bytes: largest share of keys and values that fell to one answer, mean over answers.
-        tokens: written, mean.
+        tokens: written or read, mean.
         cut_off: share of answers that hit the length limit.
         unreadable: share of answers in which no answer could be found.
         answers: how many.
@@ -52,18 +90,13 @@ class CellResult:
     method: str
     budget: int | None
     problems: tuple[str, ...]
-    accuracy: Floats
-    score: Floats
+    values: Mapping[Metric, Floats]
     kept: float
     kv_bytes: float
     tokens: float
     cut_off: float
     unreadable: float
     answers: int
-
-    def metric(self, name: str) -> Floats:
-        """ "accuracy" or "score"."""
-        return self.score if name == "score" else self.accuracy
 
 
 @dataclass(frozen=True)
@@ -74,13 +107,13 @@ class Findings:
         study: what was asked.
         cells: what was found.
         missing: units without result.
-        metric: what is compared: "accuracy" (all of an answer right) or "score" (share that is right).
+        metric: by which answers are compared, ``ACCURACY`` or ``SCORE``; texts are by ``NLL``.
     """
 
     study: Study
     cells: tuple[CellResult, ...]
     missing: int
-    metric: str
+    metric: Metric
 
     def of(self, task: str, budget: int | None = -1, control: bool = False) -> list[CellResult]:
         """Cells of a task, of one budget unless that is -1; named methods, or the random splits."""
@@ -94,10 +127,14 @@ class Findings:
         """Names, in the study's order."""
         return list(dict.fromkeys(cell.task for cell in self.cells))
 
+    def metric_of(self, task: str) -> Metric:
+        """What methods are compared by."""
+        return NLL if task.startswith(FIDELITY) else self.metric
 
-def collect(store: Store, study: Study, plan: Iterable[Batch], metric: str = "accuracy") -> Findings:
+
+def collect(store: Store, study: Study, plan: Iterable[Batch], metric: Metric = ACCURACY) -> Findings:
     """Grade what there is. Cells of which some answers are missing are judged by the problems that are complete."""
-    groups: dict[tuple[str, str, int | None], list[tuple[Unit, Answer | None]]] = {}
+    groups: dict[tuple[str, str, int | None], list[tuple[Unit, Result | None]]] = {}
     for batch in plan:
         for unit in batch:
             group = groups.setdefault((unit.task, unit.cell.method, unit.cell.budget), [])
@@ -110,82 +147,98 @@ def collect(store: Store, study: Study, plan: Iterable[Batch], metric: str = "ac
 
 
 def _cell(
-    store: Store, task: str, method: str, budget: int | None, group: list[tuple[Unit, Answer | None]]
+    store: Store, task: str, method: str, budget: int | None, group: list[tuple[Unit, Result | None]]
 ) -> CellResult | None:
-    problems: dict[str, list[tuple[Answer, Grade] | None]] = {}
+    problems: dict[str, list[tuple[Unit, Result | None]]] = {}
     for unit, found in group:
-        graded = None if found is None else (found, store.grade(unit, found))
-        problems.setdefault(unit.question.id, []).append(graded)
-    complete = {name: [x for x in rows if x is not None] for name, rows in sorted(problems.items()) if None not in rows}
+        problems.setdefault(unit.question.id, []).append((unit, found))
+    complete = {
+        name: [_judge(store, unit, found) for unit, found in pairs if found is not None]
+        for name, pairs in sorted(problems.items())
+        if all(found is not None for _, found in pairs)
+    }
     if not complete:
         return None
-    rows = [row for rows in complete.values() for row in rows]
+    rows = [row for judged in complete.values() for row in judged]
+
+    def mean(name: str) -> float:
+        return float(np.mean([row[name] for row in rows]))
+
     return CellResult(
         task,
         method,
         budget,
         tuple(complete),
-        np.array([np.mean([grade.correct for _, grade in rows]) for rows in complete.values()]),
-        np.array([np.mean([grade.score for _, grade in rows]) for rows in complete.values()]),
-        float(np.mean([found.kept_tokens for found, _ in rows])),
-        float(np.mean([found.kv_bytes for found, _ in rows])),
-        float(np.mean([found.tokens for found, _ in rows])),
-        float(np.mean([not found.finished for found, _ in rows])),
-        float(np.mean([grade.extracted is None for _, grade in rows])),
+        {
+            metric: np.array([np.mean([row[metric.name] for row in judged]) for judged in complete.values()])
+            for metric in ((NLL, KL, AGREEMENT) if task.startswith(FIDELITY) else (ACCURACY, SCORE))
+        },
+        mean("kept"),
+        mean("kv_bytes"),
+        mean("tokens"),
+        mean("cut_off"),
+        mean("unreadable"),
         len(rows),
     )
 
 
+def _judge(store: Store, unit: Unit, found: Result) -> dict[str, float]:
+    """One result in numbers."""
+    cost = {"kept": found.kept_tokens, "kv_bytes": found.kv_bytes, "tokens": found.tokens}
+    if isinstance(found, Reading):
+        means = [float(np.mean(values)) for values in (found.nll, found.kl, np.array(found.agree))]
+        judged = dict(zip((NLL.name, KL.name, AGREEMENT.name), means, strict=True))
+        return {**judged, **cost, "cut_off": 0.0, "unreadable": 0.0}
+    grade = store.grade(unit, found)
+    judged = {ACCURACY.name: float(grade.correct), SCORE.name: grade.score}
+    return {**judged, **cost, "cut_off": float(not found.finished), "unreadable": float(grade.extracted is None)}
+
+
 def comparisons(findings: Findings, task: str) -> dict[tuple[str, int], Comparison]:
     """Every method against the base line at the same budget, on the problems both have; corrected over the task."""
-    found = {}
+    found, metric = {}, findings.metric_of(task)
     for budget in findings.study.budgets:
         cells = {cell.method: cell for cell in findings.of(task, budget)}
         base = cells.get(BASELINE)
         for method, cell in cells.items():
             if base is not None and method != BASELINE:
-                found[method, budget] = compare(*paired(cell, base, findings.metric))
+                found[method, budget] = compare(*paired(cell, base, metric))
     return dict(zip(found, correct(list(found.values())), strict=True))
 
 
-def paired(first: CellResult, second: CellResult, metric: str) -> tuple[Floats, Floats]:
-    """The scores of both on the problems that both have, in one order."""
+def paired(first: CellResult, second: CellResult, metric: Metric) -> tuple[Floats, Floats]:
+    """The values of both on the problems that both have, in one order."""
     both = [name for name in first.problems if name in set(second.problems)]
     columns = []
     for cell in (first, second):
         at = {name: i for i, name in enumerate(cell.problems)}
-        columns.append(cell.metric(metric)[[at[name] for name in both]])
+        columns.append(cell.values[metric][[at[name] for name in both]])
     return columns[0], columns[1]
 
 
 def sentences(findings: Findings, task: str) -> list[str]:
     """Which differences are real, in words."""
-    lines = []
+    lines, metric = [], findings.metric_of(task)
     for (method, budget), found in comparisons(findings, task).items():
-        d = found.difference
-        size = (
-            f"{100 * d.mean:+.1f} points [{100 * d.low:+.1f}, {100 * d.high:+.1f}], corrected p = {found.corrected:.2g}"
+        better = (found.difference.mean < 0) == metric.lower_is_better
+        verdict = f"is {'better' if better else 'worse'} than" if found.real else "cannot be told from"
+        lines.append(
+            f"At budget {budget}, {method} {verdict} {BASELINE} "
+            f"({metric.text(found.difference, '+')} {metric.unit}, corrected p = {found.corrected:.2g})."
         )
-        if found.real:
-            verdict = f"is {'better' if d.mean > 0 else 'worse'} than {BASELINE}"
-        else:
-            verdict = f"cannot be told from {BASELINE}"
-        lines.append(f"At budget {budget}, {method} {verdict} ({size}).")
     for budget in findings.study.budgets:
         control = findings.of(task, budget, control=True)
         for cell in findings.of(task, budget) if control else []:
             # On the problems that the random splits were given, so that like is compared with like.
-            own = float(paired(cell, control[0], findings.metric)[0].mean())
-            rank, places = rank_among(own, [float(c.metric(findings.metric).mean()) for c in control])
+            own = float(paired(cell, control[0], metric)[0].mean())
+            sign = -1 if metric.lower_is_better else 1
+            rank, places = rank_among(sign * own, [sign * float(c.values[metric].mean()) for c in control])
             lines.append(
-                f"At budget {budget}, {cell.method} ({own:.1%}) takes place {rank} of {places} among random splits of "
-                f"the same total with R-KV's scores, on {len(control[0].problems)} problems."
+                f"At budget {budget}, {cell.method} ({metric.scale * own:.{metric.digits}f}) takes place {rank} of "
+                f"{places} among random splits of the same total with R-KV's scores, on {len(control[0].problems)} "
+                "problems."
             )
     return lines
-
-
-def _text(estimate: Estimate) -> str:
-    return f"{100 * estimate.mean:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
 
 def rows(findings: Findings, task: str) -> list[dict[str, str]]:
@@ -193,23 +246,13 @@ def rows(findings: Findings, task: str) -> list[dict[str, str]]:
     full = next((cell for cell in findings.of(task) if cell.budget is None), None)
     lines = []
     for cell in findings.of(task):
-        share = "" if full is None else f"{cell.kv_bytes / full.kv_bytes:.1%}"
-        lines.append(
-            {
-                "method": cell.method,
-                "budget": "-" if cell.budget is None else str(cell.budget),
-                "accuracy %": _text(mean_score(cell.accuracy)),
-                "score %": _text(mean_score(cell.score)),
-                "kept tokens": f"{cell.kept:.0f}",
-                "KV bytes": f"{cell.kv_bytes:.0f}",
-                "of full": share,
-                "tokens": f"{cell.tokens:.0f}",
-                "cut off": f"{cell.cut_off:.1%}",
-                "unreadable": f"{cell.unreadable:.1%}",
-                "problems": str(len(cell.problems)),
-                "answers": str(cell.answers),
-            }
-        )
+        line = {"method": cell.method, "budget": "-" if cell.budget is None else str(cell.budget)}
+        line |= {metric.name: metric.text(metric.estimate(values)) for metric, values in cell.values.items()}
+        line |= {"kept tokens": f"{cell.kept:.0f}", "KV bytes": f"{cell.kv_bytes:.0f}"}
+        line |= {"of full": "" if full is None else f"{cell.kv_bytes / full.kv_bytes:.1%}"}
+        line |= {"tokens": f"{cell.tokens:.0f}", "cut off": f"{cell.cut_off:.1%}"}
+        line |= {"unreadable": f"{cell.unreadable:.1%}", "problems": str(len(cell.problems))}
+        lines.append({**line, "answers": str(cell.answers)})
     return lines
 
 
@@ -228,11 +271,12 @@ def _preamble(findings: Findings) -> str:
     study, sampling = findings.study, findings.study.sampling
     how = f"temperature {sampling.temperature}, top-p {sampling.top_p}" if sampling.temperature else "greedy"
     text = (
-        f"{study.samples} answer(s) to each question, {how}, at most {sampling.max_new_tokens} tokens. "
-        f"Intervals: 95 %, bootstrap over problems. Comparisons: paired by problem, on {findings.metric}, sign-flip "
-        "test, Holm's correction over all comparisons of a task. accuracy: all of the answer right; score: share of "
-        "it. kept tokens: per head, mean over layers, heads and decoding steps; KV bytes: the largest share of the "
-        "cache that fell to one answer, free slots included."
+        f"{study.samples} answer(s) to each question, {how}, at most {sampling.max_new_tokens} tokens. Intervals: "
+        f"95 %, bootstrap over problems. Comparisons: paired by problem ({findings.metric.name} of answers, {NLL.name} "
+        "of texts that are read), sign-flip test, Holm's correction over all comparisons of a task. accuracy: all of "
+        "the answer right; score: share of it. nll: negative log-likelihood of the text, nats per token; kl: from the "
+        "full cache's distribution; agreement: same likeliest token. kept tokens: per head, mean over layers, heads, "
+        "and decoding steps; KV bytes: the largest share of the cache that fell to one answer, free slots included."
     )
     if findings.missing:
         text += f" **Incomplete: {findings.missing} answers are missing.**"
@@ -240,19 +284,18 @@ def _preamble(findings: Findings) -> str:
 
 
 def to_csv(findings: Findings) -> str:
-    """Every cell, random splits included, with plain numbers."""
+    """Every number of every cell on a line of its own, random splits included."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = ("accuracy", "score")
-    head = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
-    writer.writerow(["task", "method", "budget", *head, "kept_tokens", "kv_bytes", "tokens", "cut_off", "unreadable",
-                     "problems", "answers"])  # fmt: skip
+    writer.writerow(["task", "method", "budget", "quantity", "mean", "low", "high", "problems", "answers"])
     for cell in findings.cells:
-        estimates = [mean_score(cell.metric(name)) for name in names]
-        numbers = [f"{value:.6g}" for e in estimates for value in (e.mean, e.low, e.high)]
-        costs = [f"{value:.6g}" for value in (cell.kept, cell.kv_bytes, cell.tokens, cell.cut_off, cell.unreadable)]
-        budget = "" if cell.budget is None else cell.budget
-        writer.writerow([cell.task, cell.method, budget, *numbers, *costs, len(cell.problems), cell.answers])
+        name = (cell.task, cell.method, "" if cell.budget is None else cell.budget)
+        size = (len(cell.problems), cell.answers)
+        for metric, values in cell.values.items():
+            estimate = astuple(metric.estimate(values))
+            writer.writerow([*name, metric.name.removesuffix(" %"), *(f"{x:.6g}" for x in estimate), *size])
+        for quantity in ("kept", "kv_bytes", "tokens", "cut_off", "unreadable"):
+            writer.writerow([*name, quantity, f"{getattr(cell, quantity):.6g}", "", "", *size])
     return out.getvalue()
 
 
@@ -269,7 +312,9 @@ def to_html(findings: Findings, pictures: dict[str, bytes]) -> str:
         parts.append(f"<h2>{html.escape(task)}</h2>")
         if task in pictures:
             encoded = base64.b64encode(pictures[task]).decode()
-            parts.append(f"<img alt='{findings.metric} against budget' src='data:image/png;base64,{encoded}'>")
+            parts.append(
+                f"<img alt='{findings.metric_of(task).name} against budget' src='data:image/png;base64,{encoded}'>"
+            )
         table = rows(findings, task)
         parts.append("<table><tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in table[0]) + "</tr>")
         for line in table:
@@ -282,18 +327,20 @@ def to_html(findings: Findings, pictures: dict[str, bytes]) -> str:
 
 def curves(findings: Findings, task: str) -> dict[str, Any]:
     """What a picture of a task needs: method -> [(budget, interval)], the full cache, the random splits."""
+    metric = findings.metric_of(task)
     series: dict[str, list[tuple[int, tuple[float, ...]]]] = {}
     full = None
     for cell in findings.of(task):
-        estimate = astuple(mean_score(cell.metric(findings.metric)))
-        if cell.method == FULL or cell.budget is None:
-            full = estimate
+        interval = tuple(metric.scale * x for x in astuple(metric.estimate(cell.values[metric])))
+        if cell.budget is None:
+            full = interval
         else:
-            series.setdefault(cell.method, []).append((cell.budget, estimate))
+            series.setdefault(cell.method, []).append((cell.budget, interval))
     control: dict[int, list[float]] = {}
     for cell in findings.of(task, control=True):
-        control.setdefault(int(cell.budget or 0), []).append(float(cell.metric(findings.metric).mean()))
-    return {"series": series, "full": full, "control": control}
+        control.setdefault(int(cell.budget or 0), []).append(metric.scale * float(cell.values[metric].mean()))
+    return {"series": series, "full": full, "control": control, "title": task, "metric": metric.name,
+            "from_zero": metric.bounded}  # fmt: skip
 
 
 def write_report(findings: Findings, folder: Path) -> list[Path]:
@@ -303,7 +350,7 @@ def write_report(findings: Findings, folder: Path) -> list[Path]:
         from reasonalloc.plots import draw_curves
 
         for task in findings.tasks():
-            pictures[task] = draw_curves(**curves(findings, task), title=task, metric=findings.metric)
+            pictures[task] = draw_curves(**curves(findings, task))
     except ImportError:
         pass  # the pictures are an extra
     files = {

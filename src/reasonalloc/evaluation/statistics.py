@@ -6,6 +6,7 @@ evidence about others.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,13 @@ def mean_score(problems: Float[Floats, "problems"], seed: int = 0) -> Estimate:
         return Estimate(mean, mean * far, mean + (1 - mean) * (1 - far))
     found = _bootstrap(problems, seed)
     return Estimate(found.mean, max(0.0, found.low), min(1.0, found.high))
+
+
+def mean_value(problems: Float[Floats, "problems"], seed: int = 0) -> Estimate:
+    """Mean of unbounded values over problems, with a bootstrap interval; a single problem has an infinite one."""
+    if len(problems) < 2:
+        return Estimate(float(problems.mean()), -math.inf, math.inf)
+    return _bootstrap(problems, seed)
 
 
 def compare(first: Float[Floats, "problems"], second: Float[Floats, "problems"], seed: int = 0) -> Comparison:

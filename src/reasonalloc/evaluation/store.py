@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from reasonalloc.evaluation.answering import Answer
+from reasonalloc.evaluation.fidelity import Reading
 from reasonalloc.evaluation.grading import GRADERS, Grade
+from reasonalloc.evaluation.questions import FIDELITY
 from reasonalloc.evaluation.study import Batch, Study, Unit
 from reasonalloc.files import write_atomically
 
+Result = Answer | Reading
 _EXECUTION = ("batch",)  # settings that may differ between runs of one study
 
 
@@ -60,19 +63,20 @@ class Store:
         """Whether any of the batch's units has no result."""
         return not all(self._path("results", unit.key).exists() for unit in batch)
 
-    def write(self, unit: Unit, answer: Answer) -> None:
+    def write(self, unit: Unit, result: Result) -> None:
         """Keep a result; an earlier one of the same unit stays."""
         path = self._path("results", unit.key)
         if not path.exists():
-            value = {"unit": unit.identity(), "answer": asdict(answer)}
+            value = {"unit": unit.identity(), "result": asdict(result)}
             write_atomically(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode())
 
-    def read(self, unit: Unit) -> Answer | None:
+    def read(self, unit: Unit) -> Result | None:
         """A unit's result; None if there is none yet."""
         path = self._path("results", unit.key)
         if not path.exists():
             return None
-        return Answer(**json.loads(path.read_text(encoding="utf-8"))["answer"])
+        kind = Reading if unit.grader == FIDELITY else Answer
+        return kind(**json.loads(path.read_text(encoding="utf-8"))["result"])
 
     def grade(self, unit: Unit, answer: Answer) -> Grade:
         """The grade of a unit's answer, made once and kept."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from reasonalloc.compression import METHODS, Compression
 from reasonalloc.evaluation.answering import Sampling
-from reasonalloc.evaluation.questions import Question, QuestionSet, load_questions
+from reasonalloc.evaluation.questions import Question, QuestionSet, load_questions, load_texts
 from reasonalloc.registry import unknown_name
 
 FULL = "full"
@@ -21,18 +21,28 @@ RANDOM = "random-split"
 
 @dataclass(frozen=True)
 class TaskSource:
-    """Where questions come from; see ``load_questions``."""
+    """Where questions come from; see ``load_questions``, and ``load_texts`` with ``fidelity``.
+
+    Attributes:
+        fidelity: given texts are read with each cache, instead of answers being written.
+        least_words: of such a text; shorter ones are passed over.
+    """
 
     name: str
     data: str | None = None
     question_field: str | None = None
     answer_field: str | None = None
     count: int | None = None
+    fidelity: bool = False
+    least_words: int = 0
 
     def load(self) -> QuestionSet:
         """The questions."""
         data = None if self.data is None else Path(self.data)
-        return load_questions(self.name, data, self.question_field, self.answer_field, self.count)
+        fields = (self.question_field, self.answer_field, self.count)
+        if self.fidelity:
+            return load_texts(self.name, data, *fields, self.least_words)
+        return load_questions(self.name, data, *fields)
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,8 @@ class Study:
             raise ValueError("a study needs at least one task and one method")
         if self.samples > 1 and not self.sampling.temperature:
             raise ValueError(f"greedy answers are all alike: {self.samples} samples need a temperature above 0")
-        for kind, names in (("task", [t.name for t in self.tasks]), ("method", [v.name for v in self.variants])):
+        tasks = [("fidelity:" if t.fidelity else "") + t.name for t in self.tasks]
+        for kind, names in (("task", tasks), ("method", [v.name for v in self.variants])):
             if len(set(names)) < len(names):
                 raise ValueError(f"two {kind}s of one name: {', '.join(names)}")
         if set(self.random_budgets or ()) - set(self.budgets):
@@ -152,22 +163,34 @@ class Study:
     def plan(self, model: str) -> list[Batch]:
         """All work, in batches: the longest prompts first, methods and budgets beside each other.
 
+        A text that is read is one batch with all caches, so that the full cache reads it only once.
+
         Args:
             model: the model's fingerprint, which goes into every unit's key.
         """
         batches = []
         for source in self.tasks:
             questions = source.load()
-            for cell in self.cells():
-                few = questions.first(self.random_count) if cell.method.startswith(RANDOM) else questions
-                units = [
-                    Unit(model, cell, few.name, few.grader, question, sample, self.sampling, self.dtype, self.seed)
-                    for question in few.questions
-                    for sample in range(self.samples)
-                ]
-                units.sort(key=lambda unit: -len(unit.question.prompt))
-                batches += [tuple(units[i : i + self.batch]) for i in range(0, len(units), self.batch)]
+            samples = 1 if source.fidelity else self.samples
+            columns = [self._units(model, questions, cell, samples) for cell in self.cells()]
+            if source.fidelity:
+                rows: dict[str, list[Unit]] = {}
+                for unit in (unit for column in columns for unit in column):
+                    rows.setdefault(unit.question.id, []).append(unit)
+                batches += [tuple(row) for row in rows.values()]
+            else:
+                for units in columns:
+                    units.sort(key=lambda unit: -len(unit.question.prompt))
+                    batches += [tuple(units[i : i + self.batch]) for i in range(0, len(units), self.batch)]
         return sorted(batches, key=lambda batch: -len(batch[0].question.prompt))
+
+    def _units(self, model: str, questions: QuestionSet, cell: Cell, samples: int) -> list[Unit]:
+        few = questions.first(self.random_count) if cell.method.startswith(RANDOM) else questions
+        return [
+            Unit(model, cell, few.name, few.grader, question, sample, self.sampling, self.dtype, self.seed)
+            for question in few.questions
+            for sample in range(samples)
+        ]
 
 
 @dataclass(frozen=True)
