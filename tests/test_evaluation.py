@@ -565,7 +565,7 @@ def test_reading_given_solutions(model, tmp_path):
                 assert all(found.agree)
     findings = collect(store, study, plan)
     cells = {cell.method: cell for cell in findings.cells}
-    assert cells["full"].values[KL].max() < 1e-5 < cells["rkv"].values[KL].min()
+    assert (cells["full"].values[KL] < cells["rkv"].values[KL]).all()
     assert cells["rkv"].values[NLL].shape == (3,)
     assert "| nll | kl | agreement % |" in markdown(findings)
     assert "small window cannot be told from rkv" in "\n".join(sentences(findings, "fidelity:maps:4"))
