@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,11 @@ class Study:
             return cls(**values)
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is no study: {error}") from error
+
+    def located(self, model: str | None = None, data: Path | None = None) -> Study:
+        """The same study with its model, and its tasks' data, where they lie on this machine."""
+        tasks = self.tasks if data is None else tuple(replace(task, data=str(data)) for task in self.tasks)
+        return replace(self, model=model or self.model, tasks=tasks)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
