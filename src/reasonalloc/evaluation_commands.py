@@ -20,7 +20,9 @@ DEFAULT_METHODS = "full,rkv,pyramid-rkv,reasonalloc"
 
 def evaluate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results; run again to go on.")],
-    study: Annotated[Path | None, typer.Option(help="A study as JSON; --model and --data say where they lie here.")] = None,
+    study: Annotated[
+        Path | None, typer.Option(help="A study as JSON; --model and --data say where they lie here.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study that the folder holds.")] = False,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Local folder, .gguf file, or hub id.")] = None,
     task: Annotated[

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from reasonalloc.compression import AUTO_PROFILE, Compression
+from reasonalloc.engines.transformers.auto_profile import auto_profile
 from reasonalloc.engines.transformers.loading import load, quiet
 from reasonalloc.evaluation.answering import answer
 from reasonalloc.evaluation.fidelity import Reading, make_trace, read_alike
@@ -25,7 +27,12 @@ class Worker:
         quiet()
         self.study = study
         self.model, self.tokenizer = load(study.model, study.dtype, device)
-        self.plan = study.plan(fingerprint(self.model))
+        self.plan = study.plan(fingerprint(self.model), self._resolve)
+
+    def _resolve(self, compression: Compression) -> Compression:
+        if compression.profile != AUTO_PROFILE:
+            return compression
+        return compression.replace(profile=auto_profile(self.model.config, compression, self.model, self.tokenizer))
 
     def run(self, batch: Batch) -> list[Result]:
         """Results of a batch; sampling is seeded by the batch itself."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -165,19 +165,21 @@ class Study:
                 cells.append(Cell(variant.name, budget, variant.compression(budget, self.common)))
         return cells
 
-    def plan(self, model: str) -> list[Batch]:
+    def plan(self, model: str, resolve: Callable[[Compression], Compression] = lambda found: found) -> list[Batch]:
         """All work, in batches: the longest prompts first, methods and budgets beside each other.
 
         A text that is read is one batch with all caches, so that the full cache reads it only once.
 
         Args:
             model: the model's fingerprint, which goes into every unit's key.
+            resolve: puts the model's own profile in place of profile="auto"; its hash is part of the key, too.
         """
         batches = []
+        cells = [replace(cell, compression=resolve(cell.compression)) for cell in self.cells()]
         for source in self.tasks:
             questions = source.load()
             samples = 1 if source.fidelity else self.samples
-            columns = [self._units(model, questions, cell, samples) for cell in self.cells()]
+            columns = [self._units(model, questions, cell, samples) for cell in cells]
             if source.fidelity:
                 rows: dict[str, list[Unit]] = {}
                 for unit in (unit for column in columns for unit in column):
