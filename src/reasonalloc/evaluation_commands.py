@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +14,13 @@ from reasonalloc.console import clear_errors, console, errors
 
 if TYPE_CHECKING:
     from reasonalloc.evaluation.store import Result, Store
-    from reasonalloc.evaluation.study import Batch
+    from reasonalloc.evaluation.study import Batch, Study
 
 DEFAULT_METHODS = "full,rkv,pyramid-rkv,reasonalloc"
 
 
 def evaluate(
+    context: typer.Context,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results; run again to go on.")],
     study: Annotated[
         Path | None, typer.Option(help="A study as JSON; --model and --data say where they lie here.")
@@ -36,14 +38,16 @@ def evaluate(
     least_words: Annotated[int, typer.Option(min=0, help="With --fidelity: pass over shorter texts.")] = 0,
     methods: Annotated[str, typer.Option(help="Names, with commas; see `reasonalloc methods`.")] = DEFAULT_METHODS,
     budgets: Annotated[str, typer.Option(help="Tokens per KV head, with commas.")] = "128,256,512",
+    baseline: Annotated[str | None, typer.Option(help="What methods are compared with; rkv if it is there.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Answers to each question.")] = 8,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.6,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32768,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, or text.")] = 32768,
     count: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
     data: Annotated[Path | None, typer.Option(help="JSON lines with the questions, instead of the hub.")] = None,
     question_field: Annotated[str | None, typer.Option(help="In --data.")] = None,
     answer_field: Annotated[str | None, typer.Option(help="In --data.")] = None,
+    text_field: Annotated[str | None, typer.Option(help="In --data, with --fidelity.")] = None,
     profile: Annotated[str | None, typer.Option(help="Demand profile (JSON), or 'auto'.")] = None,
     interval: Annotated[int, typer.Option(min=1, help="Decoded tokens between two compressions.")] = 128,
     protect_prompt: Annotated[bool, typer.Option(help="Keep the prompt, on top of the budget.")] = False,
@@ -58,11 +62,11 @@ def evaluate(
 ) -> None:
     """Let methods answer questions at several budgets; stop at any time and run again to go on."""
     with clear_errors():
-        from reasonalloc.evaluation.executors import Worker, run_local, run_ray
-        from reasonalloc.evaluation.executors import shard as shard_of
         from reasonalloc.evaluation.store import Store
         from reasonalloc.evaluation.study import Study
 
+        if resume or study:
+            _refuse(context, _WITH_RESUME if resume else _WITH_STUDY)
         store = Store(output)
         if resume:
             wanted = store.study()
@@ -71,24 +75,16 @@ def evaluate(
         else:
             if model is None or not (task or fidelity):
                 raise ValueError("name a --model and at least one --task or --fidelity, or a --study, or --resume")
-            source = {
-                "data": None if data is None else str(data),
-                "question_field": question_field,
-                "answer_field": answer_field,
-                "count": count,
-            }
+            tasks = _tasks(
+                task or [], fidelity or [], data, question_field, answer_field, text_field, count, least_words
+            )
             wanted = Study.from_dict(
                 {
                     "model": model,
-                    "tasks": [
-                        *({"name": name, **source} for name in task or ()),
-                        *(
-                            {"name": name, **source, "fidelity": True, "least_words": least_words}
-                            for name in fidelity or ()
-                        ),
-                    ],
+                    "tasks": tasks,
                     "variants": [name.strip() for name in methods.split(",")],
                     "budgets": numbers(budgets, "--budgets"),
+                    "baseline": baseline,
                     "samples": samples,
                     "sampling": {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens},
                     "common": {
@@ -102,17 +98,38 @@ def evaluate(
                     "batch": batch,
                 }
             )
-        part = None if shard is None else _shard(shard)
-        store.begin(wanted)
-        with errors.status(f"loading {wanted.model}"):
-            worker = Worker(wanted, device)
-        batches = worker.plan if part is None else shard_of(worker.plan, *part)
-        with _Watch(store, batches) as watch:
-            if ray_workers:
-                run_ray(wanted, output, ray_workers, ray_gpus, watch.done)
-            else:
-                run_local(worker, store, batches, watch.done)
+        if shard and ray_workers:
+            raise ValueError("--shard and --ray-workers are two ways to share the work: choose one")
+        _run(store, wanted, device, None if shard is None else _shard(shard), ray_workers, ray_gpus)
         console.print(f"{output}: done. `reasonalloc report {output}` says what was found", highlight=False)
+
+
+def _run(
+    store: Store, study: Study, device: str, part: tuple[int, int] | None, ray_workers: int, ray_gpus: float
+) -> None:
+    from reasonalloc.evaluation.executors import Worker, run_local, run_ray, shard
+    from reasonalloc.evaluation.grading import grader, grader_version
+    from reasonalloc.evaluation.questions import FIDELITY
+
+    store.check(study)
+    if part is not None:
+        shard([], *part)  # a wrong one fails before anything is loaded
+    sets = store.sets() or study.load_questions()
+    for found in sets:
+        if found.grader != FIDELITY:
+            grader(found.grader)
+            grader_version(found.grader)  # what is missing for grading is said now, not after hours
+    with errors.status(f"loading {study.model}"):
+        worker = Worker(study, "cpu" if ray_workers else device)  # the GPUs are the actors'
+    profile = store.profile() or worker.auto_profile(study)
+    store.begin(study, worker.fingerprint, sets, profile)
+    plan = store.plan()
+    batches = plan if part is None else shard(plan, *part)
+    with _Watch(store, batches) as watch:
+        if ray_workers:
+            run_ray(study, store, ray_workers, ray_gpus, watch.done, device)
+        else:
+            run_local(worker, store, batches, watch.done)
 
 
 def report(
@@ -122,24 +139,51 @@ def report(
         str, typer.Option(help="What is compared: accuracy (all of an answer right) or score (share of it).")
     ] = "accuracy",
 ) -> None:
-    """Grade the answers; write report.html, report.md, report.csv and pictures."""
+    """Grade the answers; write report.html, report.md, report.csv and pictures. Needs neither model nor hub."""
     with clear_errors():
-        from reasonalloc.evaluation.executors import Worker
         from reasonalloc.evaluation.report import ACCURACY, SCORE, collect, markdown, write_report
         from reasonalloc.evaluation.store import Store
 
         if metric not in ("accuracy", "score"):
             raise ValueError(f"the metric is accuracy or score, got {metric!r}")
         store = Store(folder)
-        study = store.study()
-        with errors.status(f"loading {study.model}"):
-            plan = Worker(study).plan
-        findings = collect(store, study, plan, SCORE if metric == "score" else ACCURACY)
-        if not findings.cells:
+        findings = collect(store, store.study(), store.plan(), SCORE if metric == "score" else ACCURACY)
+        if not findings.tasks():
             raise ValueError(f"{folder} has no finished problem yet")
         paths = write_report(findings, output or folder / "report")
-        console.print(markdown(findings), highlight=False, markup=False)
+        console.print(markdown(findings), highlight=False, markup=False, soft_wrap=True)
         console.print(f"wrote {', '.join(map(str, paths))}", highlight=False, soft_wrap=True)
+
+
+_ANYWHERE = {"output", "device", "shard", "ray_workers", "ray_gpus"}
+_WITH_RESUME = {*_ANYWHERE, "resume"}
+_WITH_STUDY = {*_ANYWHERE, "study", "model", "data"}
+
+
+def _refuse(context: typer.Context, allowed: set[str]) -> None:
+    """Options beside a study that would change nothing are an error."""
+    given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+    wrong = [f"--{name.replace('_', '-')}" for name in given if name not in allowed]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} would have no effect: the study says all that decides the results")
+
+
+def _tasks(
+    answer: list[str],
+    read: list[str],
+    data: Path | None,
+    question_field: str | None,
+    answer_field: str | None,
+    text_field: str | None,
+    count: int | None,
+    least_words: int,
+) -> list[dict[str, Any]]:
+    if data is not None and len({*answer, *read}) > 1:
+        raise ValueError(f"--data is one set of questions, got several: {', '.join([*answer, *read])}; use a --study")
+    source = {"data": None if data is None else str(data), "question_field": question_field, "count": count}
+    written = [{"name": name, **source, "answer_field": answer_field} for name in answer]
+    texts = {"answer_field": text_field, "fidelity": True, "least_words": least_words}
+    return [*written, *({"name": name, **source, **texts} for name in read)]
 
 
 def numbers(text: str, option: str) -> list[int]:
@@ -158,10 +202,9 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 class _Watch:
-    """The live table: answers done, tokens a second, accuracy so far of each method."""
+    """The live table: answers done, tokens a second, accuracy so far of each method. Grades are not kept."""
 
     def __init__(self, store: Store, batches: list[Batch]) -> None:
-        self.store = store
         self.right: dict[str, list[bool]] = defaultdict(list)
         self.tokens, self.seconds = 0, 0.0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -180,13 +223,15 @@ class _Watch:
     def done(self, batch: Batch, results: list[Result], seconds: float) -> None:
         """Count a finished batch."""
         from reasonalloc.evaluation.answering import Answer
+        from reasonalloc.evaluation.grading import grader
 
         for unit, found in zip(batch, results, strict=True):
             if isinstance(found, Answer):
-                self.right[unit.cell.method].append(self.store.grade(unit, found).correct)
+                with suppress(Exception):  # whatever an answer does to its grader, the run goes on
+                    right = grader(unit.grader)(unit.question.reference, found.text).correct
+                    self.right[unit.cell.method].append(right)
         self.tokens += sum(found.tokens for found in results)
         self.seconds += seconds
         so_far = ", ".join(f"{name} {sum(x) / len(x):.0%}" for name, x in list(self.right.items())[:5])
-        self.progress.update(
-            self.task, advance=len(batch), so_far=f"{self.tokens / self.seconds:.0f} tokens/s; {so_far}"
-        )
+        speed = f"{self.tokens / self.seconds:.0f} tokens/s"
+        self.progress.update(self.task, advance=len(batch), so_far=f"{speed}; {so_far}")

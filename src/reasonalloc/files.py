@@ -30,6 +30,30 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def write_once(path: Path, content: bytes) -> bool:
+    """Write a file, whole, unless there is one already; of several writers the first wins.
+
+    Returns:
+        Whether this call wrote it.
+    """
+    if path.exists():
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(name, 0o666 & ~_umask())
+        os.link(name, path)
+    except FileExistsError:
+        return False
+    except PermissionError:  # a file system without hard links: the last writer wins instead
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return True
+
+
 def read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """The objects of a JSON-lines file with their line numbers; empty lines are passed over.
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -306,7 +307,7 @@ class DemandProfile:
         fields = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in data.items())
         return f'{{\n{fields},\n"prompts": [\n{prompts}\n]\n}}\n'.encode()
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the file's text (hexadecimal)."""
         return hashlib.sha256(self.to_json()).hexdigest()

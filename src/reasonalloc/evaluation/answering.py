@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 
 from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers.cache import Cache
@@ -34,17 +34,17 @@ class Sampling:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
             raise ValueError(f"temperature must be at least 0, top_p in (0, 1], max_new_tokens positive, got {self}")
 
-    def options(self) -> dict[str, Any]:
-        """As ``generate`` takes them."""
-        if not self.temperature:
-            return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
-        return {
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": 0,
-            "max_new_tokens": self.max_new_tokens,
-        }
+    def config(self, model: Any, tokenizer: Any) -> transformers.GenerationConfig:
+        """As ``generate`` takes it. Nothing of the model's own but its special tokens: no penalties, no filters."""
+        own = model.generation_config
+        chosen = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return transformers.GenerationConfig(
+            eos_token_id=own.eos_token_id,
+            bos_token_id=own.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            max_new_tokens=self.max_new_tokens,
+            **(chosen if self.temperature else {"do_sample": False}),
+        )
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Answer:
         text: raw, special tokens included, the end token excluded.
         tokens: how many were written, the end token included.
         finished: whether it ended by itself; False: the length limit cut it off.
-        kept_tokens: tokens per head held, averaged over layers, heads and the decoding steps looked at.
+        kept_tokens: tokens per head held, averaged over layers, heads and decoding steps.
         kv_bytes: largest share of the cache's key and value slots that fell to this sequence, in bytes.
     """
 
@@ -73,7 +73,6 @@ def answer(
     compression: Compression,
     sampling: Sampling,
     seed: int = 0,
-    look_every: int = 16,
     recorder: Recorder | None = None,
     on_step: OnStep | None = None,
 ) -> list[Answer]:
@@ -86,7 +85,6 @@ def answer(
         compression: the cache.
         sampling: how tokens are chosen.
         seed: of torch's random numbers, for sampling.
-        look_every: steps between two looks at the cache.
         recorder: gets every routing, if given.
         on_step: called at every step, see ``drop_finished``.
     """
@@ -94,11 +92,10 @@ def answer(
     end = model.generation_config.eos_token_id
     ends = set(end) if isinstance(end, list) else {end}
     cache = Cache(model.config, compression, recorder=recorder)
-    footprint, steps = Footprint(len(prompts)), itertools.count()
+    footprint = Footprint(len(prompts))
 
     def watch(rows: torch.Tensor, tokens: torch.Tensor) -> None:
-        if next(steps) % look_every == 0:
-            footprint.look(cache, rows.tolist())
+        footprint.look(cache, rows.tolist())
         if on_step is not None:
             on_step(rows, tokens)
 
@@ -108,8 +105,7 @@ def answer(
         past_key_values=cache,
         custom_generate=drop_finished,
         on_step=watch,
-        pad_token_id=tokenizer.pad_token_id,
-        **sampling.options(),
+        generation_config=sampling.config(model, tokenizer),
     )
     written = out[:, inputs["input_ids"].shape[1] :].tolist()
     found = zip(written, footprint.kept, footprint.kv_bytes, strict=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reasonalloc.compression import AUTO_PROFILE, Compression
+from reasonalloc.allocation import DemandProfile
+from reasonalloc.compression import AUTO_PROFILE
 from reasonalloc.engines.transformers.auto_profile import auto_profile
 from reasonalloc.engines.transformers.loading import load, quiet
 from reasonalloc.evaluation.answering import answer
@@ -17,22 +19,24 @@ from reasonalloc.evaluation.questions import FIDELITY
 from reasonalloc.evaluation.store import Result, Store
 from reasonalloc.evaluation.study import Batch, Study, digest
 
+_ATTEMPTS = 3
+# Settings of a configuration that depend on where and how it was loaded, not on what the model computes.
+_INCIDENTAL = {"_name_or_path", "name_or_path", "transformers_version", "_attn_implementation", "torch_dtype", "dtype"}
 Done = Callable[[Batch, list[Result], float], None]  # a batch, its results, the seconds it took
 
 
 class Worker:
-    """A loaded model that answers batches of one study."""
+    """A loaded model that works on batches of a study."""
 
     def __init__(self, study: Study, device: str = "auto") -> None:
         quiet()
-        self.study = study
         self.model, self.tokenizer = load(study.model, study.dtype, device)
-        self.plan = study.plan(fingerprint(self.model), self._resolve)
+        self.fingerprint = fingerprint(self.model, self.tokenizer)
 
-    def _resolve(self, compression: Compression) -> Compression:
-        if compression.profile != AUTO_PROFILE:
-            return compression
-        return compression.replace(profile=auto_profile(self.model.config, compression, self.model, self.tokenizer))
+    def auto_profile(self, study: Study) -> DemandProfile | None:
+        """What profile="auto" stands for; None if the study does not use it."""
+        found = [cell.compression for cell in study.cells if cell.compression.profile == AUTO_PROFILE]
+        return auto_profile(self.model.config, found[0], self.model, self.tokenizer) if found else None
 
     def run(self, batch: Batch) -> list[Result]:
         """Results of a batch; sampling is seeded by the batch itself."""
@@ -48,13 +52,17 @@ class Worker:
         return read_alike(self.model, trace, [unit.cell.compression for unit in batch])
 
 
-def fingerprint(model: Any) -> str:
-    """Tells models apart: a hash over every parameter's name, shape, type and some of its values."""
+def fingerprint(model: Any, tokenizer: Any) -> str:
+    """Tells models apart: a hash over every parameter's name, shape, type and some of its values, over the
+    architecture's settings, the chat template and the vocabulary."""
     found = hashlib.sha256()
     for name, weight in model.state_dict().items():
         flat = weight.flatten()
         some = flat[:: max(1, flat.numel() // 64)][:64].double().cpu()
         found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + some.numpy().tobytes())
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _INCIDENTAL}
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    found.update(json.dumps([config, tokenizer.chat_template, vocabulary], sort_keys=True, default=str).encode())
     return found.hexdigest()[:16]
 
 
@@ -76,14 +84,22 @@ def run_local(worker: Worker, store: Store, batches: list[Batch], done: Done) ->
             done(batch, results, time.perf_counter() - began)
 
 
-def run_ray(study: Study, folder: Path, workers: int, gpus: float, done: Done, attempts: int = 3) -> None:
+def run_ray(study: Study, store: Store, workers: int, gpus: float, done: Done, device: str = "auto") -> None:
     """Ray actors, each with a model of its own, on as many machines as the cluster has; they share the folder.
 
-    A batch whose actor dies is given to another, at most ``attempts`` times.
+    A batch whose actor dies is given to another; what loses its actor three times is set aside until all else is done.
+
+    Args:
+        study: what is asked.
+        store: begun, on a file system that all machines share.
+        workers: how many actors.
+        gpus: GPUs of each.
+        done: called for every batch, as it finishes.
+        device: of the actors' models.
 
     Raises:
         ImportError: Ray is missing.
-        RuntimeError: a batch lost its actor ``attempts`` times.
+        OSError: the cluster is too small, or batches lost their actor time and again; which ones is said.
     """
     try:
         import ray
@@ -91,46 +107,60 @@ def run_ray(study: Study, folder: Path, workers: int, gpus: float, done: Done, a
         raise ImportError("this executor needs Ray: pip install 'reasonalloc[ray]'") from error
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
-    actor_class = ray.remote(num_gpus=gpus, max_restarts=0)(_RayWorker)
-    pool = {i: actor_class.remote(study.to_dict(), str(folder)) for i in range(workers)}
-    count = ray.get(pool[0].batches.remote())
-    waiting, tries = list(range(count)), dict.fromkeys(range(count), 0)
-    running: dict[Any, tuple[int, int]] = {}
-    idle = list(pool)
-    while waiting or running:
-        while idle and waiting:
-            i, index = idle.pop(), waiting.pop(0)
-            running[pool[i].run.remote(index)] = (i, index)
-        ready, _ = ray.wait(list(running), num_returns=1)
-        i, index = running.pop(ready[0])
-        idle.append(i)
-        try:
-            found = ray.get(ready[0])
-        except ray.exceptions.RayActorError as error:
-            tries[index] += 1
-            if tries[index] == attempts:
-                raise RuntimeError(
-                    f"batch {index} lost its worker {attempts} times: is its memory too small?"
-                ) from error
-            waiting.insert(0, index)
-            pool[i] = actor_class.remote(study.to_dict(), str(folder))
-            continue
-        if found is not None:
-            done(*found)
+    there = ray.cluster_resources().get("GPU", 0)
+    if workers * gpus > there:
+        raise OSError(f"{workers} workers of {gpus} GPUs need {workers * gpus}, the cluster has {there}: ask for less")
+    actor = ray.remote(num_gpus=gpus, max_restarts=0)(_RayWorker)
+    batches = [i for i, batch in enumerate(store.plan()) if store.missing(batch)]
+    if Path(study.model).exists():  # actors start in another folder
+        study = study.located(str(Path(study.model).absolute()))
+    pool = _Pool(lambda: actor.remote(study, str(store.folder.absolute()), device), min(workers, len(batches)))
+    lost = pool.work(batches, done)
+    if lost:
+        raise OSError(f"{len(lost)} batches lost their worker {_ATTEMPTS} times: is its memory too small? ({lost})")
+
+
+class _Pool:
+    """Actors, and what each is working on."""
+
+    def __init__(self, make: Callable[[], Any], size: int) -> None:
+        self.make, self.idle = make, [make() for _ in range(size)]
+        self.running: dict[Any, tuple[Any, int]] = {}
+
+    def work(self, batches: list[int], done: Done) -> list[int]:
+        """Do all batches; returns those that lost their actor too often."""
+        import ray
+
+        waiting, tries = list(batches), dict.fromkeys(batches, 0)
+        lost: list[int] = []
+        while waiting or self.running:
+            while self.idle and waiting:
+                actor, index = self.idle.pop(), waiting.pop(0)
+                self.running[actor.run.remote(index)] = (actor, index)
+            (ready, *_), _ = ray.wait(list(self.running), num_returns=1)
+            actor, index = self.running.pop(ready)
+            try:
+                found = ray.get(ready)
+            except ray.exceptions.RayActorError:
+                tries[index] += 1
+                (waiting if tries[index] < _ATTEMPTS else lost).append(index)
+                self.idle.append(self.make())
+                continue
+            self.idle.append(actor)
+            if found is not None:
+                done(*found)
+        return lost
 
 
 class _RayWorker:
     """What runs inside a Ray actor."""
 
-    def __init__(self, study: dict[str, Any], folder: str) -> None:
-        self.worker, self.store = Worker(Study.from_dict(study)), Store(Path(folder))
-
-    def batches(self) -> int:
-        """How many batches the plan has."""
-        return len(self.worker.plan)
+    def __init__(self, study: Study, folder: str, device: str) -> None:
+        self.worker, self.store = Worker(study, device), Store(Path(folder))
+        self.plan = self.store.plan()
 
     def run(self, index: int) -> tuple[Batch, list[Result], float] | None:
         """Do one batch; None if it was done already."""
         finished: list[tuple[Batch, list[Result], float]] = []
-        run_local(self.worker, self.store, [self.worker.plan[index]], lambda *batch: finished.append(batch))
+        run_local(self.worker, self.store, [self.plan[index]], lambda *batch: finished.append(batch))
         return finished[0] if finished else None

@@ -6,11 +6,13 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
-from reasonalloc.evaluation.questions import RECALL
+from reasonalloc.evaluation.questions import MATH, RECALL
 from reasonalloc.reasoner import read
 from reasonalloc.tasks import TASKS
 
+_VERSION = 1  # of the graders in this file
 THOUGHT_ENDS = ("</think>", "<|end_of_thought|>", "[/THINK]")  # what reasoning models write before the answer
 
 
@@ -21,10 +23,12 @@ class Grade:
     Attributes:
         extracted: the answer found in it; None if there is none that can be read.
         score: share of it that is right, in [0, 1].
+        gradable: False where the reference itself cannot be read; such a problem says nothing about any method.
     """
 
     extracted: str | None
     score: float
+    gradable: bool = True
 
     @property
     def correct(self) -> bool:
@@ -42,7 +46,6 @@ def grade_math(reference: str, text: str) -> Grade:
 
     Raises:
         ImportError: math-verify is missing.
-        ValueError: the reference itself cannot be read.
     """
     try:
         from math_verify import parse, verify
@@ -50,7 +53,7 @@ def grade_math(reference: str, text: str) -> Grade:
         raise ImportError("grading mathematics needs math-verify: pip install 'reasonalloc[eval]'") from error
     gold = parse(f"\\boxed{{{reference}}}")
     if not gold:
-        raise ValueError(f"the reference answer {reference!r} cannot be read as mathematics")
+        return Grade(None, 0.0, gradable=False)
     found = parse(after_thought(text))
     if not found:
         return Grade(None, 0.0)
@@ -70,15 +73,36 @@ def grade_recall(reference: str, text: str) -> Grade:
 
 
 def _grade_task(name: str) -> Callable[[str, str], Grade]:
+    task = TASKS.create(name)
+
     def grade(question: str, text: str) -> Grade:
         answer = read(text).answer
-        return Grade(answer, 0.0 if answer is None else TASKS.create(name).score(question, answer))
+        return Grade(answer, 0.0 if answer is None else task.score(question, answer))
 
     return grade
 
 
-GRADERS: dict[str, Callable[[str, str], Grade]] = {
-    "math": grade_math,
-    RECALL: grade_recall,
-    **{name: _grade_task(name) for name in ("maps", "programs", "search")},
-}
+_OWN: dict[str, Callable[[str, str], Grade]] = {MATH: grade_math, RECALL: grade_recall}
+
+
+def grader(name: str) -> Callable[[str, str], Grade]:
+    """From reference and text to a grade: "math", "recall", or a task's own checker.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    return _OWN[name] if name in _OWN else _grade_task(name)
+
+
+def grader_version(name: str) -> str:
+    """What a stored grade was made by; another version grades anew.
+
+    Raises:
+        ImportError: what the grader needs is missing.
+    """
+    if name != MATH:
+        return f"reasonalloc {_VERSION}"
+    try:
+        return f"reasonalloc {_VERSION}, math-verify {version('math-verify')}"
+    except PackageNotFoundError as error:
+        raise ImportError("grading mathematics needs math-verify: pip install 'reasonalloc[eval]'") from error

@@ -37,7 +37,7 @@ class QuestionSet:
 
     Attributes:
         name: in tables.
-        grader: a name in ``grading.GRADERS``.
+        grader: as ``grading.grader`` takes it.
         questions: in their order.
     """
 
@@ -76,7 +76,7 @@ HUB_SETS = {
     "aime25": HubSet("math-ai/aime25", "problem", "answer", "answer"),
     "gsm8k": HubSet("openai/gsm8k", "question", "answer", "answer", "test", "main"),
 }
-RECALL, FIDELITY = "recall", "fidelity"
+MATH, RECALL, FIDELITY = "math", "recall", "fidelity"
 
 
 def load_questions(
@@ -101,7 +101,9 @@ def load_questions(
         ImportError: ``datasets`` is missing.
     """
     family, _, size = name.partition(":")
-    if data is None and (family in TASKS.names() or family == RECALL):
+    if is_built_in(name):
+        if data is not None:
+            raise ValueError(f"{name} makes its own questions and takes no data file: choose another name for {data}")
         if not size.isdigit():
             raise ValueError(f"{family} needs a size, for instance {family}:48, got {name!r}")
         made = _recall if family == RECALL else _built_in
@@ -114,7 +116,13 @@ def load_questions(
         Question(id, MATH_PROMPT.format(question=question.strip()), answer.rpartition("####")[2].strip())
         for id, question, answer in _rows(name, data, *fields)
     )
-    return QuestionSet(name, "math", questions).first(count)
+    return QuestionSet(name, MATH, questions).first(count)
+
+
+def is_built_in(name: str) -> bool:
+    """Whether the questions are made here: a task or recall, with or without its size."""
+    family = name.partition(":")[0]
+    return family in TASKS.names() or family == RECALL
 
 
 def load_texts(
@@ -157,11 +165,13 @@ def _rows(name: str, data: Path | None, question_field: str, answer_field: str) 
     elif known is not None:
         rows, source = _hub_rows(known), known.path
     else:
-        raise unknown_name("task", name, [*HUB_SETS, *(f"{task}:48" for task in TASKS.names()), f"{RECALL}:16"])
+        raise unknown_name("task", name, [*HUB_SETS, *(f"{task}:48" for task in TASKS.names())])
     for number, row in rows:
         for field in (question_field, answer_field):
             if field not in row:
                 raise ValueError(f"{source}, line {number}: no field {field!r}; there are {', '.join(map(str, row))}")
+            if row[field] is None or not str(row[field]).strip():
+                raise ValueError(f"{source}, line {number}: field {field!r} is empty; remove the line or fill it")
         yield str(row.get("unique_id", row.get("id", number))), str(row[question_field]), str(row[answer_field])
 
 

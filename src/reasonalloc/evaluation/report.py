@@ -8,6 +8,7 @@ import html
 import io
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from reasonalloc.evaluation.store import Result, Store
 from reasonalloc.evaluation.study import RANDOM, Batch, Study, Unit
 from reasonalloc.files import write_atomically
 
-BASELINE = "rkv"
+Cell = tuple[str, int]  # method, budget
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,19 @@ class Metric:
 
     def estimate(self, values: Floats) -> Estimate:
         """Mean over problems with its interval."""
-        return mean_score(values) if self.bounded else mean_value(values)
+        return _estimate(values.tobytes(), self.bounded)
 
     def text(self, found: Estimate, sign: str = "") -> str:
         """ "mean [low, high]"."""
         mean, low, high = (f"{self.scale * x:{sign}.{self.digits}f}" for x in astuple(found))
         return f"{mean} [{low}, {high}]"
+
+
+@lru_cache(maxsize=1024)
+def _estimate(values: bytes, bounded: bool) -> Estimate:
+    """One bootstrap, however many tables and pictures show it."""
+    numbers = np.frombuffer(values)
+    return mean_score(numbers) if bounded else mean_value(numbers)
 
 
 ACCURACY = Metric("accuracy %", "points", 100, 1)
@@ -83,6 +91,7 @@ class CellResult:
         tokens: written or read, mean.
         cut_off: share of answers that hit the length limit.
         unreadable: share of answers in which no answer could be found.
+        ungradable: problems left out because their reference cannot be read.
         answers: how many.
     """
 
@@ -96,6 +105,7 @@ class CellResult:
     tokens: float
     cut_off: float
     unreadable: float
+    ungradable: int
     answers: int
 
 
@@ -124,8 +134,12 @@ class Findings:
         ]
 
     def tasks(self) -> list[str]:
-        """Names, in the study's order."""
-        return list(dict.fromkeys(cell.task for cell in self.cells))
+        """Names of those with a finished problem of a named method, in the study's order."""
+        return list(dict.fromkeys(cell.task for cell in self.cells if not cell.method.startswith(RANDOM)))
+
+    def base(self, task: str, budget: int | None) -> CellResult | None:
+        """The base line's cell at a budget."""
+        return next((cell for cell in self.of(task, budget) if cell.method == self.study.compared_with), None)
 
     def metric_of(self, task: str) -> Metric:
         """What methods are compared by."""
@@ -134,35 +148,31 @@ class Findings:
 
 def collect(store: Store, study: Study, plan: Iterable[Batch], metric: Metric = ACCURACY) -> Findings:
     """Grade what there is. Cells of which some answers are missing are judged by the problems that are complete."""
-    groups: dict[tuple[str, str, int | None], list[tuple[Unit, Result | None]]] = {}
+    groups: dict[tuple[str, str, int | None], dict[str, list[dict[str, float] | None]]] = {}
     for batch in plan:
         for unit in batch:
-            group = groups.setdefault((unit.task, unit.cell.method, unit.cell.budget), [])
-            group.append((unit, store.read(unit)))
-    cells = [_cell(store, *name, group) for name, group in groups.items()]
-    missing = sum(found is None for group in groups.values() for _, found in group)
-    order = {cell.method: i for i, cell in enumerate(study.cells())}
-    found = sorted((c for c in cells if c is not None), key=lambda c: (c.task, c.budget or 0, order[c.method]))
-    return Findings(study, tuple(found), missing, metric)
+            problems = groups.setdefault((unit.task, unit.cell.method, unit.cell.budget), {})
+            found = store.read(unit)
+            judged = None if found is None else _judge(store, unit, found)
+            problems.setdefault(unit.question.id, []).append(judged)
+    cells = [_cell(*name, problems) for name, problems in groups.items()]
+    missing = sum(row is None for problems in groups.values() for rows in problems.values() for row in rows)
+    order = {cell.method: i for i, cell in enumerate(study.cells)}
+    found_cells = sorted((c for c in cells if c is not None), key=lambda c: (c.task, c.budget or 0, order[c.method]))
+    return Findings(study, tuple(found_cells), missing, metric)
 
 
 def _cell(
-    store: Store, task: str, method: str, budget: int | None, group: list[tuple[Unit, Result | None]]
+    task: str, method: str, budget: int | None, problems: dict[str, list[dict[str, float] | None]]
 ) -> CellResult | None:
-    problems: dict[str, list[tuple[Unit, Result | None]]] = {}
-    for unit, found in group:
-        problems.setdefault(unit.question.id, []).append((unit, found))
-    complete = {
-        name: [_judge(store, unit, found) for unit, found in pairs if found is not None]
-        for name, pairs in sorted(problems.items())
-        if all(found is not None for _, found in pairs)
-    }
+    finished = {name: [row for row in rows if row is not None] for name, rows in problems.items() if None not in rows}
+    complete = {name: rows for name, rows in sorted(finished.items()) if all(row["gradable"] for row in rows)}
     if not complete:
         return None
-    rows = [row for judged in complete.values() for row in judged]
+    every = [row for rows in complete.values() for row in rows]
 
     def mean(name: str) -> float:
-        return float(np.mean([row[name] for row in rows]))
+        return float(np.mean([row[name] for row in every]))
 
     return CellResult(
         task,
@@ -170,7 +180,7 @@ def _cell(
         budget,
         tuple(complete),
         {
-            metric: np.array([np.mean([row[metric.name] for row in judged]) for judged in complete.values()])
+            metric: np.array([np.mean([row[metric.name] for row in rows]) for rows in complete.values()])
             for metric in ((NLL, KL, AGREEMENT) if task.startswith(FIDELITY) else (ACCURACY, SCORE))
         },
         mean("kept"),
@@ -178,7 +188,8 @@ def _cell(
         mean("tokens"),
         mean("cut_off"),
         mean("unreadable"),
-        len(rows),
+        len(finished) - len(complete),
+        len(every),
     )
 
 
@@ -188,56 +199,69 @@ def _judge(store: Store, unit: Unit, found: Result) -> dict[str, float]:
     if isinstance(found, Reading):
         means = [float(np.mean(values)) for values in (found.nll, found.kl, np.array(found.agree))]
         judged = dict(zip((NLL.name, KL.name, AGREEMENT.name), means, strict=True))
-        return {**judged, **cost, "cut_off": 0.0, "unreadable": 0.0}
+        return {**judged, **cost, "cut_off": 0.0, "unreadable": 0.0, "gradable": 1.0}
     grade = store.grade(unit, found)
     judged = {ACCURACY.name: float(grade.correct), SCORE.name: grade.score}
-    return {**judged, **cost, "cut_off": float(not found.finished), "unreadable": float(grade.extracted is None)}
+    unread = grade.gradable and grade.extracted is None
+    states = {"cut_off": float(not found.finished), "unreadable": float(unread), "gradable": float(grade.gradable)}
+    return {**judged, **cost, **states}
 
 
-def comparisons(findings: Findings, task: str) -> dict[tuple[str, int], Comparison]:
-    """Every method against the base line at the same budget, on the problems both have; corrected over the task."""
+def comparisons(findings: Findings, task: str, against: CellResult | None = None) -> dict[Cell, Comparison]:
+    """Every method against the base line at its budget, or against one cell, on the problems that both have.
+
+    p-values are corrected over all comparisons that one call makes.
+    """
     found, metric = {}, findings.metric_of(task)
-    for budget in findings.study.budgets:
-        cells = {cell.method: cell for cell in findings.of(task, budget)}
-        base = cells.get(BASELINE)
-        for method, cell in cells.items():
-            if base is not None and method != BASELINE:
-                found[method, budget] = compare(*paired(cell, base, metric))
+    for cell in findings.of(task):
+        base = against or findings.base(task, cell.budget)
+        if base is None or cell is base or cell.budget is None:
+            continue
+        first, second = paired([cell, base], metric)
+        if first.size:
+            found[cell.method, cell.budget] = compare(first, second, bounded=metric.bounded)
     return dict(zip(found, correct(list(found.values())), strict=True))
 
 
-def paired(first: CellResult, second: CellResult, metric: Metric) -> tuple[Floats, Floats]:
-    """The values of both on the problems that both have, in one order."""
-    both = [name for name in first.problems if name in set(second.problems)]
-    columns = []
-    for cell in (first, second):
-        at = {name: i for i, name in enumerate(cell.problems)}
-        columns.append(cell.values[metric][[at[name] for name in both]])
-    return columns[0], columns[1]
+def paired(cells: list[CellResult], metric: Metric) -> list[Floats]:
+    """The values of all on the problems that all have, in one order."""
+    both = set.intersection(*(set(cell.problems) for cell in cells))
+    return [cell.values[metric][[i for i, name in enumerate(cell.problems) if name in both]] for cell in cells]
 
 
 def sentences(findings: Findings, task: str) -> list[str]:
     """Which differences are real, in words."""
-    lines, metric = [], findings.metric_of(task)
-    for (method, budget), found in comparisons(findings, task).items():
-        better = (found.difference.mean < 0) == metric.lower_is_better
-        verdict = f"is {'better' if better else 'worse'} than" if found.real else "cannot be told from"
-        lines.append(
-            f"At budget {budget}, {method} {verdict} {BASELINE} "
-            f"({metric.text(found.difference, '+')} {metric.unit}, corrected p = {found.corrected:.2g})."
-        )
+    full = next((cell for cell in findings.of(task) if cell.budget is None), None)
+    name = findings.study.compared_with
+    lines = _verdicts(findings, task, comparisons(findings, task), str(name))
+    if full is not None:
+        lines += _verdicts(findings, task, comparisons(findings, task, full), "the full cache")
+    metric = findings.metric_of(task)
     for budget in findings.study.budgets:
         control = findings.of(task, budget, control=True)
         for cell in findings.of(task, budget) if control else []:
-            # On the problems that the random splits were given, so that like is compared with like.
-            own = float(paired(cell, control[0], metric)[0].mean())
-            sign = -1 if metric.lower_is_better else 1
-            rank, places = rank_among(sign * own, [sign * float(c.values[metric].mean()) for c in control])
-            lines.append(
-                f"At budget {budget}, {cell.method} ({metric.scale * own:.{metric.digits}f}) takes place {rank} of "
-                f"{places} among random splits of the same total with R-KV's scores, on {len(control[0].problems)} "
-                "problems."
-            )
+            # On the problems that all of them have, so that like is compared with like.
+            own, *others = paired([cell, *control], metric)
+            if own.size:
+                sign = -1 if metric.lower_is_better else 1
+                rank, places = rank_among(sign * float(own.mean()), [sign * float(other.mean()) for other in others])
+                lines.append(
+                    f"At budget {budget}, {cell.method} ({metric.scale * own.mean():.{metric.digits}f}) takes place "
+                    f"{rank} of {places} among random splits of the same total with R-KV's scores, on {own.size} "
+                    "problems (ties count against it)."
+                )
+    return lines
+
+
+def _verdicts(findings: Findings, task: str, found: dict[Cell, Comparison], base: str) -> list[str]:
+    lines, metric = [], findings.metric_of(task)
+    for (method, budget), comparison in found.items():
+        better = (comparison.difference.mean < 0) == metric.lower_is_better
+        verdict = f"is {'better' if better else 'worse'} than" if comparison.real else "cannot be told from"
+        lines.append(
+            f"At budget {budget}, {method} {verdict} {base} "
+            f"({metric.text(comparison.difference, '+')} {metric.unit}, corrected p = {comparison.corrected:.2g})."
+        )
     return lines
 
 
@@ -280,6 +304,9 @@ def _preamble(findings: Findings) -> str:
     )
     if findings.missing:
         text += f" **Incomplete: {findings.missing} answers are missing.**"
+    ungradable = {cell.task: cell.ungradable for cell in findings.cells if cell.ungradable}
+    for task, count in ungradable.items():
+        text += f" **{task}: {count} problem(s) left out, whose reference answer cannot be read.**"
     return text
 
 

@@ -71,14 +71,27 @@ def mean_value(problems: Float[Floats, "problems"], seed: int = 0) -> Estimate:
     return _bootstrap(problems, seed)
 
 
-def compare(first: Float[Floats, "problems"], second: Float[Floats, "problems"], seed: int = 0) -> Comparison:
-    """Means over the same problems, in the same order."""
+def compare(
+    first: Float[Floats, "problems"], second: Float[Floats, "problems"], seed: int = 0, bounded: bool = True
+) -> Comparison:
+    """Means over the same problems, in the same order.
+
+    Where all differences are equal, resampling has nothing to say; then shares (``bounded``) get the interval of an
+    event that was never seen, at either end, and other values an infinite one.
+
+    Raises:
+        ValueError: different problems, or none.
+    """
     if first.shape != second.shape:
         raise ValueError(f"methods must be compared on the same problems, got {len(first)} and {len(second)}")
+    if not len(first):
+        raise ValueError("there is no problem to compare on")
     differences = first - second
     if len(differences) < 2 or np.ptp(differences) == 0:
         mean = float(differences.mean())
-        return Comparison(Estimate(mean, mean, mean), 1.0 if mean == 0 else 2.0 ** (1 - len(differences)))
+        rare = 1 - ((1 - LEVEL) / 2) ** (1 / len(differences)) if bounded else math.inf
+        low, high = mean - rare * (1 + mean), mean + rare * (1 - mean)
+        return Comparison(Estimate(mean, low, high), 1.0 if mean == 0 else 2.0 ** (1 - len(differences)))
     rng = np.random.default_rng(seed)
     signs = rng.integers(0, 2, (DRAWS, len(differences)), dtype=np.int8) * 2 - 1
     flipped = np.abs(signs @ differences)
@@ -97,8 +110,8 @@ def correct(comparisons: list[Comparison]) -> list[Comparison]:
 
 
 def rank_among(value: float, others: list[float]) -> tuple[int, int]:
-    """Place of a method among random splits, 1 the best (ties count for the method), and of how many places."""
-    return 1 + sum(other > value for other in others), 1 + len(others)
+    """Place of a method among random splits, 1 the best (ties count against it), and of how many places."""
+    return 1 + sum(other >= value for other in others), 1 + len(others)
 
 
 def _bootstrap(values: Float[Floats, "problems"], seed: int) -> Estimate:

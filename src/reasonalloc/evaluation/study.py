@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from reasonalloc.compression import METHODS, Compression
+from reasonalloc.allocation import DemandProfile
+from reasonalloc.compression import AUTO_PROFILE, METHODS, Compression
 from reasonalloc.evaluation.answering import Sampling
-from reasonalloc.evaluation.questions import Question, QuestionSet, load_questions, load_texts
+from reasonalloc.evaluation.questions import FIDELITY, Question, QuestionSet, load_questions, load_texts
 from reasonalloc.registry import unknown_name
 
 FULL = "full"
 RANDOM = "random-split"
+BASELINE = "rkv"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,10 @@ class Variant:
 
     def compression(self, budget: int | None, common: Mapping[str, Any]) -> Compression:
         """The cache's configuration."""
-        return Compression.method(self.method, budget, **{**common, **self.changes})
+        fields = {**common, **self.changes}
+        if isinstance(fields.get("profile"), str) and fields["profile"] != AUTO_PROFILE:
+            fields["profile"] = _profile(fields["profile"])
+        return Compression.method(self.method, budget, **fields)
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class Study:
         random_splits: so many random splits of each budget, as a control: R-KV's scores, heads and layers at random.
         random_budgets: the budgets that get them; None: all.
         random_count: on so many of each task's questions, the first ones; None: on all.
+        baseline: the method that the others are compared with; None: "rkv", or the first that is not the full cache.
         dtype: of the model.
         seed: of sampling.
         batch: answers that are decoded together. Which ones those are follows from the study alone, so that
@@ -101,30 +107,45 @@ class Study:
     random_splits: int = 0
     random_budgets: tuple[int, ...] | None = None
     random_count: int | None = None
+    baseline: str | None = None
     dtype: str = "auto"
     seed: int = 0
     batch: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("samples", "batch", "random_count"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.random_splits < 0:
+            raise ValueError(f"random_splits must not be negative, got {self.random_splits}")
         if not self.tasks or not self.variants:
             raise ValueError("a study needs at least one task and one method")
         if self.samples > 1 and not self.sampling.temperature:
             raise ValueError(f"greedy answers are all alike: {self.samples} samples need a temperature above 0")
         tasks = [("fidelity:" if t.fidelity else "") + t.name for t in self.tasks]
-        for kind, names in (("task", tasks), ("method", [v.name for v in self.variants])):
+        methods = [v.name for v in self.variants]
+        for kind, names in (("task", tasks), ("method", methods), ("budget", list(map(str, self.budgets)))):
             if len(set(names)) < len(names):
                 raise ValueError(f"two {kind}s of one name: {', '.join(names)}")
+        if any(name.startswith(RANDOM) for name in methods):
+            raise ValueError(f"method names that begin with {RANDOM!r} are kept for the control: {', '.join(methods)}")
+        if self.baseline is not None and self.baseline not in methods:
+            raise unknown_name("baseline", self.baseline, methods)
+        if not self.budgets and any(variant.method != FULL for variant in self.variants):
+            raise ValueError("a study needs at least one budget")
         if set(self.random_budgets or ()) - set(self.budgets):
             raise ValueError(f"random_budgets {self.random_budgets} must be among the budgets {self.budgets}")
-        self.cells()  # a wrong setting fails here
+        self.cells  # noqa: B018 (a wrong setting fails here)
 
     @classmethod
     def load(cls, path: Path) -> Study:
         """From its JSON file. Raises ``ValueError`` where that is no study."""
-        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no study: {error}") from error
+        return cls.from_dict(data)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Study:
@@ -152,6 +173,22 @@ class Study:
         """Plain JSON values."""
         return asdict(self)
 
+    @property
+    def compared_with(self) -> str | None:
+        """The base line's name; None if there is only the full cache."""
+        names = [variant.name for variant in self.variants if variant.method != FULL]
+        return self.baseline or (BASELINE if BASELINE in names else names[0] if names else None)
+
+    def load_questions(self) -> list[QuestionSet]:
+        """The questions of all tasks. Raises as ``load_questions``."""
+        return [task.load() for task in self.tasks]
+
+    @property
+    def uses_auto_profile(self) -> bool:
+        """Whether some method takes profile="auto"."""
+        return any(cell.compression.profile == AUTO_PROFILE for cell in self.cells)
+
+    @cached_property
     def cells(self) -> list[Cell]:
         """Every method at every budget."""
         cells = []
@@ -165,22 +202,22 @@ class Study:
                 cells.append(Cell(variant.name, budget, variant.compression(budget, self.common)))
         return cells
 
-    def plan(self, model: str, resolve: Callable[[Compression], Compression] = lambda found: found) -> list[Batch]:
-        """All work, in batches: the longest prompts first, methods and budgets beside each other.
+    def plan(self, model: str, sets: list[QuestionSet], profile: DemandProfile | None = None) -> list[Batch]:
+        """All work, in batches: the longest prompts first, methods and budgets mixed.
 
         A text that is read is one batch with all caches, so that the full cache reads it only once.
 
         Args:
             model: the model's fingerprint, which goes into every unit's key.
-            resolve: puts the model's own profile in place of profile="auto"; its hash is part of the key, too.
+            sets: what ``load_questions`` found.
+            profile: in place of profile="auto".
         """
-        batches = []
-        cells = [replace(cell, compression=resolve(cell.compression)) for cell in self.cells()]
-        for source in self.tasks:
-            questions = source.load()
-            samples = 1 if source.fidelity else self.samples
-            columns = [self._units(model, questions, cell, samples) for cell in cells]
-            if source.fidelity:
+        cells = [cell.resolved(profile) for cell in self.cells]
+        batches: list[Batch] = []
+        for questions in sets:
+            read = questions.grader == FIDELITY
+            columns = [self._units(model, questions, cell, 1 if read else self.samples) for cell in cells]
+            if read:
                 rows: dict[str, list[Unit]] = {}
                 for unit in (unit for column in columns for unit in column):
                     rows.setdefault(unit.question.id, []).append(unit)
@@ -189,7 +226,8 @@ class Study:
                 for units in columns:
                     units.sort(key=lambda unit: -len(unit.question.prompt))
                     batches += [tuple(units[i : i + self.batch]) for i in range(0, len(units), self.batch)]
-        return sorted(batches, key=lambda batch: -len(batch[0].question.prompt))
+        # By key where prompts are equally long: else every shard would get the same few methods.
+        return sorted(batches, key=lambda batch: (-len(batch[0].question.prompt), batch[0].key))
 
     def _units(self, model: str, questions: QuestionSet, cell: Cell, samples: int) -> list[Unit]:
         few = questions.first(self.random_count) if cell.method.startswith(RANDOM) else questions
@@ -207,6 +245,12 @@ class Cell:
     method: str
     budget: int | None
     compression: Compression
+
+    def resolved(self, profile: DemandProfile | None) -> Cell:
+        """With this profile where the compression says "auto"."""
+        if self.compression.profile != AUTO_PROFILE:
+            return self
+        return replace(self, compression=self.compression.replace(profile=profile))
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -251,6 +295,12 @@ class Unit:
 
 
 Batch = tuple[Unit, ...]
+
+
+@lru_cache(maxsize=8)
+def _profile(path: str) -> DemandProfile:
+    """A profile, read once for all cells."""
+    return DemandProfile.load(path)
 
 
 def digest(value: Any) -> str:
