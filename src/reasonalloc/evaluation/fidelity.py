@@ -6,7 +6,7 @@ need thousands of samples for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class Reading:
 def read_alike(model: Any, trace: Trace, compressions: list[Compression]) -> list[Reading]:
     """One text with several caches, each against the full cache, which is read once."""
     full = teacher_force(model, trace, Compression.method("full"), keep_log_probs=True)
-    found = [teacher_force(model, trace, compression, full) for compression in compressions]
+    found = [_itself(full) if one.budget is None else teacher_force(model, trace, one, full) for one in compressions]
     return [
         Reading(
             [round(float(x), 6) for x in one.nll],
@@ -93,6 +93,11 @@ def read_alike(model: Any, trace: Trace, compressions: list[Compression]) -> lis
         )
         for one in found
     ]
+
+
+def _itself(full: Fidelity) -> Fidelity:
+    """The full cache against itself."""
+    return replace(full, kl=np.zeros_like(full.nll), agree=np.ones(len(full.nll), dtype=bool))
 
 
 def make_trace(tokenizer: Any, name: str, question: str, text: str, most: int | None = None) -> Trace:
