@@ -29,6 +29,7 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 TINY = {
     "ladders": {"maps": [4, 6], "programs": [3], "search": [4]},
     "opening": {"family": "maps", "master": 4, "share": 0.6},
+    "stages": [{"from_step": 0, "turns": {"maps": 1, "programs": 1, "search": 1}, "rise_below": 0.05}],
     "model": {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -43,7 +44,6 @@ TINY = {
     "decay": 0.25,
     "rows": 4,
     "batch_tokens": [300, 600],
-    "rise_below": 0.05,
     "mastered": {"below": 0.01, "share": 0.2},
     "seed": 0,
 }

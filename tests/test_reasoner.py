@@ -16,6 +16,7 @@ from reasonalloc.tasks import TASKS
 SMALL = {
     "ladders": {"maps": [4, 5, 6], "programs": [3, 4]},
     "opening": {"family": "maps", "master": 4, "share": 0.6},
+    "stages": [{"from_step": 0, "turns": {"maps": 1, "programs": 1}, "rise_below": 0.05}],
     "model": {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -30,7 +31,6 @@ SMALL = {
     "decay": 0.25,
     "rows": 4,
     "batch_tokens": [300, 600],
-    "rise_below": 0.05,
     "mastered": {"below": 0.01, "share": 0.2},
     "seed": 0,
 }
@@ -98,7 +98,7 @@ def test_interrupted_training_goes_on_alike(tmp_path):
 
 
 def test_training_learns_climbs_and_exports(tmp_path):
-    trainer = Trainer(TrainingConfig(**{**SMALL, "rise_below": 3.5}), tmp_path)
+    trainer = Trainer(TrainingConfig(**{**SMALL, "stages": [{**SMALL["stages"][0], "rise_below": 3.5}]}), tmp_path)
     trainer.run(every=0.2)
     assert 60_000 <= trainer.progress.tokens < 61_000
     assert trainer.rate() == 0.02
@@ -124,6 +124,8 @@ def test_training_learns_climbs_and_exports(tmp_path):
         ({"opening": {"family": "maps", "master": 4, "share": 1.6}}, "shares"),
         ({"ladders": {"mops": [3]}}, "Did you mean 'maps'"),
         ({"ladders": {"maps": [300]}}, "there are 192"),
+        ({"stages": [{**SMALL["stages"][0], "from_step": 1}]}, "from step 0"),
+        ({"stages": [{**SMALL["stages"][0], "turns": {"maps": 1}}]}, "every family"),
         ({"tokens": 0}, "positive"),
         ({"batch_tokens": [5, 4]}, "positive"),
     ],

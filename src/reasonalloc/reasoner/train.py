@@ -3,7 +3,7 @@
     python -m reasonalloc.reasoner.train -o reasoner
 
 Every family climbs a ladder of difficulties of its own: half of its batches are at the top rung, the others anywhere
-below, so that nothing is forgotten; it rises when the loss at the top falls under ``rise_below``. Looking up must be
+below, so that nothing is forgotten; it rises when the loss at the top falls far enough. Looking up must be
 learned before anything else can be, so one family opens and has the most batches until it has climbed so far. Matrices
 learn by Muon, the rest by AdamW, at full rates until the last share of the tokens, over which they fall to nothing.
 A checkpoint is written every minute; the same command goes on from it, and ends with the same weights to the last bit.
@@ -40,6 +40,9 @@ class TrainingConfig:
     Attributes:
         ladders: for each task its difficulties, ascending.
         opening: the family that opens, the difficulty that it has to master, and its share of the batches until then.
+        stages: what holds from a step on ("from_step", ascending from 0): "turns", how many each family has in one
+            round, and "rise_below", nats per learned token at the top rung, averaged, under which a family takes the
+            next. A family that can guess its easy problems must rise before it has a reason to look anything up.
         model: settings of transformers' ``LlamaConfig``.
         matrix_learning_rate: of Muon.
         learning_rate: of AdamW.
@@ -47,7 +50,6 @@ class TrainingConfig:
         decay: the share of them, the last, over which the learning rates fall.
         rows: problems in one batch.
         batch_tokens: bounds of a batch; short problems are more than ``rows``, long ones fewer.
-        rise_below: nats per learned token at the top rung, averaged, under which a family takes the next.
         mastered: how few nats at the last rung make a family mastered, and the share of its turns that it then keeps,
             while there are others that are not.
         seed: of weights and data.
@@ -55,6 +57,7 @@ class TrainingConfig:
 
     ladders: dict[str, list[int]]
     opening: dict[str, Any]
+    stages: list[dict[str, Any]]
     model: dict[str, Any]
     matrix_learning_rate: float
     learning_rate: float
@@ -62,7 +65,6 @@ class TrainingConfig:
     decay: float
     rows: int
     batch_tokens: list[int]
-    rise_below: float
     mastered: dict[str, float]
     seed: int
 
@@ -73,11 +75,16 @@ class TrainingConfig:
             TASKS.create(name).problem(0, ladder[-1], "train")  # an impossible difficulty fails here
         if self.opening["master"] not in self.ladders.get(self.opening["family"], []):
             raise ValueError(f"opening must name a family and a rung of its ladder, got {self.opening}")
+        steps = [stage["from_step"] for stage in self.stages]
+        if steps[:1] != [0] or steps != sorted(set(steps)):
+            raise ValueError(f"stages must ascend from step 0, got {steps}")
+        if any(set(stage["turns"]) != set(self.ladders) or stage["rise_below"] <= 0 for stage in self.stages):
+            raise ValueError(f"a stage has turns for every family and a positive rise_below, got {self.stages}")
         if not 0 < self.opening["share"] < 1 or not 0 < self.decay <= 1:
             raise ValueError(f"shares must lie in (0, 1), got opening {self.opening['share']}, decay {self.decay}")
-        positive = [self.matrix_learning_rate, self.learning_rate, self.tokens, self.rows, self.rise_below]
+        positive = [self.matrix_learning_rate, self.learning_rate, self.tokens, self.rows]
         if min(positive) <= 0 or not 0 < self.batch_tokens[0] <= self.batch_tokens[1]:
-            raise ValueError("learning rates, tokens, rows, batch_tokens and rise_below must be positive")
+            raise ValueError("learning rates, tokens, rows and batch_tokens must be positive")
 
     @classmethod
     def load(cls, path: Path | None = None) -> TrainingConfig:
@@ -168,11 +175,15 @@ class Trainer:
         mastered = self.config.ladders[first][self.progress.rungs[first]] > opening["master"]
         if not mastered and rng.random() < opening["share"]:
             return str(first)
-        name = rng.choice(names)
+        turns = self._stage()["turns"]
+        name = rng.choice([other for other in names for _ in range(turns[other])])
         waiting = [other for other in names if not self._mastered(other)]
         if waiting and name not in waiting and rng.random() >= self.config.mastered["share"]:
             return rng.choice(waiting)
         return name
+
+    def _stage(self) -> dict[str, Any]:
+        return [stage for stage in self.config.stages if stage["from_step"] <= self.progress.step][-1]
 
     def _mastered(self, name: str) -> bool:
         loss = self.progress.losses[name]
@@ -209,7 +220,7 @@ class Trainer:
         progress.losses[name] = mean
         progress.seen[name] += 1
         more = progress.rungs[name] + 1 < len(self.config.ladders[name])
-        if mean < self.config.rise_below and progress.seen[name] >= 10 and more:
+        if mean < self._stage()["rise_below"] and progress.seen[name] >= 10 and more:
             progress.rungs[name] += 1
             progress.losses[name], progress.seen[name] = None, 0
 
