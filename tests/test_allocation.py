@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import reasonalloc as ra
 from reasonalloc import (
     AdaKVHeads,
     DemandProfile,
@@ -926,3 +927,51 @@ def test_windows_alone_fill_the_budget(name: str) -> None:
     scores, lengths = ample_scores([3.0, 0.0, 0.0])
     split = HEAD_ALLOCATORS.create(name).allocate(scores, lengths, torch.tensor([12]), 4)
     assert split.budgets.tolist() == [[4, 4, 4]]
+
+
+# ---- random splits ----
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_splits_are_exact_uneven_and_repeat(seed):
+    shape, budget, window = ra.allocation.ModelShape(6, 4, 8, 16), 96, 8
+    layers = ra.allocation.RandomLayers(split_seed=seed)
+    heads = ra.allocation.RandomHeads(split_seed=seed)
+    split = heads.budgets(shape, budget, window, None)
+    assert split.sum() == 6 * 4 * budget
+    assert split.min() >= max(window + 1, budget // 8)
+    assert split.max() > 1.5 * budget, "not random enough to be a control"
+    assert (layers.allocate(shape, budget, window, None).numpy() == split.sum(1)).all(), "layers and heads agree"
+    assert (heads.budgets(shape, budget, window, None) == split).all()
+    other = ra.allocation.RandomHeads(split_seed=seed + 1).budgets(shape, budget, window, None)
+    assert (other != split).any()
+
+
+def test_spread_of_random_splits():
+    shape = ra.allocation.ModelShape(40, 8, 8, 16)
+    even = ra.allocation.RandomHeads(spread=0.0).budgets(shape, 64, 8, None)
+    assert (even == 64).all()
+    logs = np.log(ra.allocation.RandomHeads(spread=0.3, floor=0.0).budgets(shape, 4096, 8, None))
+    assert logs.std() == pytest.approx(0.3 * 2**0.5, rel=0.15)
+    with pytest.raises(ValueError, match="spread must not be negative"):
+        ra.allocation.RandomHeads(spread=-1)
+
+
+# ---- policies with settings ----
+
+
+def test_policies_from_names_and_settings():
+    made = ra.Compression(
+        64, {"name": "rkv", "kernel": 5}, layers={"name": "pyramid"}, heads={"name": "adakv", "safeguard": 0.5}
+    )
+    assert made.describe()["scorer"]["kernel"] == 5
+    assert made.describe()["heads"] == {"name": "adakv", "safeguard": 0.5}
+    assert made == ra.Compression(64, ra.RKV(kernel=5), layers="pyramid", heads=ra.allocation.AdaKVHeads(0.5))
+    for wrong, message in (
+        ({"name": "rkv", "kernal": 5}, "unknown setting of token scorer 'rkv': 'kernal'. Did you mean 'kernel'"),
+        ({"kernel": 5}, "a token scorer with settings needs its name"),
+        ({"name": "rvk"}, "Did you mean 'rkv'"),
+        ({"name": "rkv", "kernel": 0}, "kernel"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ra.Compression(64, wrong)
