@@ -29,7 +29,8 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 TINY = {
     "ladders": {"maps": [4, 6], "programs": [3], "search": [4]},
     "opening": {"family": "maps", "master": 4, "share": 0.6},
-    "stages": [{"from_step": 0, "turns": {"maps": 1, "programs": 1, "search": 1}, "rise_below": 0.05}],
+    "shares": {"maps": 1, "programs": 1, "search": 1},
+    "rise_below": {"maps": 0.05, "programs": 0.05, "search": 0.05},
     "model": {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -44,7 +45,6 @@ TINY = {
     "decay": 0.25,
     "rows": 4,
     "batch_tokens": [300, 600],
-    "mastered": {"below": 0.01, "share": 0.2},
     "seed": 0,
 }
 

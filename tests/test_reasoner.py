@@ -16,7 +16,8 @@ from reasonalloc.tasks import TASKS
 SMALL = {
     "ladders": {"maps": [4, 5, 6], "programs": [3, 4]},
     "opening": {"family": "maps", "master": 4, "share": 0.6},
-    "stages": [{"from_step": 0, "turns": {"maps": 1, "programs": 1}, "rise_below": 0.05}],
+    "shares": {"maps": 1, "programs": 1},
+    "rise_below": {"maps": 0.05, "programs": 0.05},
     "model": {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -31,7 +32,6 @@ SMALL = {
     "decay": 0.25,
     "rows": 4,
     "batch_tokens": [300, 600],
-    "mastered": {"below": 0.01, "share": 0.2},
     "seed": 0,
 }
 
@@ -98,7 +98,7 @@ def test_interrupted_training_goes_on_alike(tmp_path):
 
 
 def test_training_learns_climbs_and_exports(tmp_path):
-    trainer = Trainer(TrainingConfig(**{**SMALL, "stages": [{**SMALL["stages"][0], "rise_below": 3.5}]}), tmp_path)
+    trainer = Trainer(TrainingConfig(**{**SMALL, "rise_below": {"maps": 3.5, "programs": 3.5}}), tmp_path)
     trainer.run(every=0.2)
     assert 60_000 <= trainer.progress.tokens < 61_000
     assert trainer.rate() == 0.02
@@ -124,8 +124,8 @@ def test_training_learns_climbs_and_exports(tmp_path):
         ({"opening": {"family": "maps", "master": 4, "share": 1.6}}, "shares"),
         ({"ladders": {"mops": [3]}}, "Did you mean 'maps'"),
         ({"ladders": {"maps": [300]}}, "there are 192"),
-        ({"stages": [{**SMALL["stages"][0], "from_step": 1}]}, "from step 0"),
-        ({"stages": [{**SMALL["stages"][0], "turns": {"maps": 1}}]}, "every family"),
+        ({"shares": {"maps": 1}}, "every family"),
+        ({"rise_below": {"maps": 1, "programs": 0}}, "positive"),
         ({"tokens": 0}, "positive"),
         ({"batch_tokens": [5, 4]}, "positive"),
     ],
@@ -140,15 +140,17 @@ def test_the_package_s_configuration_is_valid():
     assert set(config.ladders) == {"maps", "programs", "search"}
 
 
-def test_what_is_mastered_gets_fewer_turns(tmp_path):
-    trainer = Trainer(TrainingConfig(**SMALL), tmp_path)
+def test_families_share_tokens_not_turns(tmp_path):
+    trainer = Trainer(TrainingConfig(**{**SMALL, "shares": {"maps": 1, "programs": 2}}), tmp_path)
     rng = random.Random(0)
+    turns = Counter(trainer._family(rng) for _ in range(2000))
+    assert 0.77 < turns["maps"] / 2000 < 0.83, "the opening: 60 % of the turns, and half of the others"
     trainer.progress.rungs = {"maps": 1, "programs": 1}
-    turns = Counter(trainer._family(rng) for _ in range(2000))
-    assert 0.45 < turns["maps"] / 2000 < 0.55, "the opening is over"
-    trainer.progress.rungs["maps"], trainer.progress.losses["maps"] = 2, 0.001
-    turns = Counter(trainer._family(rng) for _ in range(2000))
-    assert 0.07 < turns["maps"] / 2000 < 0.13
+    for _ in range(60):
+        trainer.step(0.0)
+    spent = trainer.progress.spent
+    assert sum(spent.values()) == trainer.progress.tokens
+    assert spent["programs"] / spent["maps"] == pytest.approx(2, rel=0.1)
 
 
 def test_muon_steps_along_the_orthogonal_factor():

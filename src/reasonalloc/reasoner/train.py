@@ -40,9 +40,9 @@ class TrainingConfig:
     Attributes:
         ladders: for each task its difficulties, ascending.
         opening: the family that opens, the difficulty that it has to master, and its share of the batches until then.
-        stages: what holds from a step on ("from_step", ascending from 0): "turns", how many each family has in one
-            round, and "rise_below", nats per learned token at the top rung, averaged, under which a family takes the
-            next. A family that can guess its easy problems must rise before it has a reason to look anything up.
+        shares: of the tokens, for each family, once the opening is over.
+        rise_below: for each family, nats per learned token at the top rung, averaged, under which it takes the next.
+            A family that can guess its easy problems must rise before it has a reason to look anything up.
         model: settings of transformers' ``LlamaConfig``.
         matrix_learning_rate: of Muon.
         learning_rate: of AdamW.
@@ -50,14 +50,13 @@ class TrainingConfig:
         decay: the share of them, the last, over which the learning rates fall.
         rows: problems in one batch.
         batch_tokens: bounds of a batch; short problems are more than ``rows``, long ones fewer.
-        mastered: how few nats at the last rung make a family mastered, and the share of its turns that it then keeps,
-            while there are others that are not.
         seed: of weights and data.
     """
 
     ladders: dict[str, list[int]]
     opening: dict[str, Any]
-    stages: list[dict[str, Any]]
+    shares: dict[str, float]
+    rise_below: dict[str, float]
     model: dict[str, Any]
     matrix_learning_rate: float
     learning_rate: float
@@ -65,7 +64,6 @@ class TrainingConfig:
     decay: float
     rows: int
     batch_tokens: list[int]
-    mastered: dict[str, float]
     seed: int
 
     def __post_init__(self) -> None:
@@ -75,11 +73,10 @@ class TrainingConfig:
             TASKS.create(name).problem(0, ladder[-1], "train")  # an impossible difficulty fails here
         if self.opening["master"] not in self.ladders.get(self.opening["family"], []):
             raise ValueError(f"opening must name a family and a rung of its ladder, got {self.opening}")
-        steps = [stage["from_step"] for stage in self.stages]
-        if steps[:1] != [0] or steps != sorted(set(steps)):
-            raise ValueError(f"stages must ascend from step 0, got {steps}")
-        if any(set(stage["turns"]) != set(self.ladders) or stage["rise_below"] <= 0 for stage in self.stages):
-            raise ValueError(f"a stage has turns for every family and a positive rise_below, got {self.stages}")
+        for name in ("shares", "rise_below"):
+            values = getattr(self, name)
+            if set(values) != set(self.ladders) or min(values.values()) <= 0:
+                raise ValueError(f"{name} must be positive and name every family, got {values}")
         if not 0 < self.opening["share"] < 1 or not 0 < self.decay <= 1:
             raise ValueError(f"shares must lie in (0, 1), got opening {self.opening['share']}, decay {self.decay}")
         positive = [self.matrix_learning_rate, self.learning_rate, self.tokens, self.rows]
@@ -104,6 +101,7 @@ class Progress:
         rungs: index into each family's ladder.
         losses: running mean of the loss at each family's top rung; None right after rising.
         seen: batches at the top rung since rising.
+        spent: tokens of each family since the opening.
     """
 
     step: int = 0
@@ -112,6 +110,7 @@ class Progress:
     rungs: dict[str, int] = field(default_factory=dict)
     losses: dict[str, float | None] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)
+    spent: dict[str, int] = field(default_factory=dict)
 
 
 class Trainer:
@@ -142,7 +141,7 @@ class Trainer:
         ]
         self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
         self.progress = Progress(rungs=dict.fromkeys(config.ladders, 0), losses=dict.fromkeys(config.ladders))
-        self.progress.seen = dict.fromkeys(config.ladders, 0)
+        self.progress.seen, self.progress.spent = dict.fromkeys(config.ladders, 0), dict.fromkeys(config.ladders, 0)
 
     # ---- data ----
 
@@ -169,26 +168,17 @@ class Trainer:
         return name, difficulty == ladder[-1], ids, labels
 
     def _family(self, rng: random.Random) -> str:
-        """The family whose turn it is."""
-        opening, names = self.config.opening, list(self.config.ladders)
-        first = opening["family"]
-        mastered = self.config.ladders[first][self.progress.rungs[first]] > opening["master"]
-        if not mastered and rng.random() < opening["share"]:
-            return str(first)
-        turns = self._stage()["turns"]
-        name = rng.choice([other for other in names for _ in range(turns[other])])
-        waiting = [other for other in names if not self._mastered(other)]
-        if waiting and name not in waiting and rng.random() >= self.config.mastered["share"]:
-            return rng.choice(waiting)
-        return name
+        """The family whose turn it is: after the opening, the one that has had least of its share."""
+        names = list(self.config.ladders)
+        if self._opened():
+            return min(names, key=lambda name: self.progress.spent[name] / self.config.shares[name])
+        opening = self.config.opening
+        return str(opening["family"]) if rng.random() < opening["share"] else rng.choice(names)
 
-    def _stage(self) -> dict[str, Any]:
-        return [stage for stage in self.config.stages if stage["from_step"] <= self.progress.step][-1]
-
-    def _mastered(self, name: str) -> bool:
-        loss = self.progress.losses[name]
-        last = self.progress.rungs[name] == len(self.config.ladders[name]) - 1
-        return last and loss is not None and loss < self.config.mastered["below"]
+    def _opened(self) -> bool:
+        """Whether the opening is over."""
+        first, master = self.config.opening["family"], self.config.opening["master"]
+        return bool(self.config.ladders[first][self.progress.rungs[first]] > master)
 
     # ---- training ----
 
@@ -209,6 +199,8 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.tokens += ids.numel()
+        if self._opened():
+            self.progress.spent[name] += ids.numel()
         if top:
             self._climb(name, loss.item())
         return {"step": self.progress.step, "task": name, "top": top, "loss": round(loss.item(), 5)}
@@ -220,7 +212,7 @@ class Trainer:
         progress.losses[name] = mean
         progress.seen[name] += 1
         more = progress.rungs[name] + 1 < len(self.config.ladders[name])
-        if mean < self._stage()["rise_below"] and progress.seen[name] >= 10 and more:
+        if mean < self.config.rise_below[name] and progress.seen[name] >= 10 and more:
             progress.rungs[name] += 1
             progress.losses[name], progress.seen[name] = None, 0
 

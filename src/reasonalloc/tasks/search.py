@@ -14,7 +14,7 @@ class Search(Task):
     """Find the way to the goal in a cave of ``difficulty`` rooms, first branch first, going back at dead ends.
 
     The cave is a random tree; each room's onward rooms are listed, the rooms in random order. The thought says on
-    entering a room where one can go, and on coming back where one can still go; the answer is the way home, from the
+    entering a room where one can go, and on coming back what is left; the answer is the way home, from the
     goal to the start. Memory pattern: what was found in a dead end is never needed again, the open branches are, much
     later.
 
@@ -38,7 +38,7 @@ class Search(Task):
     @property
     def vocabulary(self) -> tuple[str, ...]:
         """Rooms, and the words between them."""
-        return (*NAMES, ":", ";", ".", "start", "goal", "at", "go", "from", "back", "end", "found")
+        return (*NAMES, ":", ";", ".", "start", "goal", "at", "go", "from", "back", "left", "end", "found")
 
     def draw(self, rng: random.Random, difficulty: int) -> Problem:
         """A cave, searched in the order in which it lists the ways."""
@@ -90,5 +90,5 @@ def _explore(ways: dict[str, list[str]], start: str, goal: str) -> tuple[str, li
             words += [] if path[-1] == goal else [f"at {path[-1]} :"]
         else:
             path.pop()
-            words.append(f"back {path[-1]} :")
+            words.append(f"back {path[-1]} left")
     return f"{' '.join(words)} found {goal}", path
