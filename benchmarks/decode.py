@@ -17,6 +17,7 @@ import transformers
 from common import save, smollm2_shape
 
 import reasonalloc as ra
+from reasonalloc.demo import kv_bytes
 
 
 def full_cache(model: Any, batch: int, context: int) -> Any:
@@ -57,7 +58,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for context in options.contexts:
         full = full_cache(model, options.batch, context)
-        full_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
+        held = {name: kv_bytes(cache) for name, cache in {"full": full, **bounded}.items()}
         seconds_per_step(model, full, ids, 2)
         times: dict[str, list[float]] = {"full": [], **{name: [] for name in bounded}}
         for _ in range(options.repeats):
@@ -68,7 +69,6 @@ def main() -> None:
         del full
         for name, found in times.items():
             ratios = [base / mine for base, mine in zip(times["full"], found, strict=True)]
-            held = full_bytes if name == "full" else bounded[name].stats().kv_bytes
             rows.append(
                 {
                     "context": context,
@@ -76,13 +76,13 @@ def main() -> None:
                     "tokens_per_second": [round(options.batch / s, 2) for s in found],
                     "times_full": statistics.median(ratios),
                     "times_full_range": [min(ratios), max(ratios)],
-                    "kv_bytes": held,
+                    "kv_bytes": held[name],
                 }
             )
             median, low, high = statistics.median(ratios), min(ratios), max(ratios)
             print(
                 f"{context:6d}  {name:12s} {options.batch / statistics.median(found):8.1f} tokens/s   "
-                f"{median:5.2f} x full ({low:.2f} to {high:.2f})   {held / 1e6:8.1f} MB",
+                f"{median:5.2f} x full ({low:.2f} to {high:.2f})   {held[name] / 1e6:8.1f} MB",
                 flush=True,
             )
     save("decode", {"batch": options.batch, "budget": options.budget, "interval": options.interval, "rows": rows})

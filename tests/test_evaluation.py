@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_reasoner import SMALL
 from typer.testing import CliRunner
 
 import reasonalloc as ra
@@ -27,25 +28,11 @@ from reasonalloc.tasks import TASKS
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TINY = {
+    **SMALL,
     "ladders": {"maps": [4, 6], "programs": [3], "search": [4]},
-    "opening": {"family": "maps", "master": 4, "share": 0.6},
     "shares": {"maps": 1, "programs": 1, "search": 1},
     "rise_below": {"maps": 0.05, "programs": 0.05, "search": 0.05},
-    "model": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    },
-    "matrix_learning_rate": 0.01,
-    "learning_rate": 0.003,
     "tokens": 4000,
-    "decay": 0.25,
-    "rows": 4,
-    "batch_tokens": [300, 600],
-    "seed": 0,
 }
 
 
@@ -359,8 +346,8 @@ def test_ray_survives_a_killed_worker(model, whole, tmp_path):
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         with pytest.raises(OSError, match=r"2 workers of 1\.0 GPUs need 2\.0, the cluster has 0"):
-            run_ray(study, store, workers=2, gpus=1.0, done=kill_once)
-        run_ray(study, store, workers=2, gpus=0, done=kill_once)
+            run_ray(study, store, store.plan(), workers=2, gpus=1.0, done=kill_once)
+        run_ray(study, store, store.plan(), workers=2, gpus=0, done=kill_once)
     finally:
         ray.shutdown()
     assert killed

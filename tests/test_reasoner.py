@@ -2,38 +2,17 @@
 
 import json
 import random
-from collections import Counter
 
 import pytest
 import torch
+from tiny_reasoner import SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reasonalloc.reasoner import build_tokenizer, prompt_text, read, solution_text
+from reasonalloc.reasoner.lookups import lookups
 from reasonalloc.reasoner.muon import Muon
 from reasonalloc.reasoner.train import Trainer, TrainingConfig
 from reasonalloc.tasks import TASKS
-
-SMALL = {
-    "ladders": {"maps": [4, 5, 6], "programs": [3, 4]},
-    "opening": {"family": "maps", "master": 4, "share": 0.6},
-    "shares": {"maps": 1, "programs": 1},
-    "rise_below": {"maps": 0.05, "programs": 0.05},
-    "model": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    },
-    "matrix_learning_rate": 0.01,
-    "learning_rate": 0.003,
-    "tokens": 60_000,
-    "decay": 0.25,
-    "rows": 4,
-    "batch_tokens": [300, 600],
-    "seed": 0,
-}
 
 
 @pytest.mark.parametrize("name", ["maps", "programs", "search"])
@@ -56,6 +35,8 @@ def test_texts_survive_the_tokenizer(name):
 
 def test_batches_are_seeded_and_hide_the_question(tmp_path):
     first, again = (Trainer(TrainingConfig(**SMALL), tmp_path) for _ in range(2))
+    for trainer in (first, again):
+        trainer.progress.rungs["lookups"] = 1
     name, _, ids, labels = first.batch()
     assert (again.batch()[2] == ids).all()
     assert ids.numel() >= 300
@@ -98,7 +79,8 @@ def test_interrupted_training_goes_on_alike(tmp_path):
 
 
 def test_training_learns_climbs_and_exports(tmp_path):
-    trainer = Trainer(TrainingConfig(**{**SMALL, "rise_below": {"maps": 3.5, "programs": 3.5}}), tmp_path)
+    easy = {"lookups": 9.0, "maps": 3.5, "programs": 3.5}
+    trainer = Trainer(TrainingConfig(**{**SMALL, "rise_below": easy}), tmp_path)
     trainer.run(every=0.2)
     assert 60_000 <= trainer.progress.tokens < 61_000
     assert trainer.rate() == 0.02
@@ -120,12 +102,15 @@ def test_training_learns_climbs_and_exports(tmp_path):
     ("change", "message"),
     [
         ({"ladders": {"maps": [6, 4]}}, "must ascend"),
-        ({"opening": {"family": "maps", "master": 7, "share": 0.6}}, "opening"),
-        ({"opening": {"family": "maps", "master": 4, "share": 1.6}}, "shares"),
+        ({"opening": [4, 3]}, "lookups must ascend"),
+        ({"opening": []}, "lookups must ascend"),
+        ({"opening": [300]}, "300 look-ups need"),
         ({"ladders": {"mops": [3]}}, "Did you mean 'maps'"),
         ({"ladders": {"maps": [300]}}, "there are 192"),
-        ({"shares": {"maps": 1}}, "every family"),
-        ({"rise_below": {"maps": 1, "programs": 0}}, "positive"),
+        ({"shares": {"maps": 1}}, "name maps, programs"),
+        ({"rise_below": {"maps": 1, "programs": 1}}, "lookups"),
+        ({"decay": 0}, "decay"),
+        ({"rise_below": {"lookups": 1, "maps": 1, "programs": 0}}, "positive"),
         ({"tokens": 0}, "positive"),
         ({"batch_tokens": [5, 4]}, "positive"),
     ],
@@ -142,15 +127,36 @@ def test_the_package_s_configuration_is_valid():
 
 def test_families_share_tokens_not_turns(tmp_path):
     trainer = Trainer(TrainingConfig(**{**SMALL, "shares": {"maps": 1, "programs": 2}}), tmp_path)
-    rng = random.Random(0)
-    turns = Counter(trainer._family(rng) for _ in range(2000))
-    assert 0.77 < turns["maps"] / 2000 < 0.83, "the opening: 60 % of the turns, and half of the others"
-    trainer.progress.rungs = {"maps": 1, "programs": 1}
+    assert {trainer.batch()[0] for _ in range(3)} == {"lookups"}
+    trainer.progress.rungs["lookups"] = 1
     for _ in range(60):
         trainer.step(0.0)
     spent = trainer.progress.spent
     assert sum(spent.values()) == trainer.progress.tokens
     assert spent["programs"] / spent["maps"] == pytest.approx(2, rel=0.1)
+
+
+def test_lookups_say_records_again_and_only_what_is_settled_is_learned(tmp_path):
+    question, thought, settled = lookups(random.Random(3), 5)
+    records = [tuple(record.split()) for record in " ".join(question).split(" ;") if record]
+    again = [tuple(record.split()) for record in " ".join(thought).split(" ;") if record]
+    assert len(records) == 5
+    assert len(again) == 10
+    assert set(again) <= set(records)
+    assert len({record[0] for record in records}) == 5
+    names = [word for word, known in zip(thought, settled, strict=True) if not known]
+    assert names == [record[0] for record in again]
+    trainer = Trainer(TrainingConfig(**SMALL), tmp_path)
+    _, _, ids, labels = trainer.batch()
+    learned = labels != -100
+    assert torch.equal(ids[learned], labels[learned])
+    assert 0.2 < learned.float().mean() < 0.6
+    trainer.step(1.0)
+    assert trainer.progress.rungs["lookups"] == 0, "ten batches at least"
+    for _ in range(9):
+        trainer.step(1.0)
+    assert trainer.progress.rungs["lookups"] == 1
+    assert trainer.batch()[0] != "lookups"
 
 
 def test_muon_steps_along_the_orthogonal_factor():

@@ -127,7 +127,7 @@ def _run(
     batches = plan if part is None else shard(plan, *part)
     with _Watch(store, batches) as watch:
         if ray_workers:
-            run_ray(study, store, ray_workers, ray_gpus, watch.done, device)
+            run_ray(study, store, plan, ray_workers, ray_gpus, watch.done, device)
         else:
             run_local(worker, store, batches, watch.done)
 

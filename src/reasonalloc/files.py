@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,8 @@ def cache_folder() -> Path:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that readers see the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes private files; ours are as readable as any other
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with _beside(path, content) as whole:
+        os.replace(whole, path)
 
 
 def write_once(path: Path, content: bytes) -> bool:
@@ -38,20 +32,28 @@ def write_once(path: Path, content: bytes) -> bool:
     """
     if path.exists():
         return False
+    with _beside(path, content) as whole:
+        try:
+            os.link(whole, path)
+        except FileExistsError:
+            return False
+        except PermissionError:  # a file system without hard links: the last writer wins instead
+            os.replace(whole, path)
+    return True
+
+
+@contextmanager
+def _beside(path: Path, content: bytes) -> Iterator[str]:
+    """A hidden file with the content, in the same folder; gone afterwards unless it was moved."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        os.chmod(name, 0o666 & ~_umask())
-        os.link(name, path)
-    except FileExistsError:
-        return False
-    except PermissionError:  # a file system without hard links: the last writer wins instead
-        os.replace(name, path)
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes private files; ours are as readable as any other
+        yield name
     finally:
         Path(name).unlink(missing_ok=True)
-    return True
 
 
 def read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -180,9 +180,7 @@ def draw_curves(
         axes.set_ylim(bottom=0)
     axes.set_title(title)
     axes.legend(fontsize="small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
+    return _png(figure)
 
 
 def _figure(path: str | Path, width: float, height: float) -> Any:
@@ -196,7 +194,11 @@ def _figure(path: str | Path, width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    write_atomically(Path(path), buffer.getvalue())
+    return buffer.getvalue()
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    write_atomically(Path(path), _png(figure))

@@ -84,7 +84,9 @@ def run_local(worker: Worker, store: Store, batches: list[Batch], done: Done) ->
             done(batch, results, time.perf_counter() - began)
 
 
-def run_ray(study: Study, store: Store, workers: int, gpus: float, done: Done, device: str = "auto") -> None:
+def run_ray(
+    study: Study, store: Store, plan: list[Batch], workers: int, gpus: float, done: Done, device: str = "auto"
+) -> None:
     """Ray actors, each with a model of its own, on as many machines as the cluster has; they share the folder.
 
     A batch whose actor dies is given to another; what loses its actor three times is set aside until all else is done.
@@ -92,6 +94,7 @@ def run_ray(study: Study, store: Store, workers: int, gpus: float, done: Done, d
     Args:
         study: what is asked.
         store: begun, on a file system that all machines share.
+        plan: the store's.
         workers: how many actors.
         gpus: GPUs of each.
         done: called for every batch, as it finishes.
@@ -111,7 +114,7 @@ def run_ray(study: Study, store: Store, workers: int, gpus: float, done: Done, d
     if workers * gpus > there:
         raise OSError(f"{workers} workers of {gpus} GPUs need {workers * gpus}, the cluster has {there}: ask for less")
     actor = ray.remote(num_gpus=gpus, max_restarts=0)(_RayWorker)
-    batches = [i for i, batch in enumerate(store.plan()) if store.missing(batch)]
+    batches = [i for i, batch in enumerate(plan) if store.missing(batch)]
     if Path(study.model).exists():  # actors start in another folder
         study = study.located(str(Path(study.model).absolute()))
     pool = _Pool(lambda: actor.remote(study, str(store.folder.absolute()), device), min(workers, len(batches)))

@@ -10,8 +10,9 @@ from typing import Any
 
 from reasonalloc.evaluation.recall import recall_question
 from reasonalloc.files import read_json_lines
+from reasonalloc.reasoner.text import ANSWER
 from reasonalloc.registry import unknown_name
-from reasonalloc.tasks import TASKS
+from reasonalloc.tasks import TASKS, Problem
 
 MATH_PROMPT = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
@@ -76,6 +77,7 @@ HUB_SETS = {
     "aime25": HubSet("math-ai/aime25", "problem", "answer", "answer"),
     "gsm8k": HubSet("openai/gsm8k", "question", "answer", "answer", "test", "main"),
 }
+_MADE = 100  # questions of a set that is made here, unless told
 MATH, RECALL, FIDELITY = "math", "recall", "fidelity"
 
 
@@ -106,15 +108,14 @@ def load_questions(
             raise ValueError(f"{name} makes its own questions and takes no data file: choose another name for {data}")
         if not size.isdigit():
             raise ValueError(f"{family} needs a size, for instance {family}:48, got {name!r}")
-        made = _recall if family == RECALL else _built_in
-        return made(name, int(size), 100 if count is None else count)
-    known = HUB_SETS.get(name)
-    fields = (question_field or (known.question if known else "question"),
-              answer_field or (known.answer if known else "answer"))  # fmt: skip
+        if family == RECALL:
+            return _recall(name, int(size), _MADE if count is None else count)
+        problems = _problems(family, int(size), count)
+        return QuestionSet(name, family, tuple(Question(id, p.question, p.question) for id, p in problems.items()))
     questions = tuple(
         # gsm8k: the number behind its explanation
         Question(id, MATH_PROMPT.format(question=question.strip()), answer.rpartition("####")[2].strip())
-        for id, question, answer in _rows(name, data, *fields)
+        for id, question, answer in _rows(name, data, question_field, answer_field, "answer")
     )
     return QuestionSet(name, MATH, questions).first(count)
 
@@ -145,21 +146,23 @@ def load_texts(
     """
     family, _, size = name.partition(":")
     if data is None and family in TASKS.names() and size.isdigit():
-        made = load_questions(name, count=count).questions
-        problems = [TASKS.create(family).problem(int(question.id), int(size)) for question in made]
-        found = [Question(str(i), p.question, f"{p.thought} <answer> {p.answer}") for i, p in enumerate(problems)]
+        problems = _problems(family, int(size), count)
+        found = [Question(id, p.question, f"{p.thought} {ANSWER} {p.answer}") for id, p in problems.items()]
     else:
-        known = HUB_SETS.get(name)
-        fields = (question_field or (known.question if known else "question"),
-                  text_field or (known.solution if known else "solution"))  # fmt: skip
-        found = [Question(*row) for row in _rows(name, data, *fields)]
+        found = [Question(*row) for row in _rows(name, data, question_field, text_field, "solution")]
     long = tuple(text for text in found if len(text.reference.split()) >= least_words)
     return QuestionSet(f"{FIDELITY}:{name}", FIDELITY, long).first(count)
 
 
-def _rows(name: str, data: Path | None, question_field: str, answer_field: str) -> Iterable[tuple[str, str, str]]:
-    """Id, question and answer of every row."""
+def _rows(
+    name: str, data: Path | None, question_field: str | None, wanted_field: str | None, wanted: str
+) -> Iterable[tuple[str, str, str]]:
+    """Id, question and what is wanted ("answer" or "solution") of every row; fields as for ``load_questions``."""
     known = HUB_SETS.get(name)
+    fields = (
+        question_field or str(getattr(known, "question", "question")),
+        wanted_field or str(getattr(known, wanted, wanted)),
+    )
     if data is not None:
         rows, source = read_json_lines(data), str(data)
     elif known is not None:
@@ -167,12 +170,13 @@ def _rows(name: str, data: Path | None, question_field: str, answer_field: str) 
     else:
         raise unknown_name("task", name, [*HUB_SETS, *(f"{task}:48" for task in TASKS.names())])
     for number, row in rows:
-        for field in (question_field, answer_field):
+        for field in fields:
             if field not in row:
                 raise ValueError(f"{source}, line {number}: no field {field!r}; there are {', '.join(map(str, row))}")
             if row[field] is None or not str(row[field]).strip():
                 raise ValueError(f"{source}, line {number}: field {field!r} is empty; remove the line or fill it")
-        yield str(row.get("unique_id", row.get("id", number))), str(row[question_field]), str(row[answer_field])
+        question, answer = (str(row[field]) for field in fields)
+        yield str(row.get("unique_id", row.get("id", number))), question, answer
 
 
 def _hub_rows(source: HubSet) -> list[tuple[int, dict[str, Any]]]:
@@ -191,11 +195,10 @@ def _hub_rows(source: HubSet) -> list[tuple[int, dict[str, Any]]]:
         ) from error
 
 
-def _built_in(name: str, difficulty: int, count: int) -> QuestionSet:
-    task = TASKS.create(name.partition(":")[0])
-    problems = [task.problem(seed, difficulty) for seed in range(count)]
-    questions = (Question(str(seed), problem.question, problem.question) for seed, problem in enumerate(problems))
-    return QuestionSet(name, task.name, tuple(questions))
+def _problems(family: str, difficulty: int, count: int | None) -> dict[str, Problem]:
+    """The first problems of the test split, by id."""
+    task = TASKS.create(family)
+    return {str(seed): task.problem(seed, difficulty) for seed in range(_MADE if count is None else count)}
 
 
 def _recall(name: str, facts: int, count: int) -> QuestionSet:

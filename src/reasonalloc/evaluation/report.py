@@ -137,6 +137,10 @@ class Findings:
         """Names of those with a finished problem of a named method, in the study's order."""
         return list(dict.fromkeys(cell.task for cell in self.cells if not cell.method.startswith(RANDOM)))
 
+    def full(self, task: str) -> CellResult | None:
+        """The full cache's cell, if the study has one."""
+        return next(iter(self.of(task, None)), None)
+
     def base(self, task: str, budget: int | None) -> CellResult | None:
         """The base line's cell at a budget."""
         return next((cell for cell in self.of(task, budget) if cell.method == self.study.compared_with), None)
@@ -231,9 +235,8 @@ def paired(cells: list[CellResult], metric: Metric) -> list[Floats]:
 
 def sentences(findings: Findings, task: str) -> list[str]:
     """Which differences are real, in words."""
-    full = next((cell for cell in findings.of(task) if cell.budget is None), None)
-    name = findings.study.compared_with
-    lines = _verdicts(findings, task, comparisons(findings, task), str(name))
+    full = findings.full(task)
+    lines = _verdicts(findings, task, comparisons(findings, task), str(findings.study.compared_with))
     if full is not None:
         lines += _verdicts(findings, task, comparisons(findings, task, full), "the full cache")
     metric = findings.metric_of(task)
@@ -267,7 +270,7 @@ def _verdicts(findings: Findings, task: str, found: dict[Cell, Comparison], base
 
 def rows(findings: Findings, task: str) -> list[dict[str, str]]:
     """One line for each method and budget, as text."""
-    full = next((cell for cell in findings.of(task) if cell.budget is None), None)
+    full = findings.full(task)
     lines = []
     for cell in findings.of(task):
         line = {"method": cell.method, "budget": "-" if cell.budget is None else str(cell.budget)}

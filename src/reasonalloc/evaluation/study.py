@@ -183,11 +183,6 @@ class Study:
         """The questions of all tasks. Raises as ``load_questions``."""
         return [task.load() for task in self.tasks]
 
-    @property
-    def uses_auto_profile(self) -> bool:
-        """Whether some method takes profile="auto"."""
-        return any(cell.compression.profile == AUTO_PROFILE for cell in self.cells)
-
     @cached_property
     def cells(self) -> list[Cell]:
         """Every method at every budget."""

@@ -4,7 +4,7 @@
 
 Every family climbs a ladder of difficulties of its own: half of its batches are at the top rung, the others anywhere
 below, so that nothing is forgotten; it rises when the loss at the top falls far enough. Looking up must be
-learned before anything else can be, so one family opens and has the most batches until it has climbed so far. Matrices
+learned before anything else can be, so bare look-ups open, until the last rung of a ladder of their own. Matrices
 learn by Muon, the rest by AdamW, at full rates until the last share of the tokens, over which they fall to nothing.
 A checkpoint is written every minute; the same command goes on from it, and ends with the same weights to the last bit.
 """
@@ -25,11 +25,13 @@ import typer
 from torch import Tensor
 
 from reasonalloc.files import write_atomically
+from reasonalloc.reasoner.lookups import lookups
 from reasonalloc.reasoner.muon import Muon
-from reasonalloc.reasoner.text import build_tokenizer, prompt_text, solution_text
+from reasonalloc.reasoner.text import BEGIN, THINK, build_tokenizer, prompt_text, solution_text
 from reasonalloc.tasks import TASKS
 
 _IGNORED = -100  # label of what is not learned: the question
+_LOOKUPS = "lookups"  # the opening's name in the log
 _WARM_UP = 100  # steps over which the learning rates rise
 
 
@@ -39,10 +41,10 @@ class TrainingConfig:
 
     Attributes:
         ladders: for each task its difficulties, ascending.
-        opening: the family that opens, the difficulty that it has to master, and its share of the batches until then.
+        opening: sizes of the look-ups that come before anything else, ascending.
         shares: of the tokens, for each family, once the opening is over.
-        rise_below: for each family, nats per learned token at the top rung, averaged, under which it takes the next.
-            A family that can guess its easy problems must rise before it has a reason to look anything up.
+        rise_below: for each family and for "lookups", nats per learned token at the top rung, averaged, under which
+            it takes the next. A family that can guess its easy problems must rise before it looks anything up.
         model: settings of transformers' ``LlamaConfig``.
         matrix_learning_rate: of Muon.
         learning_rate: of AdamW.
@@ -54,7 +56,7 @@ class TrainingConfig:
     """
 
     ladders: dict[str, list[int]]
-    opening: dict[str, Any]
+    opening: list[int]
     shares: dict[str, float]
     rise_below: dict[str, float]
     model: dict[str, Any]
@@ -67,18 +69,18 @@ class TrainingConfig:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, ladder in self.ladders.items():
-            if not ladder or list(ladder) != sorted(set(ladder)):
+        for name, ladder in {**self.ladders, _LOOKUPS: self.opening}.items():
+            if not ladder or list(ladder) != sorted(set(ladder)) or ladder[0] < 1:
                 raise ValueError(f"the ladder of {name} must ascend, got {ladder}")
+        for name, ladder in self.ladders.items():
             TASKS.create(name).problem(0, ladder[-1], "train")  # an impossible difficulty fails here
-        if self.opening["master"] not in self.ladders.get(self.opening["family"], []):
-            raise ValueError(f"opening must name a family and a rung of its ladder, got {self.opening}")
-        for name in ("shares", "rise_below"):
-            values = getattr(self, name)
-            if set(values) != set(self.ladders) or min(values.values()) <= 0:
-                raise ValueError(f"{name} must be positive and name every family, got {values}")
-        if not 0 < self.opening["share"] < 1 or not 0 < self.decay <= 1:
-            raise ValueError(f"shares must lie in (0, 1), got opening {self.opening['share']}, decay {self.decay}")
+        lookups(random.Random(0), self.opening[-1])
+        for field_name, names in (("shares", {*self.ladders}), ("rise_below", {*self.ladders, _LOOKUPS})):
+            values = getattr(self, field_name)
+            if set(values) != names or min(values.values()) <= 0:
+                raise ValueError(f"{field_name} must be positive and name {', '.join(sorted(names))}, got {values}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must lie in (0, 1], got {self.decay}")
         positive = [self.matrix_learning_rate, self.learning_rate, self.tokens, self.rows]
         if min(positive) <= 0 or not 0 < self.batch_tokens[0] <= self.batch_tokens[1]:
             raise ValueError("learning rates, tokens, rows and batch_tokens must be positive")
@@ -98,8 +100,8 @@ class Progress:
         step: optimisation steps done.
         tokens: tokens seen, questions and padding included.
         seconds: time spent.
-        rungs: index into each family's ladder.
-        losses: running mean of the loss at each family's top rung; None right after rising.
+        rungs: index into each family's ladder, and that of the look-ups; these are one past the end when done.
+        losses: running mean of the loss at each top rung; None right after rising.
         seen: batches at the top rung since rising.
         spent: tokens of each family since the opening.
     """
@@ -140,45 +142,51 @@ class Trainer:
             ),
         ]
         self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
-        self.progress = Progress(rungs=dict.fromkeys(config.ladders, 0), losses=dict.fromkeys(config.ladders))
-        self.progress.seen, self.progress.spent = dict.fromkeys(config.ladders, 0), dict.fromkeys(config.ladders, 0)
+        climbing = (_LOOKUPS, *config.ladders)
+        self.progress = Progress(rungs=dict.fromkeys(climbing, 0), losses=dict.fromkeys(climbing))
+        self.progress.seen, self.progress.spent = dict.fromkeys(climbing, 0), dict.fromkeys(config.ladders, 0)
 
     # ---- data ----
 
     def batch(self) -> tuple[str, bool, Tensor, Tensor]:
         """The batch of the current step: family, whether it is at the top rung, ids and labels, padded at the end."""
         rng = random.Random(f"{self.config.seed} {self.progress.step}")
-        name = self._family(rng)
-        ladder = self.config.ladders[name][: self.progress.rungs[name] + 1]
+        name = self._family()
+        ladder = self._ladder(name)[: self.progress.rungs[name] + 1]
         difficulty = ladder[-1] if rng.random() < 0.5 else rng.choice(ladder)
-        task, (least, most) = TASKS.create(name), self.config.batch_tokens
-        rows: list[tuple[int, list[int]]] = []
+        least, most = self.config.batch_tokens
+        rows: list[tuple[list[int], list[int]]] = []
         size = 0
         while not rows or size < least or (len(rows) < self.config.rows and size < most):
-            problem = task.problem(rng.randrange(1 << 48), difficulty, "train")
-            prompt = self.tokenizer(prompt_text(problem)).input_ids
-            rows.append((len(prompt), prompt + self.tokenizer(solution_text(problem)).input_ids))
-            size = len(rows) * max(len(ids) for _, ids in rows)
-        longest = max(len(ids) for _, ids in rows)
-        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+            rows.append(self._row(rng, name, difficulty))
+            size = len(rows) * max(len(ids) for ids, _ in rows)
+        ids = torch.full((len(rows), size // len(rows)), self.tokenizer.pad_token_id)
         labels = torch.full_like(ids, _IGNORED)
-        for i, (prompt_length, row) in enumerate(rows):
+        for i, (row, learned) in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
-            labels[i, prompt_length : len(row)] = torch.tensor(row[prompt_length:])
+            labels[i, : len(row)] = torch.tensor(learned)
         return name, difficulty == ladder[-1], ids, labels
 
-    def _family(self, rng: random.Random) -> str:
-        """The family whose turn it is: after the opening, the one that has had least of its share."""
-        names = list(self.config.ladders)
-        if self._opened():
-            return min(names, key=lambda name: self.progress.spent[name] / self.config.shares[name])
-        opening = self.config.opening
-        return str(opening["family"]) if rng.random() < opening["share"] else rng.choice(names)
+    def _row(self, rng: random.Random, name: str, difficulty: int) -> tuple[list[int], list[int]]:
+        """Ids and labels of one problem."""
+        if name == _LOOKUPS:
+            question, thought, settled = lookups(rng, difficulty)
+            prompt, solution = f"{BEGIN} {' '.join(question)} {THINK}", " ".join(thought)
+        else:
+            problem = TASKS.create(name).problem(rng.randrange(1 << 48), difficulty, "train")
+            prompt, solution = prompt_text(problem), solution_text(problem)
+        before, behind = self.tokenizer([prompt, solution]).input_ids
+        learned = behind if name != _LOOKUPS else [i if s else _IGNORED for i, s in zip(behind, settled, strict=True)]
+        return before + behind, [_IGNORED] * len(before) + learned
 
-    def _opened(self) -> bool:
-        """Whether the opening is over."""
-        first, master = self.config.opening["family"], self.config.opening["master"]
-        return bool(self.config.ladders[first][self.progress.rungs[first]] > master)
+    def _ladder(self, name: str) -> list[int]:
+        return self.config.opening if name == _LOOKUPS else self.config.ladders[name]
+
+    def _family(self) -> str:
+        """Whose turn it is: the look-ups', and once they are done the family's that has had least of its share."""
+        if self.progress.rungs[_LOOKUPS] < len(self.config.opening):
+            return _LOOKUPS
+        return min(self.config.ladders, key=lambda name: self.progress.spent[name] / self.config.shares[name])
 
     # ---- training ----
 
@@ -199,7 +207,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.tokens += ids.numel()
-        if self._opened():
+        if name in self.progress.spent:
             self.progress.spent[name] += ids.numel()
         if top:
             self._climb(name, loss.item())
@@ -211,7 +219,7 @@ class Trainer:
         mean = loss if before is None else 0.9 * before + 0.1 * loss
         progress.losses[name] = mean
         progress.seen[name] += 1
-        more = progress.rungs[name] + 1 < len(self.config.ladders[name])
+        more = name == _LOOKUPS or progress.rungs[name] + 1 < len(self.config.ladders[name])
         if mean < self.config.rise_below[name] and progress.seen[name] >= 10 and more:
             progress.rungs[name] += 1
             progress.losses[name], progress.seen[name] = None, 0
@@ -237,8 +245,9 @@ class Trainer:
     def _status(self) -> str:
         progress = self.progress
         tops = [
-            f"{name} {self.config.ladders[name][rung]} ({progress.losses[name] or float('nan'):.4f})"
+            f"{name} {ladder[rung]} ({progress.losses[name] or float('nan'):.4f})"
             for name, rung in progress.rungs.items()
+            if rung < len(ladder := self._ladder(name))
         ]
         share = progress.tokens / self.config.tokens
         return f"{progress.seconds / 60:.1f} min, step {progress.step}, {share:.1%}, top rungs: {', '.join(tops)}"
