@@ -166,6 +166,7 @@ def test_recall():
 
 def test_what_follows_the_thought():
     assert after_thought("a</think>b</think>c") == "c"
+    assert after_thought("a</think>b[/THINK]c") == "c", "the last mark of any kind"
     assert after_thought("no thought") == "no thought"
 
 

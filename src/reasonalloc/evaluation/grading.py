@@ -38,7 +38,7 @@ class Grade:
 
 def after_thought(text: str) -> str:
     """What follows the last end of a thought; all of the text where there is none."""
-    return max((text.rpartition(mark)[2] for mark in THOUGHT_ENDS if mark in text), key=len, default=text)
+    return min((text.rpartition(mark)[2] for mark in THOUGHT_ENDS), key=len)
 
 
 def grade_math(reference: str, text: str) -> Grade:
