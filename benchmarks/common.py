@@ -44,6 +44,13 @@ def smollm2_shape(narrow: bool = False) -> Any:
     return model
 
 
+def kv_bytes(cache: Any) -> int:
+    """Bytes of the key and value tensors of our cache, or of one of transformers'."""
+    if isinstance(cache, ra.Cache):
+        return cache.stats().kv_bytes
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
+
+
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     return {

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 import transformers
-from common import save, smollm2_shape
+from common import kv_bytes, save, smollm2_shape
 
 import reasonalloc as ra
-from reasonalloc.demo import kv_bytes
 
 
 def full_cache(model: Any, batch: int, context: int) -> Any:

@@ -21,7 +21,7 @@ class AttentionBackend:
     """Attention of one query per sequence over a slab.
 
     Attributes:
-        name: "rows" (plain torch), "compiled" (numba, CPU) or "varlen" (CUDA).
+        name: "rows" (plain torch), "compiled" (numba, CPU), "varlen" (CUDA, torch's) or "triton" (CUDA, ours).
         attend: ``(query [batch, query_heads, 1, dim], slab, scaling) -> [batch, query_heads, 1, value_dim]``.
             If the slab tracks received attention, it is added there.
     """
@@ -52,10 +52,17 @@ def _make_varlen() -> Attend:
     return attend_varlen
 
 
+def _make_triton() -> Attend:
+    from reasonalloc.attention.triton_decode import TritonDecode
+
+    return TritonDecode()
+
+
 BACKENDS: dict[str, Callable[[], Attend]] = {
     "rows": _make_rows,
     "compiled": _make_compiled,
     "varlen": _make_varlen,
+    "triton": _make_triton,
 }
 
 
@@ -69,7 +76,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, tracks_r
         raise unknown_name("attention backend", name, ["auto", *BACKENDS])
     problems = {candidate: _problem(candidate, device, dtype, tracks_received) for candidate in BACKENDS}
     if name == "auto":
-        name = next(candidate for candidate in ("varlen", "compiled", "rows") if not problems[candidate])
+        name = next(candidate for candidate in ("varlen", "triton", "compiled", "rows") if not problems[candidate])
     if problems[name]:
         raise ValueError(f"attention backend {name!r} cannot serve this cache: {problems[name]}; use 'auto' or 'rows'")
     return AttentionBackend(name, BACKENDS[name]())
@@ -93,4 +100,10 @@ def _problem(name: str, device: torch.device, dtype: torch.dtype, tracks_receive
         from reasonalloc.attention.varlen import kernel
 
         return "" if kernel() else "this torch has no varlen_attn with seqused_k"
+    if name == "triton":
+        if device.type != "cuda":
+            return f"it runs on CUDA, the cache is on {device}"
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"it has no {dtype}"
+        return "" if find_spec("triton") else "triton is not installed (it comes with torch for CUDA)"
     return ""
