@@ -4,6 +4,7 @@
 
 One step attends in 30 layers of SmolLM2's shape, each with storage of its own, so that memory is really read.
 "equal heads, sdpa" is what a cache with equal budgets could do at best; the ragged ones hold as many tokens.
+Attention reads every key and value once: its bytes per second stand against those of a large copy in the same rounds.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from reasonalloc.attention import AttentionBackend, choose_backend
 from reasonalloc.storage import RaggedSlab
 
 LAYERS, HEADS, GROUP, DIM, INTERVAL = 30, 3, 3, 64, 128
+COPIED = 1 << 28  # bytes, far more than any cache holds
 
 
 def ragged_slab(batch: int, budget: int, dtype: torch.dtype) -> RaggedSlab:
@@ -47,7 +49,9 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=128)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
     query = torch.randn(options.batch, HEADS * GROUP, 1, DIM, dtype=dtype)
     slabs = [ragged_slab(options.batch, options.budget, dtype) for _ in range(LAYERS)]
@@ -65,9 +69,19 @@ def main() -> None:
     }
     for name in ("rows", "compiled"):
         contenders[f"ragged, {name}"] = with_backend(choose_backend(name, query.device, dtype, False))
+    source = torch.ones(COPIED, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    tokens = {name: sum(int(slab.lengths.sum()) for slab in slabs) for name in contenders}
+    tokens["equal heads, sdpa"] = LAYERS * options.batch * HEADS * live
+    bytes_per_token = 2 * DIM * dtype.itemsize
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    copying: list[float] = []
     with torch.no_grad():
         for repeat in range(options.repeats + 1):
+            began = time.perf_counter()
+            target.copy_(source)
+            if repeat:
+                copying.append(time.perf_counter() - began)
             for name, attend in contenders.items():
                 began = time.perf_counter()
                 for i in range(LAYERS):
@@ -76,11 +90,20 @@ def main() -> None:
                     seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     base = medians["equal heads, sdpa"]
+    shares: dict[str, list[float]] = {}
     for name, median in medians.items():
-        print(f"{name:24s} {1e3 * median:8.2f} ms/step   {median / base:5.2f} x equal heads")
+        limit = [2 * COPIED / s for s in copying]  # a copy reads and writes
+        shares[name] = [
+            tokens[name] * bytes_per_token / mine / best for mine, best in zip(seconds[name], limit, strict=True)
+        ]
+        print(
+            f"{name:24s} {1e3 * median:8.2f} ms/step   {median / base:5.2f} x equal heads   "
+            f"{statistics.median(shares[name]):4.0%} of a copy's bytes per second"
+        )
+    results = {"seconds": seconds, "copy_gigabytes_per_second": [2e-9 * COPIED / s for s in copying]}
     save(
         f"attention-{options.dtype}-{options.budget}",
-        {"batch": options.batch, "budget": options.budget, "dtype": options.dtype, "seconds": seconds},
+        {**vars(options), **results, "share_of_copy": shares},
     )
 
 

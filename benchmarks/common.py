@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,17 @@ SMOLLM2 = {
 }
 
 
+RESULTS = Path(__file__).parent / "results"
 NARROW = {"hidden_size": 72, "intermediate_size": 64, "vocab_size": 1024}
 
 
-def smollm2_shape(narrow: bool = False) -> Any:
+def smollm2_shape(narrow: bool = False, **changes: Any) -> Any:
     """A random model in the shape of SmolLM2-135M: speed and bytes do not depend on the weights.
 
     With ``narrow`` only the cache has SmolLM2's shape, and the rest of the model costs next to nothing.
     """
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**{**SMOLLM2, **(NARROW if narrow else {})})
+    config = transformers.LlamaConfig(**{**SMOLLM2, **(NARROW if narrow else {}), **changes})
     model = transformers.LlamaForCausalLM(config).eval()
     model.set_attn_implementation("reasonalloc")
     return model
@@ -49,6 +51,25 @@ def kv_bytes(cache: Any) -> int:
     if isinstance(cache, ra.Cache):
         return cache.stats().kv_bytes
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
+
+
+def full_cache(model: Any, batch: int, context: int) -> Any:
+    """transformers' DynamicCache, filled with random keys and values."""
+    config, cache = model.config, transformers.DynamicCache(config=model.config)
+    for layer in range(config.num_hidden_layers):
+        shape = (batch, config.num_key_value_heads, context, config.head_dim)
+        cache.update(torch.randn(shape), torch.randn(shape), layer)
+    return cache
+
+
+def seconds_per_step(model: Any, cache: Any, ids: torch.Tensor, steps: int) -> float:
+    """Decode the same tokens so many times, each cache under the attention that it belongs to."""
+    model.set_attn_implementation("reasonalloc" if isinstance(cache, ra.Cache) else "sdpa")
+    began = time.perf_counter()
+    with torch.no_grad():
+        for _ in range(steps):
+            model(ids, past_key_values=cache)
+    return (time.perf_counter() - began) / steps
 
 
 def machine() -> dict[str, Any]:
@@ -77,6 +98,6 @@ def in_own_processes(kinds: Sequence[str]) -> dict[str, Any]:
 
 def save(name: str, results: dict[str, Any]) -> None:
     """Write the results beside the benchmarks."""
-    path = Path(__file__).parent / "results" / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     write_atomically(path, json.dumps({"machine": machine(), **results}, indent=1).encode())
     print(f"wrote {path}")

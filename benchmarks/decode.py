@@ -9,31 +9,12 @@ Blocks take turns, so that a change of the machine's speed meets all alike; rati
 
 import argparse
 import statistics
-import time
 from typing import Any
 
 import torch
-import transformers
-from common import kv_bytes, save, smollm2_shape
+from common import full_cache, kv_bytes, save, seconds_per_step, smollm2_shape
 
 import reasonalloc as ra
-
-
-def full_cache(model: Any, batch: int, context: int) -> Any:
-    config, cache = model.config, transformers.DynamicCache(config=model.config)
-    for layer in range(config.num_hidden_layers):
-        shape = (batch, config.num_key_value_heads, context, config.head_dim)
-        cache.update(torch.randn(shape), torch.randn(shape), layer)
-    return cache
-
-
-def seconds_per_step(model: Any, cache: Any, ids: torch.Tensor, steps: int) -> float:
-    model.set_attn_implementation("reasonalloc" if isinstance(cache, ra.Cache) else "sdpa")
-    began = time.perf_counter()
-    with torch.no_grad():
-        for _ in range(steps):
-            model(ids, past_key_values=cache)
-    return (time.perf_counter() - began) / steps
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
 """Routing overhead: decoding with ReasonAlloc against R-KV with equal budgets, in one run, rounds interleaved.
 
-    python benchmarks/overhead.py [--batch 8] [--budget 128] [--intervals 4] [--repeats 7]
+    python benchmarks/overhead.py [--batch 8] [--budget 128] [--repeats 9]
 
 Both decode the same tokens on the same model. A measured block is one whole interval, its compression included;
 blocks of the methods alternate, so that a change of the machine's speed meets both alike. Ratios are per pair.
+A round's stages are timed as well: gather (a padded copy of the layer), score, route (budgets of heads and layers),
+select, repack.
 """
 
 import argparse
@@ -16,6 +18,12 @@ import torch
 from common import save, smollm2_shape
 
 import reasonalloc as ra
+from reasonalloc import compressor
+from reasonalloc.storage import LayerTokens, RaggedSlab
+
+INTERVAL = 128
+STAGES = ("gather", "score", "route", "select", "repack")
+Clock = dict[str, float]
 
 
 def block_seconds(model: Any, cache: ra.Cache, ids: torch.Tensor, steps: int) -> float:
@@ -40,36 +48,79 @@ def main() -> None:
     caches: dict[str, ra.Cache] = {}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     compressing: dict[str, list[float]] = {name: [] for name in names}
+    clock: Clock = dict.fromkeys(STAGES, 0.0)
+    spent: dict[str, Clock] = {name: dict.fromkeys(STAGES, 0.0) for name in names}
+    time_stages(clock)
     for name in names:
         caches[name] = ra.Cache(model.config, ra.Compression.method(name, options.budget))
         with torch.no_grad():
             model(prompt, past_key_values=caches[name])
+        time_scoring(caches[name], clock)
         time_compressions(caches[name], compressing[name])
-        block_seconds(model, caches[name], ids, 128)  # warm up: compilation, allocator
+        block_seconds(model, caches[name], ids, INTERVAL)  # warm up: compilation, allocator
         compressing[name].clear()
     for repeat in range(options.repeats):
         for name in names if repeat % 2 else reversed(names):  # neither is always first
-            seconds[name].append(block_seconds(model, caches[name], ids, 128))
+            clock.update(dict.fromkeys(STAGES, 0.0))
+            seconds[name].append(block_seconds(model, caches[name], ids, INTERVAL))
+            for stage in STAGES:
+                spent[name][stage] += clock[stage]
     base = names[0]
     methods: dict[str, dict[str, Any]] = {}
     for name in names:
         ratios = [mine / theirs - 1 for mine, theirs in zip(seconds[name], seconds[base], strict=True)]
         share = sum(compressing[name]) / sum(seconds[name])
         entry: dict[str, Any] = {
-            "ms_per_step": [round(1e3 * s / 128, 3) for s in seconds[name]],
+            "ms_per_step": [round(1e3 * s / INTERVAL, 3) for s in seconds[name]],
             "overhead_median": statistics.median(ratios),
             "overhead_quartiles": statistics.quantiles(ratios, n=4)[::2],
             "compression_share": share,
             "compression_ms_per_round": 1e3 * sum(compressing[name]) / options.repeats,
+            "compression_us_per_token": 1e6 * sum(compressing[name]) / options.repeats / INTERVAL / options.batch,
+            "stage_ms_per_round": {stage: 1e3 * s / options.repeats for stage, s in spent[name].items()},
         }
         methods[name] = entry
         low, high = entry["overhead_quartiles"]
         print(
-            f"{name:22s} {1e3 * statistics.median(seconds[name]) / 128:8.2f} ms/step   over {base}: "
+            f"{name:22s} {1e3 * statistics.median(seconds[name]) / INTERVAL:8.2f} ms/step   over {base}: "
             f"{entry['overhead_median']:+.2%} (quartiles {low:+.2%} {high:+.2%})   "
-            f"all compression work {share:.2%}, {entry['compression_ms_per_round']:.1f} ms per round"
+            f"all compression work {share:.2%}, {entry['compression_ms_per_round']:.1f} ms per round: "
+            + ", ".join(f"{stage} {ms:.1f}" for stage, ms in entry["stage_ms_per_round"].items())
         )
-    save("overhead", {"batch": options.batch, "budget": options.budget, "interval": 128, "methods": methods})
+    save("overhead", {"batch": options.batch, "budget": options.budget, "interval": INTERVAL, "methods": methods})
+
+
+def timed(inner: Callable[..., Any], clock: Clock, stage: str) -> Callable[..., Any]:
+    """``inner``, whose seconds are added to a stage's."""
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return inner(*arguments, **named)
+        finally:
+            clock[stage] += time.perf_counter() - began
+
+    return run
+
+
+def time_stages(clock: Clock) -> None:
+    """Time what every compression calls."""
+    for owner, name, stage in (
+        (RaggedSlab, "padded", "gather"),
+        (compressor.LayerCompressor, "_report_demand", "route"),
+        (compressor, "route_heads", "route"),
+        (compressor, "rank_candidates", "select"),
+        (compressor, "select", "select"),
+        (LayerTokens, "gather", "repack"),
+        (RaggedSlab, "store", "repack"),
+    ):
+        setattr(owner, name, timed(getattr(owner, name), clock, stage))
+
+
+def time_scoring(cache: ra.Cache, clock: Clock) -> None:
+    """Time this cache's scorer."""
+    scorer = cache.compression.token_scorer
+    object.__setattr__(scorer, "score", timed(scorer.score, clock, "score"))  # a frozen dataclass
 
 
 def time_compressions(cache: ra.Cache, into: list[float]) -> None:

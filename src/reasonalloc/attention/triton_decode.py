@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ def attend_chunks(
     """As ``TritonDecode``, with a table at hand."""
     rows, chunks = slab.batch * slab.heads, len(table.rows)
     group, dim, value_dim = query.shape[1] // slab.heads, query.shape[-1], slab.values.shape[-1]
-    float32 = {"dtype": torch.float32, "device": query.device}
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     partial = torch.empty(chunks, group, value_dim, **float32)
     largest, total = torch.empty(2, chunks, group, **float32)
     log_sums = torch.empty(rows, group, **float32)

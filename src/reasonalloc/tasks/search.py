@@ -14,8 +14,8 @@ class Search(Task):
     """Find the way to the goal in a cave of ``difficulty`` rooms, first branch first, going back at dead ends.
 
     The cave is a random tree; each room's onward rooms are listed, the rooms in random order. The thought says on
-    entering a room where one can go, and on coming back what is left; the answer is the way home, from the
-    goal to the start. Memory pattern: what was found in a dead end is never needed again, the open branches are, much
+    entering a room where one can go, and on coming back the list from the room one comes from:
+    ``back x3 from x1 : x3 x8 ; go x8 from x1 .``; the answer is the way home, from the goal to the start. Memory pattern: what was found in a dead end is never needed again, the open branches are, much
     later.
 
     Attributes:
@@ -38,7 +38,7 @@ class Search(Task):
     @property
     def vocabulary(self) -> tuple[str, ...]:
         """Rooms, and the words between them."""
-        return (*NAMES, ":", ";", ".", "start", "goal", "at", "go", "from", "back", "left", "end", "found")
+        return (*NAMES, ":", ";", ".", "start", "goal", "at", "go", "from", "back", "end", "found")
 
     def draw(self, rng: random.Random, difficulty: int) -> Problem:
         """A cave, searched in the order in which it lists the ways."""
@@ -80,15 +80,15 @@ def _entered(ways: dict[str, list[str]], start: str) -> list[str]:
 
 def _explore(ways: dict[str, list[str]], start: str, goal: str) -> tuple[str, list[str]]:
     """Depth first, in words: where one is, where one can go from there, which way is taken; and the way to the goal."""
-    path, left, words = [start], {room: list(onward) for room, onward in ways.items()}, [f"at {start} :"]
+    path, words = [start], [f"at {start} : {' '.join(ways[start] or ['end'])} ;"]
+    left = {room: list(onward) for room, onward in ways.items()}
     while path[-1] != goal:
         here = path[-1]
-        words.append(f"{' '.join(left[here] or ['end'])} ;")
         if left[here]:
             path.append(left[here].pop(0))
             words.append(f"go {path[-1]} from {here} .")
-            words += [] if path[-1] == goal else [f"at {path[-1]} :"]
+            words += [] if path[-1] == goal else [f"at {path[-1]} : {' '.join(ways[path[-1]] or ['end'])} ;"]
         else:
             path.pop()
-            words.append(f"back {path[-1]} left")
+            words.append(f"back {here} from {path[-1]} : {' '.join([here, *left[path[-1]]])} ;")
     return f"{' '.join(words)} found {goal}", path
