@@ -24,7 +24,7 @@ ORDER = [
     ("engines", "reasoner"),
     ("evaluation",),
     ("console",),
-    ("demo", "profile_commands", "evaluation_commands", "cli", "__init__"),
+    ("demo", "profile_commands", "evaluation_commands", "cli", "__init__", "__main__"),
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from reasonalloc.console import clear_errors, console, errors
-from reasonalloc.evaluation_commands import evaluate, report
+from reasonalloc.evaluation_commands import evaluate, problems, report
 from reasonalloc.profile_commands import calibrate, profile_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Reasoning models in a small, fixed KV cache.")
@@ -22,6 +22,7 @@ app.add_typer(profile_app, name="profile")
 app.command()(calibrate)
 app.command("eval")(evaluate)
 app.command()(report)
+app.command()(problems)
 
 
 @app.command()

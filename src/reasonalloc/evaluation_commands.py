@@ -1,7 +1,8 @@
-"""The commands of evaluation: ``reasonalloc eval`` and ``reasonalloc report``."""
+"""The commands of evaluation: ``reasonalloc eval``, ``report`` and ``problems``."""
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -57,6 +58,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     shard: Annotated[str | None, typer.Option(help="i/n: do every n-th batch from the i-th on (0/4 ... 3/4).")] = None,
+    tensor_parallel: Annotated[
+        bool, typer.Option("--tensor-parallel", help="Share the model: torchrun --nproc-per-node N -m reasonalloc eval")
+    ] = False,
     ray_workers: Annotated[int, typer.Option(min=0, help="Use so many Ray actors.")] = 0,
     ray_gpus: Annotated[float, typer.Option(min=0, help="GPUs of one Ray actor.")] = 1.0,
 ) -> None:
@@ -100,12 +104,20 @@ def evaluate(
             )
         if shard and ray_workers:
             raise ValueError("--shard and --ray-workers are two ways to share the work: choose one")
-        _run(store, wanted, device, None if shard is None else _shard(shard), ray_workers, ray_gpus)
+        if tensor_parallel and ray_workers:
+            raise ValueError("--tensor-parallel works in torchrun's processes, --ray-workers start their own: choose")
+        _run(store, wanted, device, None if shard is None else _shard(shard), ray_workers, ray_gpus, tensor_parallel)
         console.print(f"{output}: done. `reasonalloc report {output}` says what was found", highlight=False)
 
 
 def _run(
-    store: Store, study: Study, device: str, part: tuple[int, int] | None, ray_workers: int, ray_gpus: float
+    store: Store,
+    study: Study,
+    device: str,
+    part: tuple[int, int] | None,
+    ray_workers: int,
+    ray_gpus: float,
+    tensor_parallel: bool,
 ) -> None:
     from reasonalloc.evaluation.executors import Worker, run_local, run_ray, shard
     from reasonalloc.evaluation.grading import grader, grader_version
@@ -120,7 +132,7 @@ def _run(
             grader(found.grader)
             grader_version(found.grader)  # what is missing for grading is said now, not after hours
     with errors.status(f"loading {study.model}"):
-        worker = Worker(study, "cpu" if ray_workers else device)  # the GPUs are the actors'
+        worker = Worker(study, "cpu" if ray_workers else device, tensor_parallel)  # the GPUs are the actors'
     profile = store.profile() or worker.auto_profile(study)
     store.begin(study, worker.fingerprint, sets, profile)
     plan = store.plan()
@@ -130,6 +142,32 @@ def _run(
             run_ray(study, store, plan, ray_workers, ray_gpus, watch.done, device)
         else:
             run_local(worker, store, batches, watch.done)
+
+
+def problems(
+    tasks: Annotated[list[str], typer.Argument(help="TASK:DIFFICULTY, for instance maps:48.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file (.jsonl).")],
+    count: Annotated[int, typer.Option(min=1, help="Problems of each.")] = 8,
+    split: Annotated[str, typer.Option(help="train or test; they never share a question.")] = "train",
+) -> None:
+    """Write problems of the built-in tasks as JSON lines: task, id, prompt, thought (a worked solution), answer."""
+    with clear_errors():
+        from reasonalloc.files import write_atomically
+        from reasonalloc.tasks import TASKS
+
+        lines = []
+        for wanted in tasks:
+            name, _, size = wanted.partition(":")
+            if not size.isdigit():
+                raise ValueError(f"a task is given as TASK:DIFFICULTY, for instance maps:48, got {wanted!r}")
+            made = [TASKS.create(name).problem(seed, int(size), split) for seed in range(count)]  # type: ignore[arg-type]
+            lines += [
+                {"task": wanted, "id": f"{split} {seed}", "prompt": problem.question, "thought": problem.thought}
+                | {"answer": problem.answer}
+                for seed, problem in enumerate(made)
+            ]
+        write_atomically(output, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        console.print(f"wrote {len(lines)} problems to {output}", highlight=False)
 
 
 def report(
@@ -155,7 +193,7 @@ def report(
         console.print(f"wrote {', '.join(map(str, paths))}", highlight=False, soft_wrap=True)
 
 
-_ANYWHERE = {"output", "device", "shard", "ray_workers", "ray_gpus"}
+_ANYWHERE = {"tensor_parallel", "output", "device", "shard", "ray_workers", "ray_gpus"}
 _WITH_RESUME = {*_ANYWHERE, "resume"}
 _WITH_STUDY = {*_ANYWHERE, "study", "model", "data"}
 

@@ -28,6 +28,16 @@ class ModelShape:
         if self.query_heads % self.kv_heads:
             raise ValueError(f"{self.query_heads} query heads do not share {self.kv_heads} key/value heads evenly")
 
+    def split(self, ranks: int) -> ModelShape:
+        """What each of several tensor-parallel ranks holds: all layers, an equal part of the heads.
+
+        Raises:
+            ValueError: the heads cannot be split so.
+        """
+        if ranks < 1 or self.kv_heads % ranks:
+            raise ValueError(f"{self.kv_heads} key/value heads cannot be split over {ranks} tensor-parallel ranks")
+        return ModelShape(self.layers, self.kv_heads // ranks, self.query_heads // ranks, self.head_dim)
+
     @property
     def group(self) -> int:
         """Query heads per key/value head."""

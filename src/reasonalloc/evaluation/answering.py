@@ -11,7 +11,7 @@ import transformers
 from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers.cache import Cache
 from reasonalloc.engines.transformers.generation import OnStep, drop_finished
-from reasonalloc.engines.transformers.loading import encode
+from reasonalloc.engines.transformers.loading import encode, ranks
 from reasonalloc.evaluation.footprint import Footprint
 from reasonalloc.recorder import Recorder
 
@@ -91,7 +91,7 @@ def answer(
     inputs = encode(tokenizer, prompts, True, model.device)
     end = model.generation_config.eos_token_id
     ends = set(end) if isinstance(end, list) else {end}
-    cache = Cache(model.config, compression, recorder=recorder)
+    cache = Cache(model.config, compression, recorder=recorder, tensor_parallel=ranks(model))
     footprint = Footprint(len(prompts))
 
     def watch(rows: torch.Tensor, tokens: torch.Tensor) -> None:

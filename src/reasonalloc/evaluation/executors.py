@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from reasonalloc.allocation import DemandProfile
 from reasonalloc.compression import AUTO_PROFILE
 from reasonalloc.engines.transformers.auto_profile import auto_profile
-from reasonalloc.engines.transformers.loading import load, quiet
+from reasonalloc.engines.transformers.loading import load, quiet, ranks
 from reasonalloc.evaluation.answering import answer
 from reasonalloc.evaluation.fidelity import Reading, make_trace, read_alike
 from reasonalloc.evaluation.questions import FIDELITY
@@ -26,11 +28,11 @@ Done = Callable[[Batch, list[Result], float], None]  # a batch, its results, the
 
 
 class Worker:
-    """A loaded model that works on batches of a study."""
+    """A loaded model that works on batches of a study; with ``tensor_parallel``, one rank's part of it."""
 
-    def __init__(self, study: Study, device: str = "auto") -> None:
+    def __init__(self, study: Study, device: str = "auto", tensor_parallel: bool = False) -> None:
         quiet()
-        self.model, self.tokenizer = load(study.model, study.dtype, device)
+        self.model, self.tokenizer = load(study.model, study.dtype, device, tensor_parallel)
         self.fingerprint = fingerprint(self.model, self.tokenizer)
 
     def auto_profile(self, study: Study) -> DemandProfile | None:
@@ -57,7 +59,7 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
     architecture's settings, the chat template and the vocabulary."""
     found = hashlib.sha256()
     for name, weight in model.state_dict().items():
-        flat = weight.flatten()
+        flat = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).flatten()  # ranks' parts joined
         some = flat[:: max(1, flat.numel() // 64)][:64].double().cpu()
         found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + some.numpy().tobytes())
     config = {name: value for name, value in model.config.to_dict().items() if name not in _INCIDENTAL}
@@ -74,9 +76,16 @@ def shard(plan: list[Batch], index: int, of: int) -> list[Batch]:
 
 
 def run_local(worker: Worker, store: Store, batches: list[Batch], done: Done) -> None:
-    """One batch after another in this process, those that are missing; whole batches, as they were planned."""
+    """One batch after another in this process, those that are missing; whole batches, as they were planned.
+
+    Ranks that share a model each run this, on the same batches: all see what is missing before any of them writes.
+    """
+    together = ranks(worker.model) > 1
+    if together:
+        batches = [batch for batch in batches if store.missing(batch)]
+        torch.distributed.barrier()
     for batch in batches:
-        if store.missing(batch):
+        if together or store.missing(batch):
             began = time.perf_counter()
             results = worker.run(batch)
             for unit, found in zip(batch, results, strict=True):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers.cache import Cache
+from reasonalloc.engines.transformers.loading import ranks
 from reasonalloc.evaluation.footprint import Footprint
 from reasonalloc.files import read_json_lines
 
@@ -170,7 +171,7 @@ def teacher_force(
         )
     if reference is not None and reference.log_probs is None:
         raise ValueError("the reference has no distributions: make it with keep_log_probs=True")
-    cache = Cache(model.config, compression)
+    cache = Cache(model.config, compression, tensor_parallel=ranks(model))
     answer = trace.answer.to(model.device)
     logits = [model(trace.prompt.to(model.device)[None], past_key_values=cache, logits_to_keep=1).logits[0]]
     nll, kl, agree, kept = [], [], [], []

@@ -67,6 +67,7 @@ class Store:
         files = {"study.json": study.to_dict(), "inputs.json": inputs}
         try:
             write_atomically(self.folder / ".writable", b"")
+            (self.folder / ".writable").unlink(missing_ok=True)
             for name, value in files.items():
                 write_once(self.folder / name, json.dumps(value, indent=1, ensure_ascii=False).encode())
             if profile is not None:

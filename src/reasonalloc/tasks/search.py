@@ -15,8 +15,8 @@ class Search(Task):
 
     The cave is a random tree; each room's onward rooms are listed, the rooms in random order. The thought says on
     entering a room where one can go, and on coming back the list from the room one comes from:
-    ``back x3 from x1 : x3 x8 ; go x8 from x1 .``; the answer is the way home, from the goal to the start. Memory pattern: what was found in a dead end is never needed again, the open branches are, much
-    later.
+    ``back x3 from x1 : x3 x8 ; go x8 from x1 .``; the answer is the way home, from the goal to the start. Memory
+    pattern: what was found in a dead end is never needed again, the open branches are, much later.
 
     Attributes:
         branches: rooms that one room leads to, at most.

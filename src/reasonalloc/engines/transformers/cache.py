@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import cache_utils
 
 from reasonalloc.allocation import HEAD_ALLOCATORS, LAYER_ALLOCATORS
+from reasonalloc.allocation.offline_heads import OfflineBudgets
 from reasonalloc.budgets import LayerBudgets
 from reasonalloc.compression import AUTO_PROFILE, Compression
 from reasonalloc.engines.transformers.attention import tag
@@ -46,9 +47,10 @@ class RaggedLayer(cache_utils.CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, cache: LayerCache, forward_pass: _ForwardPass) -> None:
+    def __init__(self, cache: LayerCache, forward_pass: _ForwardPass, kv_heads: int) -> None:
         super().__init__()
         self.cache = cache
+        self.kv_heads = kv_heads
         self.forward_pass = forward_pass
         self.pending = False
 
@@ -59,7 +61,7 @@ class RaggedLayer(cache_utils.CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Check what the model wants stored; slots are made by the first attention call."""
-        check_states(key_states)
+        check_states(key_states, self.kv_heads)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -135,38 +137,52 @@ class Cache(cache_utils.Cache):
         attention: str = "auto",
         recorder: Recorder | None = None,
         probe: Probe | None = None,
+        tensor_parallel: int = 1,
     ) -> None:
         """
         Args:
             config: ``model.config``.
             compression: what to keep.
-            attention: backend for decoding: "auto", "rows" (plain torch), "compiled" (CPU, numba) or "varlen" (CUDA).
+            attention: backend for decoding: "auto", "rows" (plain torch), "compiled" (CPU, numba), "varlen" or
+                "triton" (CUDA).
             recorder: gets every routing, if given.
             probe: watches a full cache (budget None) once per ``compression.interval``: calibration.
+            tensor_parallel: ranks that share the model (``model.tp_size``). Each rank's cache holds its own heads and
+                routes among them alone, with the same budget per head as every other: nothing is communicated, and
+                budget does not move from one rank's heads to another's. With layers="dynamic" each rank measures
+                its own heads' demand.
 
         Raises:
             UnsupportedModelError: the model's attention is not supported, see ``support.model_shape``.
-            ValueError: the model uses another attention implementation, or the profile is of another model.
+            ValueError: the model uses another attention implementation, the profile is of another model, or the
+                ranks cannot share the heads or a policy that gives every head a budget of its own.
         """
         if not isinstance(compression, Compression):
             raise TypeError(f"expected a reasonalloc.Compression, got {type(compression).__name__}")
         if probe is not None and compression.budget is not None:
             raise ValueError(f"a probe watches a full cache: budget must be None, got {compression.budget}")
-        self.shape = model_shape(config)
+        whole = model_shape(config)
+        self.shape = whole.split(tensor_parallel)
         if compression.profile == AUTO_PROFILE:
             from reasonalloc.engines.transformers.auto_profile import auto_profile  # which itself uses this class
 
             compression = compression.replace(profile=auto_profile(config, compression))
         self.compression = compression
         if compression.demand_profile is not None:
-            compression.demand_profile.check(self.shape, architecture(config))
+            compression.demand_profile.check(whole, architecture(config))
+        for policy in (compression.layer_allocator, compression.head_allocator):
+            if tensor_parallel > 1 and isinstance(policy, OfflineBudgets):
+                raise ValueError(
+                    f"{type(policy).__name__} sets budgets for the heads of all ranks at once, and ranks route alone: "
+                    "choose layers wave or dynamic, heads threshold, or run without tensor parallelism"
+                )
         self.recorder = recorder
         self.budgets = None if compression.budget is None else LayerBudgets(compression, self.shape)
         forward_pass = _ForwardPass()
         caches = [
             LayerCache(i, compression, self.budgets, attention, recorder, probe) for i in range(self.shape.layers)
         ]
-        super().__init__(layers=[RaggedLayer(cache, forward_pass) for cache in caches])
+        super().__init__(layers=[RaggedLayer(cache, forward_pass, self.shape.kv_heads) for cache in caches])
 
     @property
     def layer_caches(self) -> list[LayerCache]:

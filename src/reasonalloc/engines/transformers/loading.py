@@ -22,13 +22,15 @@ def quiet() -> None:
     os.environ["TQDM_DISABLE"] = "1"  # the GGUF reader brings its own bar
 
 
-def load(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+def load(model: str, dtype: str = "auto", device: str = "auto", tensor_parallel: bool = False) -> tuple[Any, Any]:
     """Model (in evaluation mode, attention set) and tokenizer.
 
     Args:
         model: a local folder, a local ``.gguf`` file, or a hub id.
         dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
         device: "auto" (CUDA if there is one), or any torch device.
+        tensor_parallel: share the model with the other processes that ``torchrun`` started, by the plan that
+            transformers has for it.
 
     Raises:
         ValueError: an unknown dtype, or a model that cannot be loaded; the message says from where.
@@ -50,6 +52,8 @@ def load(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, An
         raise ValueError(f"no model folder at {path}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
+        if tensor_parallel:
+            options["tp_plan"] = "auto"
         network = AutoModelForCausalLM.from_pretrained(
             source, dtype=DTYPES[dtype], attn_implementation=ATTENTION_NAME, **options
         )
@@ -59,7 +63,12 @@ def load(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, An
         ) from error
     if path.suffix == ".gguf":
         network.config.name_or_path = str(path)  # not the folder, which may hold several
-    return network.to(device).eval(), tokenizer
+    return (network if tensor_parallel else network.to(device)).eval(), tokenizer
+
+
+def ranks(model: Any) -> int:
+    """How many tensor-parallel processes share a model."""
+    return getattr(model, "tp_size", None) or 1
 
 
 def _gguf_options(name: str) -> dict[str, Any]:

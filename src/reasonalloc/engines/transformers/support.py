@@ -81,8 +81,16 @@ def _reasons(config: Any, text: Any) -> list[str]:
     ]
 
 
-def check_states(key: torch.Tensor) -> None:
-    """Refuse key states that cannot be stored. Raises ``UnsupportedModelError``."""
+def check_states(key: torch.Tensor, kv_heads: int) -> None:
+    """Refuse key states that cannot be stored, or are not of so many heads.
+
+    Raises ``UnsupportedModelError``; ``ValueError`` for other heads.
+    """
+    if key.shape[1] != kv_heads:
+        raise ValueError(
+            f"the model hands over {key.shape[1]} key/value heads per layer, the cache was made for {kv_heads}: a "
+            "tensor-parallel model needs Cache(..., tensor_parallel=model.tp_size)"
+        )
     if key.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise UnsupportedModelError(
