@@ -6,7 +6,6 @@ That makes unequal heads cost what equal heads of the same total cost. Sums are 
 
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
@@ -24,6 +23,11 @@ from reasonalloc.storage.slab import RaggedSlab
 
 DTYPES = (torch.float32, torch.bfloat16)
 _NOTHING = np.empty(0, dtype=np.float32)
+_ZERO = np.float32(0)
+_LOG2_E, _LEAST_POWER = np.float32(1.4426950408889634), np.float32(-126)  # below that, weights are nothing
+# 2**f on (-1, 0], fitted for the least largest relative error: 7.5e-8, and 3e-7 in float32 arithmetic.
+_C0, _C1, _C2 = np.float32(0.999999925), np.float32(0.693142252), np.float32(0.240172189)
+_C3, _C4, _C5 = np.float32(5.52797207e-2), np.float32(9.18860966e-3), np.float32(9.38787533e-4)
 
 
 @intrinsic
@@ -36,64 +40,91 @@ def _as_float32(typingctx: Any, bits: Any) -> Any:
     return types.float32(types.uint32), generate
 
 
-def _load(source: Any, slot: int, row: Any) -> None:
-    """Copy one slot into a float32 row; bfloat16 arrives as its 16 bits, the upper half of a float32."""
+def _at(source: Any, slot: int, d: int) -> Any:
+    """One channel of one slot as float32; bfloat16 arrives as its 16 bits, the upper half of a float32."""
 
 
-@overload(_load, inline="always")
-def _load_overload(source: Any, slot: Any, row: Any) -> Any:
+@overload(_at, inline="always")
+def _at_overload(source: Any, slot: Any, d: Any) -> Any:
     if source.dtype == types.uint16:
 
-        def load_bfloat16(source: Any, slot: Any, row: Any) -> None:
-            for d in range(row.shape[0]):
-                row[d] = _as_float32(np.uint32(source[slot, d]) << np.uint32(16))
+        def read_bfloat16(source: Any, slot: Any, d: Any) -> Any:
+            return _as_float32(np.uint32(source[slot, d]) << np.uint32(16))
 
-        return load_bfloat16
+        return read_bfloat16
 
-    def load_float32(source: Any, slot: Any, row: Any) -> None:
-        for d in range(row.shape[0]):
-            row[d] = source[slot, d]
+    def read_float32(source: Any, slot: Any, d: Any) -> Any:
+        return source[slot, d]
 
-    return load_float32
+    return read_float32
+
+
+@numba.njit(fastmath=True, inline="always")
+def _exp(x: Any) -> Any:
+    """The exponential of a float32 that is not positive, to 3e-7 of its value: unlike the C library's, a loop over it
+    becomes vector instructions. Two to the power of ``k + f``, k whole: a shift, and a polynomial in f in (-1, 0].
+    """
+    y = max(x * _LOG2_E, _LEAST_POWER)
+    k = np.int32(y)
+    f = y - np.float32(k)
+    power = ((((_C5 * f + _C4) * f + _C3) * f + _C2) * f + _C1) * f + _C0
+    return power * _as_float32(np.uint32((k + 127) << 23))
 
 
 @numba.njit(nogil=True, fastmath=True, cache=True)
 def _attend(
     first: int, last: int, query: Any, keys: Any, values: Any, starts: Any, lengths: Any, received: Any, out: Any
 ) -> None:
+    """Rows ``first`` to ``last``. Tokens are taken four at a time, so that what is common stays in registers."""
     group, dim = query.shape[1:]
     for r in range(first, last):
         start, length = starts[r], lengths[r]
+        fours = length // 4 * 4
         weights = np.empty((group, length), np.float32)
-        row = np.empty(dim, np.float32)
-        for t in range(length):
-            _load(keys, start + t, row)
+        for t in range(0, fours, 4):
+            s = start + t
             for g in range(group):
-                dot = np.float32(0)
+                dot0, dot1, dot2, dot3 = _ZERO, _ZERO, _ZERO, _ZERO
                 for d in range(dim):
-                    dot += query[r, g, d] * row[d]
+                    q = query[r, g, d]
+                    dot0 += q * _at(keys, s, d)
+                    dot1 += q * _at(keys, s + 1, d)
+                    dot2 += q * _at(keys, s + 2, d)
+                    dot3 += q * _at(keys, s + 3, d)
+                weights[g, t], weights[g, t + 1], weights[g, t + 2], weights[g, t + 3] = dot0, dot1, dot2, dot3
+        for t in range(fours, length):
+            for g in range(group):
+                dot = _ZERO
+                for d in range(dim):
+                    dot += query[r, g, d] * _at(keys, start + t, d)
                 weights[g, t] = dot
         for g in range(group):
             largest = np.float32(-3.0e38)
             for t in range(length):
                 largest = max(largest, weights[g, t])
-            total = np.float32(0)
+            total = _ZERO
             for t in range(length):
-                weights[g, t] = math.exp(weights[g, t] - largest)
+                weights[g, t] = _exp(weights[g, t] - largest)
                 total += weights[g, t]
+            share = np.float32(1) / total
             for t in range(length):
-                weights[g, t] /= total
+                weights[g, t] *= share
         mixed = np.zeros((group, values.shape[1]), np.float32)
-        row = np.empty(values.shape[1], np.float32)
-        for t in range(length):
-            _load(values, start + t, row)
+        for t in range(0, fours, 4):
+            s = start + t
             for g in range(group):
-                for d in range(row.shape[0]):
-                    mixed[g, d] += weights[g, t] * row[d]
+                w0, w1, w2, w3 = weights[g, t], weights[g, t + 1], weights[g, t + 2], weights[g, t + 3]
+                for d in range(mixed.shape[1]):
+                    pair = w0 * _at(values, s, d) + w1 * _at(values, s + 1, d)
+                    mixed[g, d] += pair + (w2 * _at(values, s + 2, d) + w3 * _at(values, s + 3, d))
+        for t in range(fours, length):
+            for g in range(group):
+                for d in range(mixed.shape[1]):
+                    mixed[g, d] += weights[g, t] * _at(values, start + t, d)
         out[r] = mixed
         if received.shape[0] > 0:
-            for t in range(length):
-                for g in range(group):
+            for g in range(group):
+                for t in range(length):
                     received[start + t] += weights[g, t]
 
 
