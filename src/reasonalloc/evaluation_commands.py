@@ -30,7 +30,7 @@ def evaluate(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Local folder, .gguf file, or hub id.")] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="math500, aime24, aime25, gsm8k, maps:48, programs:56, search:72, recall:32; repeatable."),
+        typer.Option(help="math500, aime24, aime25, gsm8k, maps:48, programs:56, search:56, recall:32; repeatable."),
     ] = None,
     fidelity: Annotated[
         list[str] | None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from reasonalloc.reasoner.lookups import VOCABULARY
 from reasonalloc.tasks import TASKS, Problem
 
 PAD, BEGIN, THINK, ANSWER, END = "<pad>", "<question>", "<think>", "<answer>", "<end>"
@@ -45,9 +46,9 @@ def read(written: str) -> Reading:
 
 
 def vocabulary(families: tuple[str, ...]) -> list[str]:
-    """Special tokens, then every word of the families, in a fixed order."""
+    """Special tokens, then every word of the families and of the bare look-ups, in a fixed order."""
     words = [word for name in families for word in TASKS.create(name).vocabulary]
-    return [*SPECIAL, *dict.fromkeys(words)]
+    return [*SPECIAL, *dict.fromkeys([*words, *VOCABULARY])]
 
 
 def build_tokenizer(families: tuple[str, ...] = ("maps", "programs", "search")) -> Any:

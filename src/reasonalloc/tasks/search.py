@@ -15,7 +15,7 @@ class Search(Task):
 
     The cave is a random tree; each room's onward rooms are listed, the rooms in random order. The thought says on
     entering a room where one can go, and on coming back the list from the room one comes from:
-    ``back x3 from x1 : x3 x8 ; go x8 from x1 .``; the answer is the way home, from the goal to the start. Memory
+    ``back x3 from x1 : x3 x8 ; go x8 from x1 .``; the answer is the way home, ``x8 from x1 from x2``. Memory
     pattern: what was found in a dead end is never needed again, the open branches are, much later.
 
     Attributes:
@@ -52,7 +52,7 @@ class Search(Task):
         goal = rng.choice(entered[max(1, int(self.far * difficulty)) :])
         lines = " ; ".join(f"{room} : {' '.join(ways[room] or ['end'])}" for room in rng.sample(rooms, difficulty))
         thought, path = _explore(ways, start, goal)
-        home = " ".join(reversed(path))
+        home = " from ".join(reversed(path))
         return Problem(self.name, difficulty, f"{lines} . start {start} goal {goal}", thought, home)
 
     def score(self, question: str, answer: str) -> float:
@@ -66,7 +66,7 @@ class Search(Task):
         way = [goal]
         while way[-1] != start:
             way.append(came_from[way[-1]])
-        return float(answer.split() == way)
+        return float(answer.split(" from ") == way)
 
 
 def _entered(ways: dict[str, list[str]], start: str) -> list[str]:
