@@ -162,6 +162,9 @@ def test_recall():
     assert grade_recall(json.dumps(answers), f"**{thing.title()}**: {number}").score == 0.25
     assert grade_recall(json.dumps(answers), f"the number of {thing} is {int(number) + 1}").score == 0.0
     assert grade_recall(json.dumps(answers), "I forgot").extracted is None
+    (text,) = load_texts("recall:30", count=2).questions[1:]
+    assert text.prompt == prompt
+    assert grade_recall(json.dumps(answers), text.reference).correct, "read teacher-forced: what it should have said"
 
 
 def test_what_follows_the_thought():

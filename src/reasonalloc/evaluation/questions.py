@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reasonalloc.evaluation.recall import recall_question
+from reasonalloc.evaluation.recall import recall_question, recall_text
 from reasonalloc.files import read_json_lines
 from reasonalloc.reasoner.text import ANSWER
 from reasonalloc.registry import unknown_name
@@ -137,7 +137,8 @@ def load_texts(
     """Questions with a text that answers them, to be read rather than written: the set "fidelity:NAME".
 
     Args:
-        name, data, question_field, count: as for ``load_questions``; built-in tasks bring their worked solutions.
+        name, data, question_field, count: as for ``load_questions``; built-in tasks bring their worked solutions,
+            recall the lines that it asks for.
         text_field: None takes the known set's solutions, or "solution".
         least_words: texts of fewer words are passed over.
 
@@ -148,6 +149,9 @@ def load_texts(
     if data is None and family in TASKS.names() and size.isdigit():
         problems = _problems(family, int(size), count)
         found = [Question(id, p.question, f"{p.thought} {ANSWER} {p.answer}") for id, p in problems.items()]
+    elif data is None and family == RECALL and size.isdigit():
+        made = _recall(name, int(size), _MADE if count is None else count).questions
+        found = [Question(q.id, q.prompt, recall_text(json.loads(q.reference))) for q in made]
     else:
         found = [Question(*row) for row in _rows(name, data, question_field, text_field, "solution")]
     long = tuple(text for text in found if len(text.reference.split()) >= least_words)

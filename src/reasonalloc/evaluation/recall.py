@@ -19,6 +19,7 @@ _REMARKS = (
     "All the papers were in order.",
 )
 ASKED = 4
+_LINE = "The number of {thing} is {number}."
 
 
 def recall_question(seed: int, facts: int) -> tuple[str, dict[str, str]]:
@@ -35,10 +36,17 @@ def recall_question(seed: int, facts: int) -> tuple[str, dict[str, str]]:
         raise ValueError(f"recall takes {ASKED} to {len(pairs)} facts, got {facts}")
     rng = random.Random(f"recall {facts} {seed}")
     numbers = {thing: str(rng.randrange(1000, 10000)) for thing in rng.sample(pairs, facts)}
-    report = " ".join(f"The number of {thing} is {number}. {rng.choice(_REMARKS)}" for thing, number in numbers.items())
+    report = " ".join(
+        f"{_LINE.format(thing=thing, number=number)} {rng.choice(_REMARKS)}" for thing, number in numbers.items()
+    )
     asked = rng.sample(list(numbers), ASKED)
     question = (
         f"Read this report.\n\n{report}\n\nWhat are the numbers of {', '.join(asked[:-1])} and {asked[-1]}? "
         "Give one line for each, in this form: The number of ... is ..."
     )
     return question, {thing: numbers[thing] for thing in asked}
+
+
+def recall_text(answers: dict[str, str]) -> str:
+    """What a model that remembers everything writes: one line for each thing that was asked for."""
+    return "\n".join(_LINE.format(thing=thing, number=number) for thing, number in answers.items())
