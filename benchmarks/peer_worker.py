@@ -29,7 +29,7 @@ def prepared(library: str, method: str, model: Any, budget: int, interval: int) 
         model.set_attn_implementation("reasonalloc")
         return ra.Cache(model.config, ra.Compression.method(method, budget, interval=interval)), nullcontext()
     cache = transformers.DynamicCache(config=model.config)
-    if library == "transformers":
+    if method == "full":
         return cache, nullcontext()
     import kvpress
 

@@ -54,17 +54,18 @@ def test_batches_are_seeded_and_hide_the_question(tmp_path):
 
 
 def test_interrupted_training_goes_on_alike(tmp_path):
-    """Five steps, a checkpoint and five more are ten steps, to the last bit."""
+    """Fifteen steps, a checkpoint and fifteen more are thirty steps, to the last bit; the opening ends in between."""
     whole, half = (Trainer(TrainingConfig(**SMALL), tmp_path / name) for name in ("whole", "half"))
-    for _ in range(10):
+    for _ in range(30):
         whole.step(1.0)
-    for _ in range(5):
+    for _ in range(15):
         half.step(1.0)
-    half.save([{"step": 5}])
+    half.save([{"step": 15}])
     other = Trainer(TrainingConfig(**SMALL), tmp_path / "half")
     assert other.resume()
-    for _ in range(5):
+    for _ in range(15):
         other.step(1.0)
+    assert min(whole.progress.spent.values()) > 0
     assert other.progress == whole.progress
     for a, b in zip(whole.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(a, b)

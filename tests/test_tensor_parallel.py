@@ -70,7 +70,7 @@ def folder(tmp_path_factory):
 def parts(folder):
     script = folder / "rank.py"
     script.write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29531"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     numbers = [str(BUDGET), str(INTERVAL), str(NEW)]
     done = subprocess.run([*command, str(script), str(folder), *numbers], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -122,21 +122,26 @@ def test_evaluation_by_two_ranks_finds_what_one_process_finds(tmp_path):
         "--model",
         str(tmp_path / "reasoner" / "model"),
     ]
-    alone = ["-m", "reasonalloc", "eval", *common, "-o", str(tmp_path / "alone")]
-    together = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29532", "-m", "reasonalloc"]
-    together += ["eval", *common, "-o", str(tmp_path / "together"), "--tensor-parallel"]
-    for command in (alone, together):
+    alone_command = ["-m", "reasonalloc", "eval", *common, "-o", str(tmp_path / "alone")]
+    together_command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    together_command += ["reasonalloc", "eval", *common, "-o", str(tmp_path / "together"), "--tensor-parallel"]
+    for command in (alone_command, together_command):
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
     alone, together = (
-        {
-            path.name: json.loads(path.read_text())["result"]["text"]
-            for path in (tmp_path / name).rglob("results/**/*.json")
-        }
+        [json.loads(path.read_text())["result"] for path in (tmp_path / name).rglob("results/**/*.json")]
         for name in ("alone", "together")
     )
     assert len(alone) == 6
-    assert together == alone, "the same units, as the ranks' parts have the whole model's fingerprint"
+    assert sorted(map(str, together)) == sorted(map(str, alone)), "texts, kept tokens, and the bytes of both ranks"
+    again = [*together_command[:-3], "-o", str(tmp_path / "alone"), "--tensor-parallel"]
+    done = subprocess.run([sys.executable, *again], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "the model changed since" in done.stderr, "ranks route alone: a folder holds one way or the other"
+    lonely = [sys.executable, *alone_command[:-1], str(tmp_path / "lonely"), "--tensor-parallel"]
+    done = subprocess.run(lonely, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "torchrun" in done.stderr
 
 
 def test_what_ranks_cannot_share(folder):

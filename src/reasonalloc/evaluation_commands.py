@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -59,7 +60,8 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     shard: Annotated[str | None, typer.Option(help="i/n: do every n-th batch from the i-th on (0/4 ... 3/4).")] = None,
     tensor_parallel: Annotated[
-        bool, typer.Option("--tensor-parallel", help="Share the model: torchrun --nproc-per-node N -m reasonalloc eval")
+        bool,
+        typer.Option("--tensor-parallel", help="Share the model: torchrun --nproc-per-node N -m reasonalloc eval ..."),
     ] = False,
     ray_workers: Annotated[int, typer.Option(min=0, help="Use so many Ray actors.")] = 0,
     ray_gpus: Annotated[float, typer.Option(min=0, help="GPUs of one Ray actor.")] = 1.0,
@@ -124,6 +126,11 @@ def _run(
     from reasonalloc.evaluation.questions import FIDELITY
 
     store.check(study)
+    if tensor_parallel:
+        from reasonalloc.engines.transformers.cache import check_ranks
+
+        for cell in study.cells:
+            check_ranks(cell.compression)
     if part is not None:
         shard([], *part)  # a wrong one fails before anything is loaded
     sets = store.sets() or study.load_questions()
@@ -137,7 +144,8 @@ def _run(
     store.begin(study, worker.fingerprint, sets, profile)
     plan = store.plan()
     batches = plan if part is None else shard(plan, *part)
-    with _Watch(store, batches) as watch:
+    first = not tensor_parallel or os.environ.get("RANK", "0") == "0"
+    with _Watch(store, batches, hidden=not first) as watch:
         if ray_workers:
             run_ray(study, store, plan, ray_workers, ray_gpus, watch.done, device)
         else:
@@ -242,11 +250,11 @@ def _shard(text: str) -> tuple[int, int]:
 class _Watch:
     """The live table: answers done, tokens a second, accuracy so far of each method. Grades are not kept."""
 
-    def __init__(self, store: Store, batches: list[Batch]) -> None:
+    def __init__(self, store: Store, batches: list[Batch], hidden: bool = False) -> None:
         self.right: dict[str, list[bool]] = defaultdict(list)
         self.tokens, self.seconds = 0, 0.0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, TextColumn("{task.fields[so_far]}"), console=errors)
+        self.progress = Progress(*columns, TextColumn("{task.fields[so_far]}"), console=errors, disable=hidden)
         units = sum(map(len, batches))
         finished = units - sum(len(batch) for batch in batches if store.missing(batch))
         self.task = self.progress.add_task("answers", total=units, completed=finished, so_far="")

@@ -9,6 +9,7 @@ needs nothing from the host, which is what a CUDA graph asks for. A second kerne
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ from reasonalloc.storage.slab import RaggedSlab
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHUNK = 256  # slots of one program
-_TILE = 64  # slots of one step of its loop
+_STAGES = 2  # tiles in flight
+_SHARED = 96 * 1024  # bytes of shared memory that tiles may take: what every GPU since Ampere has
 _LEAST_ROWS = 16  # of a matrix product on tensor cores
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU; its matrix product cannot read bfloat16
 
@@ -36,14 +38,16 @@ class ChunkTable:
         rows: the row that each chunk belongs to.
         offsets: its first slot, counted from the row's first one.
         first: the first chunk of each row, and the number of chunks at the end.
+        chunk: slots of one chunk.
     """
 
     rows: Int[Tensor, "chunks"]
     offsets: Int[Tensor, "chunks"]
     first: Int[Tensor, "rows_and_end"]
+    chunk: int
 
     @classmethod
-    def of(cls, slab: RaggedSlab, chunk: int = _CHUNK) -> ChunkTable:
+    def of(cls, slab: RaggedSlab, chunk: int) -> ChunkTable:
         """From the host's mirror of the spans; copied to the device without waiting for it."""
         counts = np.maximum(-(-slab.capacities.reshape(-1) // chunk), 1)
         first = np.concatenate([[0], counts.cumsum()])
@@ -51,7 +55,7 @@ class ChunkTable:
         offsets = (np.arange(first[-1]) - first[rows]) * chunk
         on_device = (torch.from_numpy(x.astype(np.int32)).to(slab.device, non_blocking=True) for x in
                      (rows, offsets, first))  # fmt: skip
-        return cls(*on_device)
+        return cls(*on_device, chunk)
 
 
 class TritonDecode:
@@ -66,14 +70,18 @@ class TritonDecode:
     ) -> Float[Tensor, "batch query_heads 1 value_dim"]:
         """Attention of one query per sequence over all tokens of its rows; adds to ``slab.received`` if tracked."""
         if self._table is None or self._spans is not slab.starts_device:  # a layout makes new ones
-            self._spans, self._table = slab.starts_device, ChunkTable.of(slab)
+            self._spans, self._table = slab.starts_device, ChunkTable.of(slab, _CHUNK)
         return attend_chunks(query, slab, scaling, self._table)
 
 
 def attend_chunks(
     query: Float[Tensor, "batch query_heads 1 dim"], slab: RaggedSlab, scaling: float, table: ChunkTable
 ) -> Float[Tensor, "batch query_heads 1 value_dim"]:
-    """As ``TritonDecode``, with a table at hand."""
+    """As ``TritonDecode``, with a table at hand.
+
+    Raises:
+        ValueError: heads so wide that not even a small tile of them fits into shared memory.
+    """
     rows, chunks = slab.batch * slab.heads, len(table.rows)
     group, dim, value_dim = query.shape[1] // slab.heads, query.shape[-1], slab.values.shape[-1]
     float32: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
@@ -92,20 +100,40 @@ def attend_chunks(
         "WIDEN": _INTERPRETED and query.dtype == torch.bfloat16,
     }
     wide = {"VALUE_DIM": max(16, triton.next_power_of_2(value_dim))}
-    tiles = {"CHUNK": _CHUNK, "TILE": _TILE}
-    _attend_chunk[(chunks,)](
-        query, slab.keys, slab.values, starts, lengths, table.rows, table.offsets, partial, largest, total, scaling,
-        **sizes, **wide, **tiles,
-    )  # fmt: skip
-    _join_chunks[(rows, group)](
-        partial, largest, total, table.first, out, log_sums, group=group, value_dim=value_dim, **wide
-    )
-    if slab.received is not None:
-        _receive_chunk[(chunks,)](
-            query, slab.keys, starts, lengths, table.rows, table.offsets, log_sums, slab.received, scaling,
-            **{name: size for name, size in sizes.items() if name != "value_dim"}, **tiles,
+    tiles = {
+        "CHUNK": table.chunk,
+        "TILE": min(tile_of(dim, value_dim, query.element_size()), table.chunk),
+        "num_stages": _STAGES,
+    }
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        _attend_chunk[(chunks,)](
+            query, slab.keys, slab.values, starts, lengths, table.rows, table.offsets, partial, largest, total, scaling,
+            **sizes, **wide, **tiles,
         )  # fmt: skip
+        _join_chunks[(rows, group)](
+            partial, largest, total, table.first, out, log_sums, group=group, value_dim=value_dim, **wide
+        )
+        if slab.received is not None:
+            _receive_chunk[(chunks,)](
+                query, slab.keys, starts, lengths, table.rows, table.offsets, log_sums, slab.received, scaling,
+                **{name: size for name, size in sizes.items() if name != "value_dim"}, **tiles,
+            )  # fmt: skip
     return out
+
+
+def tile_of(dim: int, value_dim: int, element_size: int) -> int:
+    """Slots of one step of a program's loop: the most whose keys and values fit into shared memory, up to 64.
+
+    Raises:
+        ValueError: not even 16 fit.
+    """
+    widths = max(16, triton.next_power_of_2(dim)) + max(16, triton.next_power_of_2(value_dim))
+    queries = _LEAST_ROWS * widths * element_size  # room for a group's queries and its weights
+    for tile in (64, 32, 16):
+        if _STAGES * tile * widths * element_size + queries <= _SHARED:
+            return tile
+    raise ValueError(f"heads of {dim} and {value_dim} channels are too wide for the triton backend: use 'rows'")
 
 
 @triton.jit

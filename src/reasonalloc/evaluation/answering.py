@@ -109,7 +109,7 @@ def answer(
     )
     written = out[:, inputs["input_ids"].shape[1] :].tolist()
     found = zip(written, footprint.kept, footprint.kv_bytes, strict=True)
-    return [_describe(tokenizer, ids, ends, kept, kv_bytes) for ids, kept, kv_bytes in found]
+    return [_describe(tokenizer, ids, ends, kept, kv_bytes * ranks(model)) for ids, kept, kv_bytes in found]
 
 
 def _describe(tokenizer: Any, ids: list[int], ends: set[int], kept: list[float], kv_bytes: int) -> Answer:

@@ -38,6 +38,11 @@ class Worker:
     def auto_profile(self, study: Study) -> DemandProfile | None:
         """What profile="auto" stands for; None if the study does not use it."""
         found = [cell.compression for cell in study.cells if cell.compression.profile == AUTO_PROFILE]
+        if found and ranks(self.model) > 1:
+            raise ValueError(
+                "ranks of a tensor-parallel model cannot calibrate it: run `reasonalloc calibrate` on one machine "
+                "that holds it whole (device_map will do) and pass --profile FILE"
+            )
         return auto_profile(self.model.config, found[0], self.model, self.tokenizer) if found else None
 
     def run(self, batch: Batch) -> list[Result]:
@@ -56,8 +61,9 @@ class Worker:
 
 def fingerprint(model: Any, tokenizer: Any) -> str:
     """Tells models apart: a hash over every parameter's name, shape, type and some of its values, over the
-    architecture's settings, the chat template and the vocabulary."""
-    found = hashlib.sha256()
+    architecture's settings, the chat template and the vocabulary; and over the number of tensor-parallel ranks, which
+    route alone and so are another method."""
+    found = hashlib.sha256(f"{ranks(model)} ranks".encode() if ranks(model) > 1 else b"")
     for name, weight in model.state_dict().items():
         flat = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).flatten()  # ranks' parts joined
         some = flat[:: max(1, flat.numel() // 64)][:64].double().cpu()
@@ -78,19 +84,22 @@ def shard(plan: list[Batch], index: int, of: int) -> list[Batch]:
 def run_local(worker: Worker, store: Store, batches: list[Batch], done: Done) -> None:
     """One batch after another in this process, those that are missing; whole batches, as they were planned.
 
-    Ranks that share a model each run this, on the same batches: all see what is missing before any of them writes.
+    Of the ranks that share a model each runs this. The first one decides what is missing, and writes.
     """
     together = ranks(worker.model) > 1
+    first = not together or torch.distributed.get_rank() == 0
     if together:
-        batches = [batch for batch in batches if store.missing(batch)]
-        torch.distributed.barrier()
+        wanted = [[i for i, batch in enumerate(batches) if store.missing(batch)]]
+        torch.distributed.broadcast_object_list(wanted)
+        batches = [batches[i] for i in wanted[0]]
     for batch in batches:
         if together or store.missing(batch):
             began = time.perf_counter()
             results = worker.run(batch)
-            for unit, found in zip(batch, results, strict=True):
-                store.write(unit, found)
-            done(batch, results, time.perf_counter() - began)
+            if first:
+                for unit, found in zip(batch, results, strict=True):
+                    store.write(unit, found)
+                done(batch, results, time.perf_counter() - began)
 
 
 def run_ray(

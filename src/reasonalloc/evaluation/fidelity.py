@@ -195,7 +195,7 @@ def teacher_force(
         torch.cat(kl).numpy() if kl else None,
         torch.cat(agree).numpy() if agree else None,
         float(np.mean(footprint.kept[0])) if footprint.kept[0] else 0.0,
-        footprint.kv_bytes[0],
+        footprint.kv_bytes[0] * ranks(model),
         torch.cat(kept) if kept else None,
     )
 

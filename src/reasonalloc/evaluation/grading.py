@@ -12,7 +12,7 @@ from reasonalloc.evaluation.questions import MATH, RECALL
 from reasonalloc.reasoner import read
 from reasonalloc.tasks import TASKS
 
-_VERSION = 1  # of the graders in this file
+_VERSION = 2  # of the graders in this file
 THOUGHT_ENDS = ("</think>", "<|end_of_thought|>", "[/THINK]")  # what reasoning models write before the answer
 
 

@@ -140,7 +140,7 @@ def load_texts(
         name, data, question_field, count: as for ``load_questions``; built-in tasks bring their worked solutions,
             recall the lines that it asks for.
         text_field: None takes the known set's solutions, or "solution".
-        least_words: texts of fewer words are passed over.
+        least_words: texts of fewer words are passed over; of made ones, those among the first ``count``.
 
     Raises:
         as ``load_questions``.

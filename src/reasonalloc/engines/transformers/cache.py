@@ -117,6 +117,16 @@ class RaggedLayer(cache_utils.CacheLayerMixin):
         raise NotImplementedError("a ragged cache cannot be offloaded")
 
 
+def check_ranks(compression: Compression) -> None:
+    """Raise ``ValueError`` for a policy that tensor-parallel ranks, which route alone, cannot follow."""
+    for policy in (compression.layer_allocator, compression.head_allocator):
+        if isinstance(policy, OfflineBudgets):
+            raise ValueError(
+                f"{type(policy).__name__} sets budgets for the heads of all ranks at once, and ranks route alone: "
+                "choose layers wave or dynamic, heads threshold, or run without tensor parallelism"
+            )
+
+
 class Cache(cache_utils.Cache):
     """A KV cache of bounded size for any transformers decoder with full attention.
 
@@ -170,12 +180,8 @@ class Cache(cache_utils.Cache):
         self.compression = compression
         if compression.demand_profile is not None:
             compression.demand_profile.check(whole, architecture(config))
-        for policy in (compression.layer_allocator, compression.head_allocator):
-            if tensor_parallel > 1 and isinstance(policy, OfflineBudgets):
-                raise ValueError(
-                    f"{type(policy).__name__} sets budgets for the heads of all ranks at once, and ranks route alone: "
-                    "choose layers wave or dynamic, heads threshold, or run without tensor parallelism"
-                )
+        if tensor_parallel > 1:
+            check_ranks(compression)
         self.recorder = recorder
         self.budgets = None if compression.budget is None else LayerBudgets(compression, self.shape)
         forward_pass = _ForwardPass()

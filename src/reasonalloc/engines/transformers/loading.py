@@ -33,10 +33,13 @@ def load(model: str, dtype: str = "auto", device: str = "auto", tensor_parallel:
             transformers has for it.
 
     Raises:
-        ValueError: an unknown dtype, or a model that cannot be loaded; the message says from where.
+        ValueError: an unknown dtype, a model that cannot be loaded (the message says from where), or tensor
+            parallelism without other processes.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    if tensor_parallel and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise ValueError("tensor parallelism needs several processes: start with torchrun --nproc-per-node N")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     path = Path(model).expanduser()
@@ -53,7 +56,7 @@ def load(model: str, dtype: str = "auto", device: str = "auto", tensor_parallel:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
         if tensor_parallel:
-            options["tp_plan"] = "auto"
+            options.update(_shared_options())
         network = AutoModelForCausalLM.from_pretrained(
             source, dtype=DTYPES[dtype], attn_implementation=ATTENTION_NAME, **options
         )
@@ -69,6 +72,16 @@ def load(model: str, dtype: str = "auto", device: str = "auto", tensor_parallel:
 def ranks(model: Any) -> int:
     """How many tensor-parallel processes share a model."""
     return getattr(model, "tp_size", None) or 1
+
+
+def _shared_options() -> dict[str, Any]:
+    """How this transformers is told to share a model among processes."""
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    except (ImportError, TypeError):  # before it knew plans
+        return {"tp_plan": "auto"}
 
 
 def _gguf_options(name: str) -> dict[str, Any]:
