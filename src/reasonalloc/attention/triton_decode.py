@@ -53,9 +53,9 @@ class ChunkTable:
         first = np.concatenate([[0], counts.cumsum()])
         rows = np.repeat(np.arange(len(counts)), counts)
         offsets = (np.arange(first[-1]) - first[rows]) * chunk
-        on_device = (torch.from_numpy(x.astype(np.int32)).to(slab.device, non_blocking=True) for x in
-                     (rows, offsets, first))  # fmt: skip
-        return cls(*on_device, chunk)
+        tables = (torch.from_numpy(x.astype(np.int32)) for x in (rows, offsets, first))
+        on_rows, at, firsts = (table.to(slab.device, non_blocking=True) for table in tables)
+        return cls(on_rows, at, firsts, chunk)
 
 
 class TritonDecode:
