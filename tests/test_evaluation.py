@@ -31,7 +31,7 @@ TINY = {
     **SMALL,
     "ladders": {"maps": [4, 6], "programs": [3], "search": [4]},
     "shares": {"maps": 1, "programs": 1, "search": 1},
-    "rise_below": {"maps": 0.05, "programs": 0.05, "search": 0.05},
+    "rise_below": {"lookups": 9.0, "maps": 0.05, "programs": 0.05, "search": 0.05},
     "tokens": 4000,
 }
 
