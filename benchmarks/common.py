@@ -46,13 +46,6 @@ def smollm2_shape(narrow: bool = False, **changes: Any) -> Any:
     return model
 
 
-def kv_bytes(cache: Any) -> int:
-    """Bytes of the key and value tensors of our cache, or of one of transformers'."""
-    if isinstance(cache, ra.Cache):
-        return cache.stats().kv_bytes
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
-
-
 def full_cache(model: Any, batch: int, context: int) -> Any:
     """transformers' DynamicCache, filled with random keys and values."""
     config, cache = model.config, transformers.DynamicCache(config=model.config)

@@ -12,9 +12,10 @@ import statistics
 from typing import Any
 
 import torch
-from common import full_cache, kv_bytes, save, seconds_per_step, smollm2_shape
+from common import full_cache, save, seconds_per_step, smollm2_shape
 
 import reasonalloc as ra
+from reasonalloc.engines.transformers.cache import kv_bytes
 
 
 def main() -> None:

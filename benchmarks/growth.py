@@ -11,9 +11,10 @@ import statistics
 from typing import Any
 
 import torch
-from common import RESULTS, full_cache, kv_bytes, save, seconds_per_step, smollm2_shape
+from common import RESULTS, full_cache, save, seconds_per_step, smollm2_shape
 
 import reasonalloc as ra
+from reasonalloc.engines.transformers.cache import kv_bytes
 
 BASE = {"context": 4096, "batch": 8, "heads": 3, "budget": 128}
 AXES = {

@@ -17,7 +17,7 @@ import transformers
 from common import in_own_processes, save, smollm2_shape
 
 import reasonalloc as ra
-from reasonalloc.demo import kv_bytes
+from reasonalloc.engines.transformers.cache import kv_bytes
 
 
 def resident() -> int:

@@ -15,23 +15,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import save, smollm2_shape
+from common import save, seconds_per_step, smollm2_shape
 
 import reasonalloc as ra
 from reasonalloc import compressor
 from reasonalloc.storage import LayerTokens, RaggedSlab
 
 INTERVAL = 128
-STAGES = ("gather", "score", "route", "select", "repack")
+STAGES = ("all", "gather", "score", "route", "select", "repack")
 Clock = dict[str, float]
-
-
-def block_seconds(model: Any, cache: ra.Cache, ids: torch.Tensor, steps: int) -> float:
-    began = time.perf_counter()
-    with torch.no_grad():
-        for _ in range(steps):
-            model(ids, past_key_values=cache)
-    return time.perf_counter() - began
 
 
 def main() -> None:
@@ -47,7 +39,6 @@ def main() -> None:
     ids = torch.randint(1, 49152, (options.batch, 1))
     caches: dict[str, ra.Cache] = {}
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    compressing: dict[str, list[float]] = {name: [] for name in names}
     clock: Clock = dict.fromkeys(STAGES, 0.0)
     spent: dict[str, Clock] = {name: dict.fromkeys(STAGES, 0.0) for name in names}
     time_stages(clock)
@@ -56,28 +47,27 @@ def main() -> None:
         with torch.no_grad():
             model(prompt, past_key_values=caches[name])
         time_scoring(caches[name], clock)
-        time_compressions(caches[name], compressing[name])
-        block_seconds(model, caches[name], ids, INTERVAL)  # warm up: compilation, allocator
-        compressing[name].clear()
+        time_compressions(caches[name], clock)
+        seconds_per_step(model, caches[name], ids, INTERVAL)  # warm up: compilation, allocator
     for repeat in range(options.repeats):
         for name in names if repeat % 2 else reversed(names):  # neither is always first
             clock.update(dict.fromkeys(STAGES, 0.0))
-            seconds[name].append(block_seconds(model, caches[name], ids, INTERVAL))
+            seconds[name].append(INTERVAL * seconds_per_step(model, caches[name], ids, INTERVAL))
             for stage in STAGES:
                 spent[name][stage] += clock[stage]
     base = names[0]
     methods: dict[str, dict[str, Any]] = {}
     for name in names:
         ratios = [mine / theirs - 1 for mine, theirs in zip(seconds[name], seconds[base], strict=True)]
-        share = sum(compressing[name]) / sum(seconds[name])
+        share = spent[name]["all"] / sum(seconds[name])
         entry: dict[str, Any] = {
             "ms_per_step": [round(1e3 * s / INTERVAL, 3) for s in seconds[name]],
             "overhead_median": statistics.median(ratios),
             "overhead_quartiles": statistics.quantiles(ratios, n=4)[::2],
             "compression_share": share,
-            "compression_ms_per_round": 1e3 * sum(compressing[name]) / options.repeats,
-            "compression_us_per_token": 1e6 * sum(compressing[name]) / options.repeats / INTERVAL / options.batch,
-            "stage_ms_per_round": {stage: 1e3 * s / options.repeats for stage, s in spent[name].items()},
+            "compression_ms_per_round": 1e3 * spent[name]["all"] / options.repeats,
+            "compression_us_per_token": 1e6 * spent[name]["all"] / options.repeats / INTERVAL / options.batch,
+            "stage_ms_per_round": {stage: 1e3 * spent[name][stage] / options.repeats for stage in STAGES[1:]},
         }
         methods[name] = entry
         low, high = entry["overhead_quartiles"]
@@ -123,17 +113,10 @@ def time_scoring(cache: ra.Cache, clock: Clock) -> None:
     object.__setattr__(scorer, "score", timed(scorer.score, clock, "score"))  # a frozen dataclass
 
 
-def time_compressions(cache: ra.Cache, into: list[float]) -> None:
-    """Add the seconds of every compression of this cache to ``into``."""
+def time_compressions(cache: ra.Cache, clock: Clock) -> None:
+    """Time every compression of this cache as a whole."""
     for layer in cache.layer_caches:
-        inner = layer._compress
-
-        def timed(inner: Callable[[], None] = inner) -> None:
-            began = time.perf_counter()
-            inner()
-            into.append(time.perf_counter() - began)
-
-        layer._compress = timed  # type: ignore[method-assign]
+        layer._compress = timed(layer._compress, clock, "all")  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

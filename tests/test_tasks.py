@@ -1,10 +1,13 @@
 """Generators and checkers of the tasks, against independent solvers."""
 
 import itertools
+import json
 from collections import deque
 
 import pytest
+from typer.testing import CliRunner
 
+from reasonalloc.cli import app
 from reasonalloc.tasks import TASKS, Maps, Programs, Search, split_of
 
 FAMILIES = {"maps": (4, 16, 48), "programs": (4, 20, 60), "search": (5, 24, 80)}
@@ -132,3 +135,17 @@ def test_misuse():
     for task, setting in itertools.product((Maps, Programs, Search), ({"nothing": 1},)):
         with pytest.raises(TypeError):
             task(**setting)
+
+
+def test_problems_as_json_lines(tmp_path):
+    """`reasonalloc problems` writes what the generators make, and names what is wrong."""
+    path = tmp_path / "problems.jsonl"
+    result = CliRunner().invoke(app, ["problems", "maps:6", "search:8", "--count", "2", "-o", str(path)])
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["task"] for line in lines] == ["maps:6", "maps:6", "search:8", "search:8"]
+    made = TASKS.create("search").problem(1, 8, "train")
+    assert [lines[3][key] for key in ("id", "prompt", "answer")] == ["train 1", made.question, made.answer]
+    for wrong in ("maps", "mazes:6"):
+        refused = CliRunner().invoke(app, ["problems", wrong, "-o", str(path)])
+        assert refused.exit_code == 2 and wrong.partition(":")[0] in refused.output

@@ -27,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers import ATTENTION_NAME, Cache
 from reasonalloc.engines.transformers.attention import attention_forward
+from reasonalloc.engines.transformers.cache import kv_bytes
 from reasonalloc.engines.transformers.loading import encode, load, quiet
 from reasonalloc.files import cache_folder, write_atomically
 from reasonalloc.recorder import Recorder
@@ -120,13 +121,6 @@ class _Watch(BaseStreamer):
     def end(self) -> None:
         self.peaks = {name: max(self.peaks[name], kv_bytes(cache)) for name, cache in self.caches.items()}
         self.progress.update(self.task, completed=self.steps)
-
-
-def kv_bytes(cache: Any) -> int:
-    """Bytes of the key and value tensors of our cache, or of transformers' DynamicCache."""
-    if isinstance(cache, Cache):
-        return cache.stats().kv_bytes
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
 
 
 def find_model(console: Console) -> str:

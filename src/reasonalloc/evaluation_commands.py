@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -144,8 +143,7 @@ def _run(
     store.begin(study, worker.fingerprint, sets, profile)
     plan = store.plan()
     batches = plan if part is None else shard(plan, *part)
-    first = not tensor_parallel or os.environ.get("RANK", "0") == "0"
-    with _Watch(store, batches, hidden=not first) as watch:
+    with _Watch(store, batches, hidden=not worker.writes) as watch:
         if ray_workers:
             run_ray(study, store, plan, ray_workers, ray_gpus, watch.done, device)
         else:
@@ -160,15 +158,14 @@ def problems(
 ) -> None:
     """Write problems of the built-in tasks as JSON lines: task, id, prompt, thought (a worked solution), answer."""
     with clear_errors():
+        from reasonalloc.evaluation.questions import sized
         from reasonalloc.files import write_atomically
         from reasonalloc.tasks import TASKS
 
         lines = []
         for wanted in tasks:
-            name, _, size = wanted.partition(":")
-            if not size.isdigit():
-                raise ValueError(f"a task is given as TASK:DIFFICULTY, for instance maps:48, got {wanted!r}")
-            made = [TASKS.create(name).problem(seed, int(size), split) for seed in range(count)]  # type: ignore[arg-type]
+            name, size = sized(wanted)
+            made = [TASKS.create(name).problem(seed, size, split) for seed in range(count)]  # type: ignore[arg-type]
             lines += [
                 {"task": wanted, "id": f"{split} {seed}", "prompt": problem.question, "thought": problem.thought}
                 | {"answer": problem.answer}

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from reasonalloc.storage.slab import RaggedSlab
 
-DTYPES = (torch.float32, torch.bfloat16)
 _NOTHING = np.empty(0, dtype=np.float32)
 _ZERO = np.float32(0)
 _FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}  # sums in any order; NaN and infinity stay what they are

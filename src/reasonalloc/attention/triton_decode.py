@@ -22,7 +22,6 @@ from torch import Tensor
 
 from reasonalloc.storage.slab import RaggedSlab
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHUNK = 256  # slots of one program
 _STAGES = 2  # tiles in flight
 _SHARED = 96 * 1024  # bytes of shared memory that tiles may take: what every GPU since Ampere has
@@ -137,6 +136,34 @@ def tile_of(dim: int, value_dim: int, element_size: int) -> int:
 
 
 @triton.jit
+def _chunk(chunk, starts, lengths, rows, offsets, CHUNK: tl.constexpr):
+    """A chunk's row, the row's first slot, and the chunk's first token and the one behind its last live one."""
+    row = tl.load(rows + chunk)
+    offset = tl.load(offsets + chunk)
+    return row, tl.load(starts + row), offset, tl.minimum(tl.load(lengths + row), offset + CHUNK)
+
+
+@triton.jit
+def _queries(
+    query, row, group: tl.constexpr, dim: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDEN: tl.constexpr
+):  # fmt: skip
+    """The queries of a row's group, zeros beyond its heads and channels."""
+    g, d = tl.arange(0, GROUP)[:, None], tl.arange(0, DIM)[None, :]
+    asked = tl.load(query + (row * group + g) * dim + d, mask=(g < group) & (d < dim), other=0.0)
+    return asked.to(tl.float32) if WIDEN else asked
+
+
+@triton.jit
+def _logits(asked, keys, slot, live, scaling, dim: tl.constexpr, DIM: tl.constexpr, WIDEN: tl.constexpr):
+    """Scaled products of a group's queries with the keys in these slots; those that are not live mean nothing."""
+    d = tl.arange(0, DIM)[None, :]
+    key = tl.load(keys + slot[:, None] * dim + d, mask=live[:, None] & (d < dim), other=0.0)
+    if WIDEN:
+        key = key.to(tl.float32)
+    return tl.dot(asked, tl.trans(key), input_precision="ieee") * scaling
+
+
+@triton.jit
 def _attend_chunk(
     query, keys, values, starts, lengths, rows, offsets, partial, largest, total, scaling,
     group: tl.constexpr, dim: tl.constexpr, value_dim: tl.constexpr,
@@ -145,34 +172,24 @@ def _attend_chunk(
 ):  # fmt: skip
     """One chunk's attention for all query heads of its row: unnormalised output, largest logit, sum of weights."""
     chunk = tl.program_id(0)
-    row = tl.load(rows + chunk)
-    offset = tl.load(offsets + chunk)
-    start = tl.load(starts + row)
-    last = tl.minimum(tl.load(lengths + row), offset + CHUNK)
-    g, d, v = tl.arange(0, GROUP), tl.arange(0, DIM), tl.arange(0, VALUE_DIM)
+    row, start, offset, last = _chunk(chunk, starts, lengths, rows, offsets, CHUNK)
+    g, v = tl.arange(0, GROUP), tl.arange(0, VALUE_DIM)
     in_group = g < group
-    asked = tl.load(
-        query + (row * group + g[:, None]) * dim + d[None, :], mask=in_group[:, None] & (d[None, :] < dim), other=0.0
-    )
-    if WIDEN:
-        asked = asked.to(tl.float32)
+    asked = _queries(query, row, group, dim, GROUP, DIM, WIDEN)
     highest = tl.full([GROUP], float("-inf"), tl.float32)
     weight_sum = tl.zeros([GROUP], tl.float32)
     mixed = tl.zeros([GROUP, VALUE_DIM], tl.float32)
     for at in range(offset, last, TILE):
         t = at + tl.arange(0, TILE)
         live = t < last
-        slot = (start + t)[:, None]
-        key = tl.load(keys + slot * dim + d[None, :], mask=live[:, None] & (d[None, :] < dim), other=0.0)
-        if WIDEN:
-            key = key.to(tl.float32)
-        logits = tl.dot(asked, tl.trans(key), input_precision="ieee") * scaling
+        slot = start + t
+        logits = _logits(asked, keys, slot, live, scaling, dim, DIM, WIDEN)
         logits = tl.where(live[None, :], logits, float("-inf"))
         now = tl.maximum(highest, tl.max(logits, 1))
         shrink = tl.exp(highest - now)
         weights = tl.exp(logits - now[:, None])
         has_value = live[:, None] & (v[None, :] < value_dim)
-        value = tl.load(values + slot * value_dim + v[None, :], mask=has_value, other=0.0)
+        value = tl.load(values + slot[:, None] * value_dim + v[None, :], mask=has_value, other=0.0)
         if WIDEN:
             value = value.to(tl.float32)
         mixed = mixed * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
@@ -218,26 +235,16 @@ def _receive_chunk(
 ):  # fmt: skip
     """Add to each token the attention it got from its row's query heads. A slot has one owner: no atomics."""
     chunk = tl.program_id(0)
-    row = tl.load(rows + chunk)
-    offset = tl.load(offsets + chunk)
-    start = tl.load(starts + row)
-    last = tl.minimum(tl.load(lengths + row), offset + CHUNK)
-    g, d = tl.arange(0, GROUP), tl.arange(0, DIM)
+    row, start, offset, last = _chunk(chunk, starts, lengths, rows, offsets, CHUNK)
+    g = tl.arange(0, GROUP)
     in_group = g < group
-    asked = tl.load(
-        query + (row * group + g[:, None]) * dim + d[None, :], mask=in_group[:, None] & (d[None, :] < dim), other=0.0
-    )
-    if WIDEN:
-        asked = asked.to(tl.float32)
+    asked = _queries(query, row, group, dim, GROUP, DIM, WIDEN)
     log_sum = tl.load(log_sums + row * group + g, mask=in_group, other=0.0)
     for at in range(offset, last, TILE):
         t = at + tl.arange(0, TILE)
         live = t < last
         slot = start + t
-        key = tl.load(keys + slot[:, None] * dim + d[None, :], mask=live[:, None] & (d[None, :] < dim), other=0.0)
-        if WIDEN:
-            key = key.to(tl.float32)
-        logits = tl.dot(asked, tl.trans(key), input_precision="ieee") * scaling
+        logits = _logits(asked, keys, slot, live, scaling, dim, DIM, WIDEN)
         weights = tl.where(in_group[:, None], tl.exp(logits - log_sum[:, None]), 0.0)
         old = tl.load(received + slot, mask=live, other=0.0)
         tl.store(received + slot, old + tl.sum(weights, 0), mask=live)

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from reasonalloc.storage.slab import RaggedSlab
 
-DTYPES = (torch.float16, torch.bfloat16)
-
 
 def kernel() -> Any | None:
     """torch's ``varlen_attn`` if this torch has one that takes live lengths, else None."""

@@ -28,17 +28,24 @@ Done = Callable[[Batch, list[Result], float], None]  # a batch, its results, the
 
 
 class Worker:
-    """A loaded model that works on batches of a study; with ``tensor_parallel``, one rank's part of it."""
+    """A loaded model that works on batches of a study; with ``tensor_parallel``, one rank's part of it.
+
+    Attributes:
+        together: whether several ranks share the model.
+        writes: whether this one keeps and shows what they find.
+    """
 
     def __init__(self, study: Study, device: str = "auto", tensor_parallel: bool = False) -> None:
         quiet()
         self.model, self.tokenizer = load(study.model, study.dtype, device, tensor_parallel)
+        self.together = ranks(self.model) > 1
+        self.writes = not self.together or torch.distributed.get_rank() == 0
         self.fingerprint = fingerprint(self.model, self.tokenizer)
 
     def auto_profile(self, study: Study) -> DemandProfile | None:
         """What profile="auto" stands for; None if the study does not use it."""
         found = [cell.compression for cell in study.cells if cell.compression.profile == AUTO_PROFILE]
-        if found and ranks(self.model) > 1:
+        if found and self.together:
             raise ValueError(
                 "ranks of a tensor-parallel model cannot calibrate it: run `reasonalloc calibrate` on one machine "
                 "that holds it whole (device_map will do) and pass --profile FILE"
@@ -86,17 +93,15 @@ def run_local(worker: Worker, store: Store, batches: list[Batch], done: Done) ->
 
     Of the ranks that share a model each runs this. The first one decides what is missing, and writes.
     """
-    together = ranks(worker.model) > 1
-    first = not together or torch.distributed.get_rank() == 0
-    if together:
+    if worker.together:
         wanted = [[i for i, batch in enumerate(batches) if store.missing(batch)]]
         torch.distributed.broadcast_object_list(wanted)
         batches = [batches[i] for i in wanted[0]]
     for batch in batches:
-        if together or store.missing(batch):
+        if worker.together or store.missing(batch):
             began = time.perf_counter()
             results = worker.run(batch)
-            if first:
+            if worker.writes:
                 for unit, found in zip(batch, results, strict=True):
                     store.write(unit, found)
                 done(batch, results, time.perf_counter() - began)

@@ -102,15 +102,13 @@ def load_questions(
         OSError: the hub or the file cannot be read.
         ImportError: ``datasets`` is missing.
     """
-    family, _, size = name.partition(":")
     if is_built_in(name):
         if data is not None:
             raise ValueError(f"{name} makes its own questions and takes no data file: choose another name for {data}")
-        if not size.isdigit():
-            raise ValueError(f"{family} needs a size, for instance {family}:48, got {name!r}")
+        family, size = sized(name)
         if family == RECALL:
-            return _recall(name, int(size), _MADE if count is None else count)
-        problems = _problems(family, int(size), count)
+            return _recall(name, size, _MADE if count is None else count)
+        problems = _problems(family, size, count)
         return QuestionSet(name, family, tuple(Question(id, p.question, p.question) for id, p in problems.items()))
     questions = tuple(
         # gsm8k: the number behind its explanation
@@ -118,6 +116,14 @@ def load_questions(
         for id, question, answer in _rows(name, data, question_field, answer_field, "answer")
     )
     return QuestionSet(name, MATH, questions).first(count)
+
+
+def sized(name: str) -> tuple[str, int]:
+    """Family and size of "maps:48". Raises ``ValueError`` where there is no size."""
+    family, _, size = name.partition(":")
+    if not size.isdigit():
+        raise ValueError(f"{family} needs a size, for instance {family}:48, got {name!r}")
+    return family, int(size)
 
 
 def is_built_in(name: str) -> bool:

@@ -8,7 +8,7 @@ from reasonalloc.tasks.task import DIGITS, NAMES
 
 _VALUES = (*NAMES, *DIGITS)
 _BRIDGES = ((), (":",), ("from",))  # what may stand between a name and its values
-VOCABULARY = (*_VALUES, ":", "from", ";")
+VOCABULARY = (*_VALUES, *(word for bridge in _BRIDGES for word in bridge), ";")
 
 
 def lookups(rng: random.Random, size: int) -> tuple[list[str], list[str], list[bool]]:

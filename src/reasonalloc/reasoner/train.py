@@ -69,7 +69,7 @@ class TrainingConfig:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, ladder in {**self.ladders, _LOOKUPS: self.opening}.items():
+        for name, ladder in self.climbs.items():
             if not ladder or list(ladder) != sorted(set(ladder)) or ladder[0] < 1:
                 raise ValueError(f"the ladder of {name} must ascend, got {ladder}")
         for name, ladder in self.ladders.items():
@@ -84,6 +84,11 @@ class TrainingConfig:
         positive = [self.matrix_learning_rate, self.learning_rate, self.tokens, self.rows]
         if min(positive) <= 0 or not 0 < self.batch_tokens[0] <= self.batch_tokens[1]:
             raise ValueError("learning rates, tokens, rows and batch_tokens must be positive")
+
+    @property
+    def climbs(self) -> dict[str, list[int]]:
+        """All ladders: that of the look-ups, then the families'."""
+        return {_LOOKUPS: self.opening, **self.ladders}
 
     @classmethod
     def load(cls, path: Path | None = None) -> TrainingConfig:
@@ -142,9 +147,8 @@ class Trainer:
             ),
         ]
         self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
-        climbing = (_LOOKUPS, *config.ladders)
-        self.progress = Progress(rungs=dict.fromkeys(climbing, 0), losses=dict.fromkeys(climbing))
-        self.progress.seen, self.progress.spent = dict.fromkeys(climbing, 0), dict.fromkeys(config.ladders, 0)
+        self.progress = Progress(rungs=dict.fromkeys(config.climbs, 0), losses=dict.fromkeys(config.climbs))
+        self.progress.seen, self.progress.spent = dict.fromkeys(config.climbs, 0), dict.fromkeys(config.ladders, 0)
 
     # ---- data ----
 
@@ -152,7 +156,7 @@ class Trainer:
         """The batch of the current step: family, whether it is at the top rung, ids and labels, padded at the end."""
         rng = random.Random(f"{self.config.seed} {self.progress.step}")
         name = self._family()
-        ladder = self._ladder(name)[: self.progress.rungs[name] + 1]
+        ladder = self.config.climbs[name][: self.progress.rungs[name] + 1]
         difficulty = ladder[-1] if rng.random() < 0.5 else rng.choice(ladder)
         least, most = self.config.batch_tokens
         rows: list[tuple[list[int], list[int]]] = []
@@ -175,12 +179,10 @@ class Trainer:
         else:
             problem = TASKS.create(name).problem(rng.randrange(1 << 48), difficulty, "train")
             prompt, solution = prompt_text(problem), solution_text(problem)
+            settled = [True] * len(solution.split())
         before, behind = self.tokenizer([prompt, solution]).input_ids
-        learned = behind if name != _LOOKUPS else [i if s else _IGNORED for i, s in zip(behind, settled, strict=True)]
+        learned = [i if known else _IGNORED for i, known in zip(behind, settled, strict=True)]
         return before + behind, [_IGNORED] * len(before) + learned
-
-    def _ladder(self, name: str) -> list[int]:
-        return self.config.opening if name == _LOOKUPS else self.config.ladders[name]
 
     def _family(self) -> str:
         """Whose turn it is: the look-ups', and once they are done the family's that has had least of its share."""
@@ -247,7 +249,7 @@ class Trainer:
         tops = [
             f"{name} {ladder[rung]} ({progress.losses[name] or float('nan'):.4f})"
             for name, rung in progress.rungs.items()
-            if rung < len(ladder := self._ladder(name))
+            if rung < len(ladder := self.config.climbs[name])
         ]
         share = progress.tokens / self.config.tokens
         return f"{progress.seconds / 60:.1f} min, step {progress.step}, {share:.1%}, top rungs: {', '.join(tops)}"

@@ -50,7 +50,7 @@ class Search(Task):
         start = rooms[0]
         entered = _entered(ways, start)
         goal = rng.choice(entered[max(1, int(self.far * difficulty)) :])
-        lines = " ; ".join(f"{room} : {' '.join(ways[room] or ['end'])}" for room in rng.sample(rooms, difficulty))
+        lines = " ; ".join(_onward(ways, room) for room in rng.sample(rooms, difficulty))
         thought, path = _explore(ways, start, goal)
         home = " from ".join(reversed(path))
         return Problem(self.name, difficulty, f"{lines} . start {start} goal {goal}", thought, home)
@@ -78,16 +78,21 @@ def _entered(ways: dict[str, list[str]], start: str) -> list[str]:
     return entered
 
 
+def _onward(ways: dict[str, list[str]], room: str) -> str:
+    """A room and where one can go from it."""
+    return f"{room} : {' '.join(ways[room] or ['end'])}"
+
+
 def _explore(ways: dict[str, list[str]], start: str, goal: str) -> tuple[str, list[str]]:
     """Depth first, in words: where one is, where one can go from there, which way is taken; and the way to the goal."""
-    path, words = [start], [f"at {start} : {' '.join(ways[start] or ['end'])} ;"]
+    path, words = [start], [f"at {_onward(ways, start)} ;"]
     left = {room: list(onward) for room, onward in ways.items()}
     while path[-1] != goal:
         here = path[-1]
         if left[here]:
             path.append(left[here].pop(0))
             words.append(f"go {path[-1]} from {here} .")
-            words += [] if path[-1] == goal else [f"at {path[-1]} : {' '.join(ways[path[-1]] or ['end'])} ;"]
+            words += [] if path[-1] == goal else [f"at {_onward(ways, path[-1])} ;"]
         else:
             path.pop()
             words.append(f"back {here} from {path[-1]} : {' '.join([here, *left[path[-1]]])} ;")

@@ -247,3 +247,10 @@ class Cache(cache_utils.Cache):
             }
         )
         return collect(self.layer_caches, self.budgets, method)
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes of the key and value tensors of our cache, or of transformers' DynamicCache."""
+    if isinstance(cache, Cache):
+        return cache.stats().kv_bytes
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
