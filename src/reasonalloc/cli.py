@@ -27,7 +27,7 @@ app.command()(problems)
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Option("--model", "-m", help="Local folder, .gguf file, or hub id.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder, .gguf file, hub id, or reasonalloc/reasoner.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; '-' reads standard input.")],
     budget: Annotated[int | None, typer.Option("--budget", "-b", help="Tokens per KV head, on average.")] = None,
     method: Annotated[str, typer.Option(help="See `reasonalloc methods`.")] = "reasonalloc",
@@ -169,18 +169,17 @@ def plot_budgets_command(
 
 @app.command()
 def demo(
-    model: Annotated[str | None, typer.Option(help="Another model than SmolLM2-135M-Instruct.")] = None,
-    budget: Annotated[int, typer.Option("--budget", "-b", help="Tokens per KV head.")] = 128,
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens per question and method.")] = 1000,
+    budget: Annotated[int, typer.Option("--budget", "-b", help="Tokens per KV head.")] = 192,
+    interval: Annotated[int, typer.Option(min=1, help="Decoded tokens between two compressions.")] = 32,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for texts, record and picture.")] = Path(
         "demo-output"
     ),
 ) -> None:
-    """Three questions with the full cache, R-KV and ReasonAlloc, side by side."""
+    """24 problems for the built-in reasoner with the full cache, R-KV, PyramidKV's layers and ReasonAlloc."""
     with clear_errors():
         from reasonalloc.demo import run
 
-        run(model, budget, tokens, output, console)
+        run(budget, interval, output, console)
 
 
 if __name__ == "__main__":

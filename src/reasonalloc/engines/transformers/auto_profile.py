@@ -1,4 +1,4 @@
-"""``profile="auto"``: a profile from the user's cache folder, calibrated once for each model."""
+"""``profile="auto"``: the model's own profile, or one from the user's cache folder, calibrated once for each model."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from reasonalloc.engines.transformers.support import architecture, model_shape
 from reasonalloc.files import cache_folder, write_atomically
 
 SETTINGS = CalibrationSettings(max_new_tokens=512, miss=("rkv",))
+SHIPPED = "demand_profile.json"  # in a model's folder: comes before any calibration
 _WEIGHTS = {".safetensors", ".bin", ".gguf"}
 
 
@@ -36,6 +37,8 @@ def auto_profile_path(config: Any) -> Path:
 def auto_profile(config: Any, compression: Compression, model: Any = None, tokenizer: Any = None) -> DemandProfile:
     """The model's profile; where there is none yet, calibrate on the eight built-in prompts and keep the result.
 
+    A ``demand_profile.json`` in the model's folder is taken as it is.
+
     Args:
         config: the model's configuration.
         compression: what the profile is for.
@@ -46,6 +49,9 @@ def auto_profile(config: Any, compression: Compression, model: Any = None, token
         ValueError: the configuration does not say where the model is, it cannot be loaded from there, or the
             compression needs what only an explicit calibration measures.
     """
+    shipped = Path(config.name_or_path).expanduser() / SHIPPED
+    if config.name_or_path and shipped.is_file():
+        return DemandProfile.load(shipped)
     for policy in (compression.layer_allocator, compression.head_allocator):
         options = policy.calibrate_options
         if options not in ("", *(f"--miss {scorer}" for scorer in SETTINGS.miss)):

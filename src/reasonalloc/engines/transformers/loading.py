@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reasonalloc.engines.transformers.support import ATTENTION_NAME
 
+BUILT_IN = "reasonalloc/reasoner"  # the small reasoner that comes with this package
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -26,7 +28,7 @@ def load(model: str, dtype: str = "auto", device: str = "auto", tensor_parallel:
     """Model (in evaluation mode, attention set) and tokenizer.
 
     Args:
-        model: a local folder, a local ``.gguf`` file, or a hub id.
+        model: a local folder, a local ``.gguf`` file, a hub id, or "reasonalloc/reasoner", the built-in one.
         dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
         device: "auto" (CUDA if there is one), or any torch device.
         tensor_parallel: share the model with the other processes that ``torchrun`` started, by the plan that
@@ -42,7 +44,7 @@ def load(model: str, dtype: str = "auto", device: str = "auto", tensor_parallel:
         raise ValueError("tensor parallelism needs several processes: start with torchrun --nproc-per-node N")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = Path(model).expanduser()
+    path = built_in_folder() if model == BUILT_IN else Path(model).expanduser()
     options: dict[str, Any] = {}
     source = model
     if path.suffix == ".gguf":
@@ -82,6 +84,11 @@ def _shared_options() -> dict[str, Any]:
         return {"distributed_config": DistributedConfig(tp_plan="auto")}
     except (ImportError, TypeError):  # before it knew plans
         return {"tp_plan": "auto"}
+
+
+def built_in_folder() -> Path:
+    """Where the built-in reasoner lies."""
+    return Path(str(resources.files("reasonalloc") / "reasoner" / "model"))
 
 
 def _gguf_options(name: str) -> dict[str, Any]:
