@@ -55,9 +55,9 @@ class Run:
         return sum(grade.correct for grade in self.grades)
 
     @property
-    def kv_bytes(self) -> int:
-        """Largest key and value bytes of all sequences together."""
-        return sum(found.kv_bytes for found in self.answers)
+    def kv_bytes(self) -> float:
+        """Bytes of one problem's keys and values at their largest, mean over problems."""
+        return sum(found.kv_bytes for found in self.answers) / len(self.answers)
 
 
 def run(budget: int, interval: int, output: Path, console: Console) -> None:
@@ -129,11 +129,11 @@ def _table(asked: list[Asked], runs: list[Run]) -> Table:
     table = Table(
         title="The same problems, four ways to cache",
         caption="right: problems whose answer is wholly right. kept: tokens per KV head, mean\n"
-        "over decoding steps. KV MB: keys and values at their largest, all problems together.",
+        "over decoding steps. KV kB: a problem's keys and values at their largest, mean.",
         caption_justify="left",
     )
     table.add_column("method")
-    for heading in (*(task.partition(":")[0] for task in TASKS), "right", "kept", "KV MB", "of full", "tokens/s"):
+    for heading in (*(task.partition(":")[0] for task in TASKS), "right", "kept", "KV kB", "of full", "tokens/s"):
         table.add_column(heading, justify="right")
     for item in runs:
         each = [
@@ -146,7 +146,7 @@ def _table(asked: list[Asked], runs: list[Run]) -> Table:
             *(f"{count}/{EACH}" for count in each),
             f"{item.right}/{len(asked)}",
             f"{kept:.0f}",
-            f"{item.kv_bytes / 1e6:.1f}",
+            f"{item.kv_bytes / 1e3:.0f}",
             f"{item.kv_bytes / runs[0].kv_bytes:.0%}",
             f"{sum(found.tokens for found in item.answers) / item.seconds:.0f}",
         )

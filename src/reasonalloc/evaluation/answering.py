@@ -56,7 +56,7 @@ class Answer:
         tokens: how many were written, the end token included.
         finished: whether it ended by itself; False: the length limit cut it off.
         kept_tokens: tokens per head held, averaged over layers, heads and decoding steps.
-        kv_bytes: largest share of the cache's key and value slots that fell to this sequence, in bytes.
+        kv_bytes: of keys and values at their largest, see ``Footprint``.
     """
 
     text: str

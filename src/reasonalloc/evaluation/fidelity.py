@@ -47,7 +47,7 @@ class Fidelity:
         kl: divergence of the full cache's distribution from this one, KL(full || this), in nats; None without one.
         agree: whether the likeliest token is the full cache's; None without one.
         kept_tokens: tokens per head held, averaged over layers, heads and intervals.
-        kv_bytes: key and value slots at their largest, free ones included, in bytes.
+        kv_bytes: of keys and values at their largest, see ``Footprint``.
         log_probs: the whole distributions, if they were asked for.
     """
 

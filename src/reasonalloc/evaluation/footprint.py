@@ -12,7 +12,9 @@ class Footprint:
 
     Attributes:
         kept: for each sequence, tokens per head at every look, averaged over layers and heads.
-        kv_bytes: for each sequence, its largest share of the key and value slots, free ones included, in bytes.
+        kv_bytes: for each sequence, the most bytes of keys and values that it held: an equal share of the batch's
+            slots, free ones included. Of a full cache only its tokens count: it grows ahead to be fast, and
+            transformers' own, which it stands for, does not.
     """
 
     def __init__(self, sequences: int) -> None:
@@ -22,8 +24,12 @@ class Footprint:
     def look(self, cache: Cache, sequences: list[int]) -> None:
         """Look at a cache that holds these sequences, in this order."""
         slabs = [layer.slab for layer in cache.layer_caches if layer.slab is not None]
-        kept = np.stack([slab.lengths for slab in slabs]).mean((0, 2))
-        share = sum(slab.kv_bytes for slab in slabs) // len(kept)
-        for sequence, tokens in zip(sequences, kept.tolist(), strict=True):
+        lengths = np.stack([slab.lengths for slab in slabs])
+        if cache.budgets is None:
+            per_token = [slab.kv_bytes // slab.slots for slab in slabs]
+            held = np.einsum("lsh,l->s", lengths, per_token)
+        else:
+            held = np.full(len(sequences), sum(slab.kv_bytes for slab in slabs) // len(sequences))
+        for sequence, tokens, size in zip(sequences, lengths.mean((0, 2)).tolist(), held.tolist(), strict=True):
             self.kept[sequence].append(tokens)
-            self.kv_bytes[sequence] = max(self.kv_bytes[sequence], share)
+            self.kv_bytes[sequence] = max(self.kv_bytes[sequence], size)

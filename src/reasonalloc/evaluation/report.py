@@ -87,7 +87,7 @@ class CellResult:
         values: per problem, the mean over its samples: accuracy (share of answers wholly right) and score (share of an
             answer that is right); for a text that was read the mean over its tokens of nll, kl and agreement.
         kept: tokens per head held, mean over answers and steps.
-        kv_bytes: largest share of keys and values that fell to one answer, mean over answers.
+        kv_bytes: of one answer's keys and values at their largest, mean over answers.
         tokens: written or read, mean.
         cut_off: share of answers that hit the length limit.
         unreadable: share of answers in which no answer could be found.
