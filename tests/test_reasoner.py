@@ -97,6 +97,11 @@ def test_training_learns_climbs_and_exports(tmp_path):
     exported, trained = model.state_dict(), trainer.model.state_dict()
     for name, weight in trained.items():
         assert torch.equal(exported[name], weight.to(torch.bfloat16).float()), name
+    refined = Trainer(trainer.config, tmp_path / "refined")
+    refined.refine(tmp_path / "model")
+    assert torch.equal(refined.model.lm_head.weight, exported["lm_head.weight"])
+    assert refined.batch()[0] in trainer.config.ladders
+    assert refined.progress.rungs == {"lookups": 1, "maps": 2, "programs": 1}
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def plot_budgets_command(
 
 @app.command()
 def demo(
-    budget: Annotated[int, typer.Option("--budget", "-b", help="Tokens per KV head.")] = 192,
+    budget: Annotated[int, typer.Option("--budget", "-b", help="Tokens per KV head, beside the question.")] = 80,
     interval: Annotated[int, typer.Option(min=1, help="Decoded tokens between two compressions.")] = 32,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for texts, record and picture.")] = Path(
         "demo-output"

@@ -157,7 +157,7 @@ class Trainer:
         rng = random.Random(f"{self.config.seed} {self.progress.step}")
         name = self._family()
         ladder = self.config.climbs[name][: self.progress.rungs[name] + 1]
-        difficulty = ladder[-1] if rng.random() < 0.5 else rng.choice(ladder)
+        difficulty = ladder[-1] if rng.random() < 0.5 else rng.randint(ladder[0], ladder[-1])
         least, most = self.config.batch_tokens
         rows: list[tuple[list[int], list[int]]] = []
         size = 0
@@ -299,6 +299,15 @@ class Trainer:
             optimizer.load_state_dict(found)
         return True
 
+    def refine(self, model: Path) -> None:
+        """Begin with a trained model's weights, every ladder at its top."""
+        from transformers import LlamaForCausalLM
+
+        trained = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self.model.load_state_dict(trained.state_dict())
+        self.progress.rungs = {name: len(ladder) - 1 for name, ladder in self.config.ladders.items()}
+        self.progress.rungs[_LOOKUPS] = len(self.config.opening)
+
     def export(self) -> None:
         """The model in bfloat16 and its tokenizer, as plain transformers loads them."""
         target = self.folder / "model"
@@ -329,6 +338,7 @@ def _initialise(model: Any) -> None:
 def main(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of checkpoint, log and model.")],
     config: Annotated[Path | None, typer.Option(help="Training configuration (JSON).")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Model to refine: the curriculum begins at its end.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 2,
 ) -> None:
     """Train the small reasoner, or go on."""
@@ -336,6 +346,8 @@ def main(
     trainer = Trainer(TrainingConfig.load(config), output)
     if trainer.resume():
         print(f"going on from step {trainer.progress.step}")
+    elif weights is not None:
+        trainer.refine(weights)
     trainer.run()
 
 

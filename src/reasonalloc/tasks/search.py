@@ -13,10 +13,10 @@ from reasonalloc.tasks.task import NAMES, TASKS, Problem, Task
 class Search(Task):
     """Find the way to the goal in a cave of ``difficulty`` rooms, first branch first, going back at dead ends.
 
-    The cave is a random tree; each room's onward rooms are listed, the rooms in random order. The thought says on
-    entering a room where one can go, and on coming back the list from the room one comes from:
-    ``back x3 from x1 : x3 x8 ; go x8 from x1 .``; the answer is the way home, ``x8 from x1 from x2``. Memory
-    pattern: what was found in a dead end is never needed again, the open branches are, much later.
+    The cave is a random tree; each room's onward rooms are listed, the rooms in random order, "goal" in the one that
+    is looked for. The thought says on entering a room where one can go, and on coming back the list from the room one
+    comes from: ``back x3 from x1 : x3 x8 ; go x8 from x1 .``; the answer is the way home, ``x8 from x1 from x2``.
+    Memory pattern: what was found in a dead end is never needed again, the open branches are, much later.
 
     Attributes:
         branches: rooms that one room leads to, at most.
@@ -50,10 +50,11 @@ class Search(Task):
         start = rooms[0]
         entered = _entered(ways, start)
         goal = rng.choice(entered[max(1, int(self.far * difficulty)) :])
+        ways[goal] = ["goal"]  # rooms behind it are in the question, but nobody gets there
         lines = " ; ".join(_onward(ways, room) for room in rng.sample(rooms, difficulty))
         thought, path = _explore(ways, start, goal)
         home = " from ".join(reversed(path))
-        return Problem(self.name, difficulty, f"{lines} . start {start} goal {goal}", thought, home)
+        return Problem(self.name, difficulty, f"{lines} . start {start}", thought, home)
 
     def score(self, question: str, answer: str) -> float:
         """1 for the way home from the goal to the start, else 0. In a tree there is one."""
@@ -62,8 +63,8 @@ class Search(Task):
         for line in cave.split(" ; "):
             room, ways = line.split(" : ")
             came_from.update(dict.fromkeys(ways.split(), room))
-        _, start, _, goal = asked.split()
-        way = [goal]
+        _, start = asked.split()
+        way = [came_from.pop("goal")]
         while way[-1] != start:
             way.append(came_from[way[-1]])
         return float(answer.split(" from ") == way)
@@ -91,8 +92,7 @@ def _explore(ways: dict[str, list[str]], start: str, goal: str) -> tuple[str, li
         here = path[-1]
         if left[here]:
             path.append(left[here].pop(0))
-            words.append(f"go {path[-1]} from {here} .")
-            words += [] if path[-1] == goal else [f"at {_onward(ways, path[-1])} ;"]
+            words.append(f"go {path[-1]} from {here} . at {_onward(ways, path[-1])} ;")
         else:
             path.pop()
             words.append(f"back {here} from {path[-1]} : {' '.join([here, *left[path[-1]]])} ;")
