@@ -35,7 +35,7 @@ def test_plain_transformers_loads_it(reasoner):
     )["input_ids"]
     with torch.no_grad():
         expected = plain(ids).logits
-        got = reasoner[0](ids, past_key_values=ra.Cache(plain.config, ra.Compression.method("full"))).logits
+        got = reasoner[0](ids, past_key_values=ra.Cache(reasoner[0].config, ra.Compression.method("full"))).logits
     assert torch.allclose(got, expected, atol=1e-4)
 
 
@@ -55,4 +55,6 @@ def test_it_brings_its_wave(reasoner):
     compression = ra.Compression.method("reasonalloc", 64, profile="auto")
     cache = ra.Cache(reasoner[0].config, compression)
     assert cache.compression.demand_profile is not None
-    assert len(set(cache.compression.demand_profile.wave().tolist())) > 1
+    totals = [int(cache.budgets.totals(layer, 1)[0]) for layer in range(cache.shape.layers)]
+    assert len(set(totals)) > 1
+    assert sum(totals) == cache.shape.layers * cache.shape.kv_heads * 64
