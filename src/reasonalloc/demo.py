@@ -97,8 +97,7 @@ def run(budget: int, interval: int, output: Path, console: Console) -> None:
     answer(network, tokenizer, prompts, compressions[METHODS[-1]], Sampling(0.0, 1.0, LONGEST), recorder=recorder)
     _save(asked, runs, recorder, output)
     console.print(_table(asked, runs))
-    for part in _parting(asked, runs):
-        console.print(part, highlight=False)
+    console.print(_parting(asked, runs), highlight=False)
     console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}", highlight=False)
 
 
@@ -155,7 +154,7 @@ def _table(asked: list[Asked], runs: list[Run]) -> Table:
     return table
 
 
-def _parting(asked: list[Asked], runs: list[Run]) -> list[Any]:
+def _parting(asked: list[Asked], runs: list[Run]) -> Table | str:
     """One problem on which the methods part: their texts around the first word that differs from the full cache's."""
     full = runs[0]
     for wanted in (True, False):  # rather one that ReasonAlloc solves and another method does not
@@ -163,10 +162,10 @@ def _parting(asked: list[Asked], runs: list[Run]) -> list[Any]:
             verdicts = [one.grades[i].correct for one in runs]
             if full.grades[i].correct and len(set(verdicts)) > 1 and verdicts[-1] is wanted:
                 return _side_by_side(item, i, runs)
-    return ["All methods give the same verdicts on these problems."]
+    return "All methods give the same verdicts on these problems."
 
 
-def _side_by_side(item: Asked, i: int, runs: list[Run]) -> list[Any]:
+def _side_by_side(item: Asked, i: int, runs: list[Run]) -> Table:
     words = {one.method: one.answers[i].text.split() for one in runs}
     full = words[runs[0].method]
     parts = {name: _first_difference(text, full) for name, text in words.items()}
@@ -183,7 +182,7 @@ def _side_by_side(item: Asked, i: int, runs: list[Run]) -> list[Any]:
         around.append(" ".join(text[at : at + EXCERPT]) or "(the end)", style="bold red" if at < len(full) else "")
         verdict = "right" if one.grades[i].correct else "wrong" if one.answers[i].finished else "no end"
         table.add_row(one.method, str(at), verdict, around)
-    return [table]
+    return table
 
 
 def _first_difference(text: list[str], full: list[str]) -> int:

@@ -121,7 +121,7 @@ class Progress:
 
 
 class Trainer:
-    """One training run in a folder: ``checkpoint.safetensors``, ``progress.json``, ``log.jsonl``, and the model."""
+    """One training run in a folder: ``checkpoint.safetensors``, ``log.jsonl``, and the model."""
 
     def __init__(self, config: TrainingConfig, folder: Path) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
