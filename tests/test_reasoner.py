@@ -131,6 +131,26 @@ def test_the_package_s_configuration_is_valid():
     assert set(config.ladders) == {"maps", "programs", "search"}
 
 
+def test_the_top_prevails_while_climbing_and_no_longer(tmp_path):
+    ladders = {"maps": [4, 6, 12, 16]}
+    config = {**SMALL, "ladders": ladders, "shares": {"maps": 1}, "rise_below": {"lookups": 1, "maps": 1}}
+    trainer = Trainer(TrainingConfig(**config), tmp_path)
+    trainer.progress.rungs["lookups"] = 1
+
+    def difficulties(rung):
+        trainer.progress.rungs["maps"] = rung
+        found = []
+        for trainer.progress.step in range(100):
+            found.append(trainer.batch()[1])
+        return found
+
+    climbing, there = difficulties(2), difficulties(3)
+    assert climbing.count(12) > 40
+    assert set(climbing) == set(range(4, 13))
+    assert there.count(16) < 25
+    assert set(there) == set(range(4, 17))
+
+
 def test_families_share_tokens_not_turns(tmp_path):
     trainer = Trainer(TrainingConfig(**{**SMALL, "shares": {"maps": 1, "programs": 2}}), tmp_path)
     assert {trainer.batch()[0] for _ in range(3)} == {"lookups"}

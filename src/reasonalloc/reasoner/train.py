@@ -3,8 +3,10 @@
     python -m reasonalloc.reasoner.train -o reasoner
 
 Every family climbs a ladder of difficulties of its own: half of its batches are at the top rung, the others anywhere
-below, so that nothing is forgotten; it rises when the loss at the top falls far enough. Looking up must be
-learned before anything else can be, so bare look-ups open, until the last rung of a ladder of their own. Matrices
+below, so that nothing is forgotten; it rises when the loss at the top falls far enough. At the end of the ladder all
+its difficulties are equally frequent: where one size prevails, distances that hold for it alone are learned in place
+of names. Looking up must be learned before anything else can be, so bare look-ups open, until the last rung of a
+ladder of their own. Matrices
 learn by Muon, the rest by AdamW, at full rates until the last share of the tokens, over which they fall to nothing.
 A checkpoint is written every minute; the same command goes on from it, and ends with the same weights to the last bit.
 """
@@ -106,8 +108,8 @@ class Progress:
         tokens: tokens seen, questions and padding included.
         seconds: time spent.
         rungs: index into each family's ladder, and that of the look-ups; these are one past the end when done.
-        losses: running mean of the loss at each top rung; None right after rising.
-        seen: batches at the top rung since rising.
+        losses: running mean of the loss at each top rung, at the end of a ladder of all batches; None after rising.
+        seen: batches in it.
         spent: tokens of each family since the opening.
     """
 
@@ -152,12 +154,13 @@ class Trainer:
 
     # ---- data ----
 
-    def batch(self) -> tuple[str, bool, Tensor, Tensor]:
-        """The batch of the current step: family, whether it is at the top rung, ids and labels, padded at the end."""
+    def batch(self) -> tuple[str, int, Tensor, Tensor]:
+        """The batch of the current step: family, difficulty, ids and labels, padded at the end."""
         rng = random.Random(f"{self.config.seed} {self.progress.step}")
         name = self._family()
         ladder = self.config.climbs[name][: self.progress.rungs[name] + 1]
-        difficulty = ladder[-1] if rng.random() < 0.5 else rng.randint(ladder[0], ladder[-1])
+        at_top = self._climbing(name) and rng.random() < 0.5
+        difficulty = ladder[-1] if at_top else rng.randint(ladder[0], ladder[-1])
         least, most = self.config.batch_tokens
         rows: list[tuple[list[int], list[int]]] = []
         size = 0
@@ -169,7 +172,11 @@ class Trainer:
         for i, (row, learned) in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
             labels[i, : len(row)] = torch.tensor(learned)
-        return name, difficulty == ladder[-1], ids, labels
+        return name, difficulty, ids, labels
+
+    def _climbing(self, name: str) -> bool:
+        """Whether there is something above the rung of ``name``: the families, for the look-ups."""
+        return name == _LOOKUPS or self.progress.rungs[name] + 1 < len(self.config.ladders[name])
 
     def _row(self, rng: random.Random, name: str, difficulty: int) -> tuple[list[int], list[int]]:
         """Ids and labels of one problem."""
@@ -194,7 +201,7 @@ class Trainer:
 
     def step(self, rate: float) -> dict[str, Any]:
         """One optimisation step with learning rates times ``rate``; returns its line of the log."""
-        name, top, ids, labels = self.batch()
+        name, difficulty, ids, labels = self.batch()
         hidden = self.model.model(input_ids=ids).last_hidden_state[:, :-1]
         learned = labels[:, 1:] != _IGNORED
         logits = self.model.lm_head(hidden[learned])  # the question's logits are never made
@@ -211,9 +218,9 @@ class Trainer:
         self.progress.tokens += ids.numel()
         if name in self.progress.spent:
             self.progress.spent[name] += ids.numel()
-        if top:
+        if not self._climbing(name) or difficulty == self.config.climbs[name][self.progress.rungs[name]]:
             self._climb(name, loss.item())
-        return {"step": self.progress.step, "task": name, "top": top, "loss": round(loss.item(), 5)}
+        return {"step": self.progress.step, "task": name, "difficulty": difficulty, "loss": round(loss.item(), 5)}
 
     def _climb(self, name: str, loss: float) -> None:
         """Follow the loss at the top rung, and take the next one when it is low."""
@@ -221,8 +228,7 @@ class Trainer:
         mean = loss if before is None else 0.9 * before + 0.1 * loss
         progress.losses[name] = mean
         progress.seen[name] += 1
-        more = name == _LOOKUPS or progress.rungs[name] + 1 < len(self.config.ladders[name])
-        if mean < self.config.rise_below[name] and progress.seen[name] >= 10 and more:
+        if mean < self.config.rise_below[name] and progress.seen[name] >= 10 and self._climbing(name):
             progress.rungs[name] += 1
             progress.losses[name], progress.seen[name] = None, 0
 
