@@ -5,12 +5,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reasonalloc as ra
-from reasonalloc.engines.transformers.loading import BUILT_IN, built_in_folder, load
+from reasonalloc.engines.transformers.loading import BUILT_IN, built_in_folder, load, model_name
 from reasonalloc.evaluation.answering import Sampling, answer
 from reasonalloc.evaluation.grading import grader
 from reasonalloc.evaluation.questions import load_questions
 
-REFERENCE = {"maps:48": 0, "programs:56": 6, "search:56": 0}  # task at its reference difficulty: wrong answers of 32
+REFERENCE = {"maps:48": 1, "programs:56": 2, "search:56": 0}  # task at its reference difficulty: wrong answers of 32
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,7 @@ def test_it_brings_its_wave(reasoner):
     compression = ra.Compression.method("reasonalloc", 64, profile="auto")
     cache = ra.Cache(reasoner[0].config, compression)
     assert cache.compression.demand_profile is not None
+    assert cache.compression.demand_profile.source["model"] == BUILT_IN == model_name(reasoner[0].config)
     totals = [int(cache.budgets.totals(layer, 1)[0]) for layer in range(cache.shape.layers)]
     assert len(set(totals)) > 1
     assert sum(totals) == cache.shape.layers * cache.shape.kv_heads * 64

@@ -116,6 +116,7 @@ def test_training_learns_climbs_and_exports(tmp_path):
         ({"shares": {"maps": 1}}, "name maps, programs"),
         ({"rise_below": {"maps": 1, "programs": 1}}, "lookups"),
         ({"decay": 0}, "decay"),
+        ({"finish": 2}, "finish"),
         ({"rise_below": {"lookups": 1, "maps": 1, "programs": 0}}, "positive"),
         ({"tokens": 0}, "positive"),
         ({"batch_tokens": [5, 4]}, "positive"),
@@ -131,7 +132,7 @@ def test_the_package_s_configuration_is_valid():
     assert set(config.ladders) == {"maps", "programs", "search"}
 
 
-def test_the_top_prevails_while_climbing_and_no_longer(tmp_path):
+def test_the_top_prevails_while_climbing_and_at_the_end(tmp_path):
     ladders = {"maps": [4, 6, 12, 16]}
     config = {**SMALL, "ladders": ladders, "shares": {"maps": 1}, "rise_below": {"lookups": 1, "maps": 1}}
     trainer = Trainer(TrainingConfig(**config), tmp_path)
@@ -145,10 +146,13 @@ def test_the_top_prevails_while_climbing_and_no_longer(tmp_path):
         return found
 
     climbing, there = difficulties(2), difficulties(3)
+    trainer.progress.tokens = int(0.95 * trainer.config.tokens)
+    finishing = difficulties(3)
     assert climbing.count(12) > 40
     assert set(climbing) == set(range(4, 13))
     assert there.count(16) < 25
     assert set(there) == set(range(4, 17))
+    assert finishing.count(16) > 40
 
 
 def test_families_share_tokens_not_turns(tmp_path):

@@ -17,6 +17,7 @@ SMALL = {
     "learning_rate": 0.003,
     "tokens": 60_000,
     "decay": 0.25,
+    "finish": 0.1,
     "rows": 4,
     "batch_tokens": [300, 600],
     "seed": 0,

@@ -4,11 +4,11 @@
 
 Every family climbs a ladder of difficulties of its own: half of its batches are at the top rung, the others anywhere
 below, so that nothing is forgotten; it rises when the loss at the top falls far enough. At the end of the ladder all
-its difficulties are equally frequent: where one size prevails, distances that hold for it alone are learned in place
-of names. Looking up must be learned before anything else can be, so bare look-ups open, until the last rung of a
-ladder of their own. Matrices
-learn by Muon, the rest by AdamW, at full rates until the last share of the tokens, over which they fall to nothing.
-A checkpoint is written every minute; the same command goes on from it, and ends with the same weights to the last bit.
+its difficulties are equally frequent, for where one size prevails, distances that hold for it alone are learned in
+place of names; in the last share of the tokens half are at the top once more, where most can go wrong. Looking up must
+be learned before anything else can be, so bare look-ups open, until the last rung of a ladder of their own. Matrices
+learn by Muon, the rest by AdamW, at full rates until the last share of the tokens, over which they fall to nothing. A
+checkpoint is written every minute; the same command goes on from it, and ends with the same weights to the last bit.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class TrainingConfig:
         learning_rate: of AdamW.
         tokens: to be seen in all, questions and padding included.
         decay: the share of them, the last, over which the learning rates fall.
+        finish: the share of them, the last, in which half of all batches are at the end of the ladder.
         rows: problems in one batch.
         batch_tokens: bounds of a batch; short problems are more than ``rows``, long ones fewer.
         seed: of weights and data.
@@ -66,6 +67,7 @@ class TrainingConfig:
     learning_rate: float
     tokens: int
     decay: float
+    finish: float
     rows: int
     batch_tokens: list[int]
     seed: int
@@ -81,8 +83,8 @@ class TrainingConfig:
             values = getattr(self, field_name)
             if set(values) != names or min(values.values()) <= 0:
                 raise ValueError(f"{field_name} must be positive and name {', '.join(sorted(names))}, got {values}")
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"decay must lie in (0, 1], got {self.decay}")
+        if not 0 < self.decay <= 1 or not 0 <= self.finish <= 1:
+            raise ValueError(f"decay and finish must be shares, got {self.decay} and {self.finish}")
         positive = [self.matrix_learning_rate, self.learning_rate, self.tokens, self.rows]
         if min(positive) <= 0 or not 0 < self.batch_tokens[0] <= self.batch_tokens[1]:
             raise ValueError("learning rates, tokens, rows and batch_tokens must be positive")
@@ -159,7 +161,8 @@ class Trainer:
         rng = random.Random(f"{self.config.seed} {self.progress.step}")
         name = self._family()
         ladder = self.config.climbs[name][: self.progress.rungs[name] + 1]
-        at_top = self._climbing(name) and rng.random() < 0.5
+        finishing = self.progress.tokens >= (1 - self.config.finish) * self.config.tokens
+        at_top = (finishing or self._climbing(name)) and rng.random() < 0.5
         difficulty = ladder[-1] if at_top else rng.randint(ladder[0], ladder[-1])
         least, most = self.config.batch_tokens
         rows: list[tuple[list[int], list[int]]] = []

@@ -19,7 +19,7 @@ from reasonalloc.allocation.profile import differences
 from reasonalloc.calibration import CalibrationSettings, DemandProbe, ProbePrompt, built_in_prompts
 from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers.cache import Cache
-from reasonalloc.engines.transformers.loading import encode
+from reasonalloc.engines.transformers.loading import encode, model_name
 from reasonalloc.engines.transformers.sensitivity import loss_sensitivity
 from reasonalloc.engines.transformers.support import architecture, model_shape
 from reasonalloc.files import write_atomically
@@ -121,7 +121,7 @@ def _resume(partial: Path, model: Any, settings: CalibrationSettings) -> DemandP
 
 def _source(model: Any) -> dict[str, Any]:
     return {
-        "model": model.config.name_or_path,
+        "model": model_name(model.config),
         "revision": getattr(model.config, "_commit_hash", None),
         "dtype": str(model.dtype).removeprefix("torch."),
         "library": version("reasonalloc"),

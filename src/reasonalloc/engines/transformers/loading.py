@@ -91,6 +91,12 @@ def built_in_folder() -> Path:
     return Path(str(resources.files("reasonalloc") / "reasoner" / "model"))
 
 
+def model_name(config: Any) -> str:
+    """Where a loaded model came from, as ``load`` takes it: the built-in reasoner's folder differs by machine."""
+    name: str = config.name_or_path
+    return BUILT_IN if name and Path(name) == built_in_folder() else name
+
+
 def _gguf_options(name: str) -> dict[str, Any]:
     options: dict[str, Any] = {"gguf_file": name}
     try:
