@@ -19,6 +19,7 @@ ORDER = [
     ("budgets",),
     ("compressor",),
     ("layer_cache",),
+    ("arenas",),
     ("calibration",),
     ("stats", "plots"),
     ("engines", "reasoner"),

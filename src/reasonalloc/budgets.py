@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reasonalloc.allocation import DynamicLayers, ModelShape
 from reasonalloc.compression import Compression
-from reasonalloc.storage.slab import HostInts
+from reasonalloc.storage.spans import HostInts
 
 
 class LayerBudgets:

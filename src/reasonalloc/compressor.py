@@ -16,7 +16,7 @@ from reasonalloc.eviction import rank_candidates, route_heads, select
 from reasonalloc.query_window import QueryWindow
 from reasonalloc.scoring.scorer import Observation
 from reasonalloc.scoring.window_attention import attention_weights, mean_over_queries
-from reasonalloc.storage.slab import HostInts
+from reasonalloc.storage.spans import HostInts
 from reasonalloc.storage.tokens import LayerTokens
 
 

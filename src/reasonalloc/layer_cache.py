@@ -22,7 +22,7 @@ from reasonalloc.compressor import LayerCompressor
 from reasonalloc.query_window import Queries, QueryWindow
 from reasonalloc.recorder import Recorder, Routing
 from reasonalloc.storage import LayerTokens, RaggedSlab
-from reasonalloc.storage.slab import HostInts
+from reasonalloc.storage.spans import HostInts
 from reasonalloc.storage.tokens import drop_padding
 
 
@@ -102,7 +102,7 @@ class LayerCache:
         self.recorder = recorder
         self.probe = probe
         self.tracks_received = compression.tracks_received or (probe is not None and probe.needs_received)
-        self.window = QueryWindow(compression.observed_queries if probe is None else probe.observed_queries)
+        self.window = self._new_window(compression.observed_queries if probe is None else probe.observed_queries)
         self.reset()
 
     def reset(self) -> None:
@@ -237,7 +237,13 @@ class LayerCache:
         else:
             self.compressor.start(key.device)
             capacities = self.compressor.first_spans(batch, heads)
-        self.slab = RaggedSlab(key, value, capacities, self.tracks_received)
+        self.slab = self._new_slab(key, value, capacities)
+
+    def _new_slab(self, key: Tensor, value: Tensor, capacities: HostInts) -> RaggedSlab:
+        return RaggedSlab(key, value, capacities, self.tracks_received)
+
+    def _new_window(self, size: int) -> QueryWindow:
+        return QueryWindow(size)
 
     def _extend(self, tokens: LayerTokens, new: NewTokens) -> None:
         self._make_room(new.counts[:, None])

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from reasonalloc.attention.rows import attend_rows, received_attention
 from reasonalloc.registry import unknown_name
-from reasonalloc.storage.slab import RaggedSlab
+from reasonalloc.storage.spans import Spans
 
-Attend = Callable[[Tensor, RaggedSlab, float], Tensor]
+Attend = Callable[[Tensor, Spans, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class AttentionBackend:
     attend: Attend
 
 
-def _rows(query: Tensor, slab: RaggedSlab, scaling: float) -> Tensor:
+def _rows(query: Tensor, slab: Spans, scaling: float) -> Tensor:
     if slab.received is not None:
         received_attention(query, slab, scaling)
     return attend_rows(query, slab, scaling)

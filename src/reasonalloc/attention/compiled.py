@@ -19,7 +19,7 @@ from numba.core import types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from reasonalloc.storage.slab import RaggedSlab
+from reasonalloc.storage.spans import Spans
 
 _NOTHING = np.empty(0, dtype=np.float32)
 _ZERO = np.float32(0)
@@ -131,7 +131,7 @@ def _attend(
 
 
 def attend_compiled(
-    query: Float[Tensor, "batch query_heads 1 dim"], slab: RaggedSlab, scaling: float
+    query: Float[Tensor, "batch query_heads 1 dim"], slab: Spans, scaling: float
 ) -> Float[Tensor, "batch query_heads 1 value_dim"]:
     """Attention of one query per sequence over all tokens of its rows; adds to ``slab.received`` if it is tracked."""
     rows, width = slab.batch * slab.heads, slab.values.shape[1]

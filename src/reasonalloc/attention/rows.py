@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reasonalloc.storage.slab import RaggedSlab
+from reasonalloc.storage.spans import Spans
 
 _BLOCK_ENTRIES = 1 << 24  # attention weights held at once when they are needed explicitly
 
 
 def attend_rows(
     query: Float[Tensor, "batch query_heads queries dim"],
-    slab: RaggedSlab,
+    slab: Spans,
     scaling: float,
     hidden: Int[Tensor, "batch queries"] | None = None,
 ) -> Float[Tensor, "batch query_heads queries value_dim"]:
@@ -44,7 +44,7 @@ def attend_rows(
 
 def received_attention(
     query: Float[Tensor, "batch query_heads queries dim"],
-    slab: RaggedSlab,
+    slab: Spans,
     scaling: float,
     hidden: Int[Tensor, "batch queries"] | None = None,
 ) -> None:
@@ -72,7 +72,7 @@ def received_attention(
             slab.received[start : start + length] += weights.sum((0, 1))
 
 
-def _rows(slab: RaggedSlab) -> Iterator[tuple[int, int, int, int]]:
+def _rows(slab: Spans) -> Iterator[tuple[int, int, int, int]]:
     for b in range(slab.batch):
         for h in range(slab.heads):
             yield b, h, int(slab.starts[b, h]), int(slab.lengths[b, h])

@@ -20,7 +20,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reasonalloc.storage.slab import RaggedSlab
+from reasonalloc.storage.spans import Spans
 
 _CHUNK = 256  # slots of one program
 _STAGES = 2  # tiles in flight
@@ -46,7 +46,7 @@ class ChunkTable:
     chunk: int
 
     @classmethod
-    def of(cls, slab: RaggedSlab, chunk: int) -> ChunkTable:
+    def of(cls, slab: Spans, chunk: int) -> ChunkTable:
         """From the host's mirror of the spans; copied to the device without waiting for it."""
         counts = np.maximum(-(-slab.capacities.reshape(-1) // chunk), 1)
         first = np.concatenate([[0], counts.cumsum()])
@@ -65,7 +65,7 @@ class TritonDecode:
         self._table: ChunkTable | None = None
 
     def __call__(
-        self, query: Float[Tensor, "batch query_heads 1 dim"], slab: RaggedSlab, scaling: float
+        self, query: Float[Tensor, "batch query_heads 1 dim"], slab: Spans, scaling: float
     ) -> Float[Tensor, "batch query_heads 1 value_dim"]:
         """Attention of one query per sequence over all tokens of its rows; adds to ``slab.received`` if tracked."""
         if self._table is None or self._spans is not slab.starts_device:  # a layout makes new ones
@@ -74,7 +74,7 @@ class TritonDecode:
 
 
 def attend_chunks(
-    query: Float[Tensor, "batch query_heads 1 dim"], slab: RaggedSlab, scaling: float, table: ChunkTable
+    query: Float[Tensor, "batch query_heads 1 dim"], slab: Spans, scaling: float, table: ChunkTable
 ) -> Float[Tensor, "batch query_heads 1 value_dim"]:
     """As ``TritonDecode``, with a table at hand.
 

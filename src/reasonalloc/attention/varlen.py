@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reasonalloc.storage.slab import RaggedSlab
+from reasonalloc.storage.spans import Spans
 
 
 def kernel() -> Any | None:
@@ -27,7 +27,7 @@ def kernel() -> Any | None:
 
 
 def attend_varlen(
-    query: Float[Tensor, "batch query_heads 1 dim"], slab: RaggedSlab, scaling: float
+    query: Float[Tensor, "batch query_heads 1 dim"], slab: Spans, scaling: float
 ) -> Float[Tensor, "batch query_heads 1 value_dim"]:
     """Attention of one query per sequence over all tokens of its rows."""
     rows = slab.batch * slab.heads

@@ -14,24 +14,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from reasonalloc.storage.spans import HostInts, Spans
 from reasonalloc.storage.tokens import LayerTokens
 
-HostInts = npt.NDArray[np.int64]
 
-
-class RaggedSlab:
+class RaggedSlab(Spans):
     """Key/value slots of one layer, owned in spans by its (sequence, head) rows.
 
     Attributes:
-        keys, values: ``[slots, dim]`` in the model's dtype.
         positions: ``[slots]`` int32, the token's index in its sequence; also filled ahead for the span's free slots.
-        received: ``[slots]`` float32, accumulated attention, or None if it is not tracked.
-        starts, lengths, capacities: ``[batch, heads]`` on the host: first slot, live tokens, slots of each span.
         seen: ``[batch]`` on the host: real tokens of each sequence so far, evicted ones included.
     """
 
@@ -54,21 +49,6 @@ class RaggedSlab:
         self._number_slots()
 
     @property
-    def batch(self) -> int:
-        """Sequences in the slab."""
-        return int(self.lengths.shape[0])
-
-    @property
-    def heads(self) -> int:
-        """Key/value heads in the slab."""
-        return int(self.lengths.shape[1])
-
-    @property
-    def slots(self) -> int:
-        """Token slots in the slab, over all spans."""
-        return int(self.keys.shape[0])
-
-    @property
     def kv_bytes(self) -> int:
         """Bytes of the key and value tensors."""
         return self.keys.nbytes + self.values.nbytes
@@ -79,17 +59,6 @@ class RaggedSlab:
         return self.positions.nbytes + (0 if self.received is None else self.received.nbytes)
 
     # ---- growing --------------------------------------------------------------------------------------------
-
-    def append(
-        self, keys: Float[Tensor, "batch heads 1 dim"], values: Float[Tensor, "batch heads 1 value_dim"]
-    ) -> None:
-        """Add one token to every row. The caller has made room."""
-        slots = (self.starts_device + self.lengths_device).flatten()
-        self.keys.index_copy_(0, slots, keys.reshape(-1, keys.shape[-1]))
-        self.values.index_copy_(0, slots, values.reshape(-1, values.shape[-1]))
-        if self.received is not None:
-            self.received.index_fill_(0, slots, 0.0)
-        self._advance(np.ones(self.batch, dtype=np.int64))
 
     def extend(self, tokens: LayerTokens, counts: HostInts) -> None:
         """Add several tokens to every row, ``counts`` of each sequence. The caller has made room."""
@@ -107,10 +76,8 @@ class RaggedSlab:
         self._advance(np.full(self.batch, -tokens, dtype=np.int64))
 
     def _advance(self, counts: HostInts) -> None:
-        self.lengths += counts[:, None]
+        super()._advance(counts)
         self.seen += counts
-        if self.device.type != "cpu":  # on the CPU the device's view shares the host's memory
-            self.lengths_device += torch.from_numpy(counts)[:, None].to(self.device, non_blocking=True)
 
     def _number_slots(self) -> None:
         """Give every slot the position its token will have: one write here spares one per decoded token and head."""
@@ -170,11 +137,7 @@ class RaggedSlab:
 
     def _layout(self, capacities: HostInts, lengths: HostInts) -> None:
         ends = capacities.reshape(-1).cumsum()
-        self.capacities = capacities.copy()
-        self.starts = (ends - capacities.reshape(-1)).reshape(capacities.shape)
-        self.lengths = lengths.copy()
-        self.starts_device: Int[Tensor, "batch heads"] = torch.from_numpy(self.starts).to(self.device)
-        self.lengths_device: Int[Tensor, "batch heads"] = torch.from_numpy(self.lengths).to(self.device)
+        self._place((ends - capacities.reshape(-1)).reshape(capacities.shape), lengths.copy(), capacities.copy())
 
     def _resize(self, slots: int) -> None:
         if slots == self.slots:

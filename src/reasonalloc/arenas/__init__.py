@@ -1,0 +1,11 @@
+"""Arenas: ragged caches of many requests in memory that an engine owns and lends by the block.
+
+An engine with a pool of equal blocks (vLLM) gives every request one block per layer, its *arena*. All that the layer
+remembers of the request lies in it. How large an arena is never changes; how heads share it does, at every routing.
+"""
+
+from reasonalloc.arenas.layer import ArenaLayer
+from reasonalloc.arenas.layout import ArenaLayout
+from reasonalloc.arenas.pool import ArenaPool
+
+__all__ = ["ArenaLayer", "ArenaLayout", "ArenaPool"]
