@@ -61,13 +61,14 @@ class ArenaLayout:
 
     @property
     def received(self) -> slice:
-        """Rows of the accumulated attention (float32, one per slot)."""
-        return slice(self.positions.stop, self.rows)
+        """Rows of the accumulated attention (float32, one per slot), if it is kept."""
+        rows = self._rows_of(4 * self.slots) if self.tracks_received else 0
+        return slice(self.positions.stop, self.positions.stop + rows)
 
     @property
     def rows(self) -> int:
-        """Rows of an arena."""
-        return self.positions.stop + (self._rows_of(4 * self.slots) if self.tracks_received else 0)
+        """Rows of an arena, an even number: engines count in pairs of a key and a value."""
+        return self.received.stop + self.received.stop % 2
 
     @property
     def nbytes(self) -> int:

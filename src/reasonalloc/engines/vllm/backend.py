@@ -1,0 +1,182 @@
+"""The attention backend: vLLM's batches, handed to arenas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, MultipleOf
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from reasonalloc.arenas import ArenaLayer, ArenaPool
+from reasonalloc.engines.transformers.support import UnsupportedModelError
+from reasonalloc.engines.vllm.model import ServedModel, layer_number
+from reasonalloc.engines.vllm.settings import compression
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one request's prompt in a batch.
+
+    Attributes:
+        arena: the request's.
+        tokens: where they lie in the batch.
+        first: whether nothing came before them; the arena may hold what another request left.
+    """
+
+    arena: int
+    tokens: slice
+    first: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a forward pass does.
+
+    Attributes:
+        arenas: of the requests that decode one token.
+        rows: where these tokens lie in the batch.
+        chunks: all others.
+    """
+
+    arenas: list[int]
+    rows: Tensor
+    chunks: list[Chunk]
+
+
+class StepBuilder(AttentionMetadataBuilder[Step]):  # type: ignore[misc]
+    """Reads vLLM's description of a batch."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
+        """One ``Step`` for all layers of a group."""
+        batch = common_attn_metadata
+        bounds = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
+        lengths = batch.seq_lens[: batch.num_reqs].tolist()
+        arenas = batch.block_table_tensor[: batch.num_reqs, 0].tolist()
+        decoding, rows, chunks = [], [], []
+        for arena, start, stop, length in zip(arenas, bounds[:-1], bounds[1:], lengths, strict=True):
+            if stop - start == 1 < length:
+                decoding.append(arena)
+                rows.append(start)
+            elif stop > start:
+                chunks.append(Chunk(arena, slice(start, stop), stop - start == length))
+        return Step(decoding, torch.tensor(rows, dtype=torch.long, device=self.device), chunks)
+
+
+class ArenaAttention(AttentionImpl[Step]):  # type: ignore[misc]
+    """Attention of one layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """As vLLM makes it.
+
+        Raises:
+            UnsupportedModelError: attention that a ragged cache cannot give.
+        """
+        unserved = {
+            "ALiBi": alibi_slopes is not None,
+            "a sliding window": sliding_window is not None,
+            "soft-capped logits": bool(logits_soft_cap),
+            f"{attn_type} attention": attn_type != "decoder",
+            "layers that share caches": kv_sharing_target_layer_name is not None,
+            "attention sinks": sinks is not None,
+        }
+        if any(unserved.values()):
+            found = ", ".join(name for name, true in unserved.items() if true)
+            raise UnsupportedModelError(f"reasonalloc cannot serve this model in vLLM: it has {found}")
+        asked = compression()
+        assert asked is not None, "the plugin registers this backend only where REASONALLOC is set"
+        self.scale, self.kv_cache_dtype = scale, kv_cache_dtype
+        self.served = ServedModel.of(asked, get_current_vllm_config())
+        self.arenas: ArenaLayer | None = None
+
+    def forward(
+        self,
+        layer: Any,
+        query: Float[Tensor, "tokens query_heads dim"],
+        key: Float[Tensor, "tokens heads dim"],
+        value: Float[Tensor, "tokens heads dim"],
+        kv_cache: Tensor,
+        attn_metadata: Step | None,
+        output: Float[Tensor, "tokens query_heads dim"],
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend, remember, and where it is time forget."""
+        step = attn_metadata
+        if step is None:  # vLLM measures its own memory
+            return output
+        arenas = self._arenas(layer, kv_cache)
+        for chunk in step.chunks:
+            q, k, v = (x[chunk.tokens].transpose(0, 1) for x in (query, key, value))
+            output[chunk.tokens] = arenas.chunk(chunk.arena, q, k, v, self.scale, chunk.first).transpose(0, 1)
+        if step.arenas:
+            rows = step.rows
+            output[rows] = arenas.decode(step.arenas, query[rows], key[rows], value[rows], self.scale)
+        return output
+
+    def _arenas(self, layer: Any, kv_cache: Tensor) -> ArenaLayer:
+        if self.arenas is None:
+            number = layer_number(layer.layer_name)
+            pool = ArenaPool(kv_cache, self.served.layout(number, kv_cache.dtype))
+            self.arenas = ArenaLayer(number, self.served.compression, self.served.budgets, pool)
+        return self.arenas
+
+
+class ArenaBackend(AttentionBackend):  # type: ignore[misc]
+    """What vLLM asks of a backend."""
+
+    forward_includes_kv_cache_update: bool = True
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """Any: a block is an arena."""
+        return [MultipleOf(1)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Blocks of one layer lie one behind the other."""
+        return (KVCacheLayout.LBHNC,)
+
+    @staticmethod
+    def get_name() -> str:
+        """The name of the slot that it is registered in."""
+        return slot().name
+
+    @staticmethod
+    def get_impl_cls() -> type[ArenaAttention]:
+        """Of the attention."""
+        return ArenaAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[StepBuilder]:
+        """Of the metadata."""
+        return StepBuilder
+
+
+def slot() -> AttentionBackendEnum:
+    """Where the backend is registered: the CPU's only one, or the one vLLM keeps for plugins."""
+    from vllm.platforms import current_platform
+
+    return AttentionBackendEnum.CPU_ATTN if current_platform.is_cpu() else AttentionBackendEnum.CUSTOM
