@@ -2,7 +2,8 @@
 
     python run_offline.py JOB.json RESULT.json
 
-A job: {"model", "prompts": [token ids], "tokens", "options": of vllm.LLM, "watch": whether to report what is kept}.
+A job: {"model", "prompts": [token ids], "tokens": how many to generate, one number or a list, "options": of vllm.LLM,
+"abort": {number of a prompt: after how many tokens its client hangs up}, "watch": whether to report what is kept}.
 """
 
 import json
@@ -16,23 +17,51 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in th
 from vllm import LLM, SamplingParams
 
 
-def arenas(llm):
-    """Every layer's arenas, if the plugin is on."""
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    layers = runner.vllm_config.compilation_config.static_forward_context
-    found = {name: getattr(layer.impl, "arenas", None) for name, layer in layers.items() if hasattr(layer, "impl")}
-    return {name: value for name, value in found.items() if value is not None}
+def core_of(llm):
+    return llm.llm_engine.engine_core.engine_core
 
 
 def kept(llm):
-    """Positions by request, layer and head."""
+    """Positions by arena, layer and head."""
+    runner = core_of(llm).model_executor.driver_worker.worker.model_runner
+    layers = runner.vllm_config.compilation_config.static_forward_context.values()
+    found = [layer.impl.arenas for layer in layers if getattr(getattr(layer, "impl", None), "arenas", None)]
     requests = {}
-    for layer in sorted(arenas(llm).values(), key=lambda found: found.layer):
+    for layer in sorted(found, key=lambda arenas: arenas.layer):
         for arena, cache in layer.requests.items():
             tokens = cache.slab.padded()
-            positions = [sorted(row[: int(n)].tolist()) for row, n in zip(tokens.positions[0], tokens.lengths[0])]
+            heads = zip(tokens.positions[0], tokens.lengths[0], strict=True)
+            positions = [sorted(row[: int(n)].tolist()) for row, n in heads]
             requests.setdefault(arena, []).append(positions)
     return requests
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def generate(llm, job):
+    """All requests at once; what each generated, and how memory went."""
+    engine, pool = llm.llm_engine, core_of(llm).scheduler.kv_cache_manager.block_pool
+    lengths = job["tokens"] if isinstance(job["tokens"], list) else [job["tokens"]] * len(job["prompts"])
+    abort = {int(number): after for number, after in job.get("abort", {}).items()}
+    for i, (ids, count) in enumerate(zip(job["prompts"], lengths, strict=True)):
+        sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        engine.add_request(str(i), {"prompt_token_ids": ids}, sampling)
+    tokens, free, memory, finished, running = [[] for _ in lengths], [pool.get_num_free_blocks()], [], 0, 0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            number = int(output.request_id)
+            tokens[number] = list(output.outputs[0].token_ids)
+            if len(tokens[number]) >= abort.get(number, 1 << 60):
+                engine.abort_request([output.request_id])
+                abort.pop(number)
+                finished += 1
+            finished += output.finished
+        free.append(pool.get_num_free_blocks())
+        running = max(running, len(core_of(llm).scheduler.running))
+        memory.append((finished, resident_bytes()))
+    return {"tokens": tokens, "free": free, "memory": memory, "running": running}
 
 
 def main():
@@ -43,10 +72,8 @@ def main():
         **{"max_model_len": 1024, "enable_prefix_caching": False, **job.get("options", {})},
     )  # fmt: skip
     ready = time.perf_counter()
-    sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], sampling, use_tqdm=False)
-    result = {
-        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+    result = generate(llm, job)
+    result |= {
         "seconds": {"start": ready - began, "generate": time.perf_counter() - ready},
         "blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
         "kept": kept(llm) if job.get("watch") else None,

@@ -1,4 +1,7 @@
-"""The plugin on a stock vLLM (CPU), with a real model: REASONALLOC_TEST_MODEL, a folder."""
+"""The plugin on a stock vLLM (CPU).
+
+The model is the built-in reasoner, or the folder that REASONALLOC_TEST_MODEL names.
+"""
 
 import json
 import os
@@ -11,8 +14,8 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-MODEL = os.environ.get("REASONALLOC_TEST_MODEL", "")
-pytestmark = pytest.mark.skipif(not Path(MODEL, "config.json").exists(), reason="REASONALLOC_TEST_MODEL is no folder")
+MODEL = os.environ.get("REASONALLOC_TEST_MODEL", str(HERE.parents[1] / "src/reasonalloc/reasoner/model"))
+WORDS = json.loads(Path(MODEL, "config.json").read_text())["vocab_size"]
 EAGER = {"enforce_eager": True}  # compiling takes longer than the tests
 
 
@@ -34,7 +37,7 @@ def run(tmp_path, asked, **job):
 
 def prompts(count, shortest, longest, seed=0):
     choose = random.Random(seed)
-    return [[choose.randrange(20, 40_000) for _ in range(choose.randint(shortest, longest))] for _ in range(count)]
+    return [[choose.randrange(20, WORDS) for _ in range(choose.randint(shortest, longest))] for _ in range(count)]
 
 
 @pytest.mark.parametrize("chunk", [2048, 64])
@@ -51,18 +54,22 @@ def test_a_budget_that_nothing_exceeds_changes_nothing(tmp_path, chunk):
     assert all(same), f"{same.count(False)} of {len(same)} differ"
 
 
-@pytest.mark.parametrize("method", ["rkv", "reasonalloc-head", "h2o"])
+@pytest.mark.parametrize("method", ["rkv", "reasonalloc-head", "reasonalloc", "h2o"])
 def test_what_is_kept_equals_the_transformers_adapter(tmp_path, method):
     """One prompt, 400 greedy tokens, budget 64: the same positions stay in every layer and head."""
     from transformers import AutoModelForCausalLM
 
     import reasonalloc as ra
 
-    asked = {"method": method, "budget": 64, "interval": 32}
+    profile = Path(MODEL, "demand_profile.json")  # layers of different sizes
+    if method == "reasonalloc" and not profile.exists():
+        pytest.skip(f"no {profile}")
+    changes = {"interval": 32, **({"profile": str(profile)} if method == "reasonalloc" else {})}
+    asked = {"method": method, "budget": 64, **changes}
     [prompt] = prompts(1, 150, 150, seed=1)
     ours = run(tmp_path, asked, prompts=[prompt], tokens=400, watch=True)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32", attn_implementation="reasonalloc")
-    cache = ra.Cache(model.config, ra.Compression.method(method, 64, interval=32))
+    cache = ra.Cache(model.config, ra.Compression.method(method, 64, **changes))
     model.generation_config.eos_token_id = None
     ids = torch.tensor([prompt])
     out = model.generate(ids, past_key_values=cache, max_new_tokens=400, do_sample=False, pad_token_id=0)
@@ -80,6 +87,35 @@ def test_requests_together_equal_requests_alone(tmp_path):
     ours = run(tmp_path, asked, prompts=together, tokens=100, options={"max_num_seqs": 8})
     alone = run(tmp_path, asked, prompts=together, tokens=100, options={"max_num_seqs": 1})
     assert ours["tokens"] == alone["tokens"]
+
+
+def test_eight_times_as_many_requests_fit(tmp_path):
+    """Maximum length 4096, budget 128, the same bytes: prompts of 3,900 tokens at once, and one by one."""
+    asked = {"method": "rkv", "budget": 128}
+    job = {"prompts": prompts(48, 3900, 3900, seed=3), "tokens": 40}
+    memory = {"max_model_len": 4096, "kv_cache_memory_bytes": 64 << 20}
+    stock = run(tmp_path, None, **{**job, "prompts": job["prompts"][:16]}, options={**memory, "max_num_seqs": 16})
+    ours = run(tmp_path, asked, **job, options={**memory, "max_num_seqs": 48})
+    alone = run(tmp_path, asked, **job, options={**memory, "max_num_seqs": 1})
+    print(f"stock {stock['running']} requests at once, ours {ours['running']} of {ours['blocks'] - 1}")
+    assert ours["running"] >= 8 * stock["running"]
+    assert ours["tokens"] == alone["tokens"]
+
+
+def test_a_load_with_clients_that_hang_up(tmp_path):
+    """200 requests of mixed lengths in 24 arenas, 20 aborted: all arenas come back, the other answers are right."""
+    choose = random.Random(4)
+    asked = {"method": "reasonalloc-head", "budget": 48, "interval": 32}
+    job = {"prompts": prompts(200, 5, 300, seed=4), "tokens": [choose.randint(20, 120) for _ in range(200)]}
+    abort = {str(number): choose.randint(1, 15) for number in choose.sample(range(200), 20)}
+    ours = run(tmp_path, asked, **job, abort=abort, options={"num_gpu_blocks_override": 25, "max_num_seqs": 64})
+    alone = run(tmp_path, asked, **job, options={"max_num_seqs": 1})
+    assert ours["free"][0] == ours["free"][-1] == 24
+    assert min(ours["free"]) == 0
+    right = [ours["tokens"][i] == alone["tokens"][i] for i in range(200) if str(i) not in abort]
+    assert all(right), f"{right.count(False)} of {len(right)} differ"
+    resident = [bytes_ for finished, bytes_ in ours["memory"] if finished >= 60]
+    assert max(resident) - resident[0] < 32 << 20, "memory grew"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from reasonalloc.budgets import LayerBudgets
 from reasonalloc.compression import Compression
 from reasonalloc.layer_cache import LayerCache, NewTokens
 from reasonalloc.query_window import QueryWindow
-from reasonalloc.storage import RaggedSlab
+from reasonalloc.storage import LayerTokens, RaggedSlab
 from reasonalloc.storage.spans import HostInts
 
 
@@ -55,6 +55,12 @@ class RequestCache(LayerCache):
         """
         assert isinstance(self.slab, ArenaSlab)
         self.slab.share_evenly()
+
+    def _rewrite(self, tokens: LayerTokens) -> None:
+        before = self.evicted
+        super()._rewrite(tokens)
+        if self.evicted > before:
+            self.pool.count_round(self.index, self.evicted - before)
 
     def _new_slab(self, key: Tensor, value: Tensor, capacities: HostInts) -> RaggedSlab:
         return ArenaSlab(self.pool, self.index, capacities)

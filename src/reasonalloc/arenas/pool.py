@@ -24,6 +24,8 @@ class ArenaPool:
         starts, lengths, capacities: ``[arenas, heads]`` on the host: first row, live tokens and slots of every span.
         starts_device, lengths_device: the same on the device.
         pushed: ``[arenas]`` on the host: queries that went into every ring.
+        evicted, compressions: tokens forgotten over all heads and requests so far, and in how many rounds.
+        kept: tokens per head that the last of these rounds left, on average.
     """
 
     def __init__(self, memory: Tensor, layout: ArenaLayout) -> None:
@@ -42,10 +44,17 @@ class ArenaPool:
         self.starts_device = torch.from_numpy(self.starts).to(memory.device)  # on the CPU: the same memory
         self.lengths_device = torch.from_numpy(self.lengths).to(memory.device)
         self.pushed = np.zeros(len(memory), dtype=np.int64)
+        self.evicted, self.compressions, self.kept = 0, 0, 0.0
 
     def arena(self, index: int) -> Float[Tensor, "rows dim"]:
         """The rows of one arena."""
         return self.rows[index * self.layout.rows : (index + 1) * self.layout.rows]
+
+    def count_round(self, index: int, evicted: int) -> None:
+        """A request forgot tokens."""
+        self.evicted += evicted
+        self.compressions += 1
+        self.kept = float(self.lengths[index].mean())
 
     def place(self, index: int, starts: HostInts, lengths: HostInts, capacities: HostInts) -> None:
         """Write down one arena's spans; ``starts`` count from its first slot."""

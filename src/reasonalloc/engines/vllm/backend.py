@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,8 +16,12 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from reasonalloc.arenas import ArenaLayer, ArenaPool
 from reasonalloc.engines.transformers.support import UnsupportedModelError
+from reasonalloc.engines.vllm.metrics import LayerMetrics
 from reasonalloc.engines.vllm.model import ServedModel, layer_number
-from reasonalloc.engines.vllm.settings import compression
+from reasonalloc.engines.vllm.settings import settings
+
+_RESERVED = 1  # block 0 is vLLM's null block, which no request gets
+_logger = logging.getLogger("vllm.reasonalloc")  # below vLLM's own, so that it is shown as vLLM's are
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Step:
     chunks: list[Chunk]
 
 
-class StepBuilder(AttentionMetadataBuilder[Step]):  # type: ignore[misc]
+class StepBuilder(AttentionMetadataBuilder[Step]):
     """Reads vLLM's description of a batch."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -71,7 +76,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):  # type: ignore[misc]
         return Step(decoding, torch.tensor(rows, dtype=torch.long, device=self.device), chunks)
 
 
-class ArenaAttention(AttentionImpl[Step]):  # type: ignore[misc]
+class ArenaAttention(AttentionImpl[Step]):
     """Attention of one layer."""
 
     def __init__(
@@ -104,11 +109,12 @@ class ArenaAttention(AttentionImpl[Step]):  # type: ignore[misc]
         if any(unserved.values()):
             found = ", ".join(name for name, true in unserved.items() if true)
             raise UnsupportedModelError(f"reasonalloc cannot serve this model in vLLM: it has {found}")
-        asked = compression()
+        asked = settings()
         assert asked is not None, "the plugin registers this backend only where REASONALLOC is set"
         self.scale, self.kv_cache_dtype = scale, kv_cache_dtype
         self.served = ServedModel.of(asked, get_current_vllm_config())
         self.arenas: ArenaLayer | None = None
+        self.metrics: LayerMetrics | None = None
 
     def forward(
         self,
@@ -124,7 +130,9 @@ class ArenaAttention(AttentionImpl[Step]):  # type: ignore[misc]
     ) -> Tensor:
         """Attend, remember, and where it is time forget."""
         step = attn_metadata
-        if step is None:  # vLLM measures its own memory
+        if step is None:  # vLLM measures its own memory, and then warms up
+            if kv_cache.numel():
+                self._arenas(layer, kv_cache)
             return output
         arenas = self._arenas(layer, kv_cache)
         for chunk in step.chunks:
@@ -133,6 +141,8 @@ class ArenaAttention(AttentionImpl[Step]):  # type: ignore[misc]
         if step.arenas:
             rows = step.rows
             output[rows] = arenas.decode(step.arenas, query[rows], key[rows], value[rows], self.scale)
+        assert self.metrics is not None
+        self.metrics.update()
         return output
 
     def _arenas(self, layer: Any, kv_cache: Tensor) -> ArenaLayer:
@@ -140,10 +150,16 @@ class ArenaAttention(AttentionImpl[Step]):  # type: ignore[misc]
             number = layer_number(layer.layer_name)
             pool = ArenaPool(kv_cache, self.served.layout(number, kv_cache.dtype))
             self.arenas = ArenaLayer(number, self.served.compression, self.served.budgets, pool)
+            self.metrics = LayerMetrics(number, pool, len(kv_cache) - _RESERVED)
+            if number == 0:
+                _logger.info(
+                    "reasonalloc: %d requests fit at once, each %d tokens per head and layer on average",
+                    len(kv_cache) - _RESERVED, self.served.compression.budget,
+                )  # fmt: skip
         return self.arenas
 
 
-class ArenaBackend(AttentionBackend):  # type: ignore[misc]
+class ArenaBackend(AttentionBackend):
     """What vLLM asks of a backend."""
 
     forward_includes_kv_cache_update: bool = True

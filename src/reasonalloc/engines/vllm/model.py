@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from reasonalloc.allocation import ModelShape
+from reasonalloc.allocation import HeadAllocator, ModelShape
+from reasonalloc.allocation.ranks import GatheredHeads
 from reasonalloc.arenas import ArenaLayout
 from reasonalloc.budgets import LayerBudgets
 from reasonalloc.compression import Compression
-from reasonalloc.engines.transformers.support import UnsupportedModelError, architecture, model_shape
+from reasonalloc.engines.transformers.support import UnsupportedModelError, architecture, check_ranks, model_shape
+from reasonalloc.engines.vllm.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,30 @@ class ServedModel:
     budgets: LayerBudgets
 
     @classmethod
-    def of(cls, compression: Compression, vllm_config: Any) -> ServedModel:
+    def of(cls, settings: Settings, vllm_config: Any) -> ServedModel:
         """Raises ``ValueError`` with one sentence where model, settings and arenas do not go together."""
         _refuse(vllm_config)
+        compression, ranks = settings.compression, vllm_config.parallel_config.tensor_parallel_size
         config = vllm_config.model_config.hf_text_config
         whole = _shape(config)
         if compression.demand_profile is not None:
             compression.demand_profile.check(whole, architecture(config))
-        shape = whole.split(vllm_config.parallel_config.tensor_parallel_size)
+        shape = whole.split(ranks)
+        if ranks > 1:
+            check_ranks(compression)
+        if settings.routing == "global" and ranks > 1:
+            compression = compression.replace(heads=_over_all_ranks(compression.head_allocator))
         return cls(compression, shape, LayerBudgets(compression, shape))
 
     def layout(self, layer: int, dtype: torch.dtype) -> ArenaLayout:
         """The arena of one layer."""
         return ArenaLayout.of(self.compression, self.shape, int(self.budgets.totals(layer, 1)[0]), dtype)
+
+
+def _over_all_ranks(heads: HeadAllocator) -> GatheredHeads:
+    from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_gather
+
+    return GatheredHeads(heads, partial(tensor_model_parallel_all_gather, dim=0), get_tensor_model_parallel_rank())
 
 
 def layer_number(name: str) -> int:
@@ -83,5 +97,3 @@ def _refuse(vllm_config: Any) -> None:
     found = [reason for reason, true in reasons.items() if true]
     if found:
         raise UnsupportedModelError("reasonalloc cannot serve here: " + "; ".join(found))
-
-

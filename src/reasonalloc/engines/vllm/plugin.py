@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from reasonalloc.engines.vllm.settings import compression
+from reasonalloc.engines.vllm.settings import settings
 
 
 def register() -> None:
@@ -13,7 +13,7 @@ def register() -> None:
     Raises:
         ValueError: it is set to something wrong.
     """
-    if compression() is None:
+    if settings() is None:
         return
     from vllm.model_executor.layers.attention.attention import Attention
     from vllm.v1.attention.backends.registry import register_backend
@@ -44,9 +44,9 @@ def arena_spec(attention: Any, vllm_config: Any) -> Any:
             f"reasonalloc cannot serve this model in vLLM: layer {attention.layer_name} has {type(stock).__name__} "
             f"with heads of {getattr(stock, 'head_size', '?')} and {getattr(stock, 'head_size_v', '?')} channels"
         )
-    chosen = compression()
-    assert chosen is not None
-    layout = ServedModel.of(chosen, vllm_config).layout(layer_number(attention.layer_name), stock.dtype)
+    asked = settings()
+    assert asked is not None
+    layout = ServedModel.of(asked, vllm_config).layout(layer_number(attention.layer_name), stock.dtype)
     return ArenaSpec(
         block_size=vllm_config.model_config.max_model_len,
         num_kv_heads=stock.num_kv_heads,

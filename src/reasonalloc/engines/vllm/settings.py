@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -14,8 +15,27 @@ VARIABLE = "REASONALLOC"
 EXAMPLE = """'{"method": "reasonalloc", "budget": 1024, "profile": "wave.json"}'"""
 
 
-def compression() -> Compression | None:
-    """The compression that was asked for, or None if the variable is not set.
+@dataclass(frozen=True)
+class Settings:
+    """What REASONALLOC says.
+
+    Attributes:
+        compression: its fields, ``method`` among them.
+        routing: under tensor parallelism, whether heads compete within their "rank" or, at the price of gathering a
+            layer's scores at every routing, in the whole layer ("global").
+    """
+
+    compression: Compression
+    routing: str = "rank"
+
+    def __post_init__(self) -> None:
+        if self.routing not in ("rank", "global"):
+            raise ValueError(f'"routing" must be "rank" or "global", got {self.routing!r}')
+        _check(self.compression)
+
+
+def settings() -> Settings | None:
+    """What was asked for, or None if the variable is not set.
 
     Raises:
         ValueError: it is no JSON object, names no budget or no known method, or asks for what arenas cannot give.
@@ -24,7 +44,7 @@ def compression() -> Compression | None:
 
 
 @lru_cache(maxsize=4)
-def _parse(text: str) -> Compression | None:
+def _parse(text: str) -> Settings | None:
     if not text:
         return None
     try:
@@ -33,13 +53,12 @@ def _parse(text: str) -> Compression | None:
         raise ValueError(f"{VARIABLE} must be JSON, for instance {EXAMPLE}: {error}") from error
     if not isinstance(asked, dict):
         raise ValueError(f"{VARIABLE} must be a JSON object, for instance {EXAMPLE}, got {text}")
-    method = asked.pop("method", "reasonalloc")
+    method, routing = asked.pop("method", "reasonalloc"), asked.pop("routing", "rank")
     try:
         chosen = Compression.method(method, **asked)
     except TypeError as error:
         raise ValueError(f"{VARIABLE} has a field that no Compression has: {error}") from error
-    _check(chosen)
-    return chosen
+    return Settings(chosen, routing)
 
 
 def _check(chosen: Compression) -> None:
@@ -53,4 +72,6 @@ def _check(chosen: Compression) -> None:
     if chosen.prompt == "protect":
         raise ValueError('"prompt": "protect" has no bound, an arena has one: use "compete" with a larger budget')
     if chosen.profile == AUTO_PROFILE:
-        raise ValueError('"profile": "auto" calibrates a model, a server cannot: run `reasonalloc calibrate` and name its file')
+        raise ValueError(
+            '"profile": "auto" calibrates a model, a server cannot: run `reasonalloc calibrate` and name its file'
+        )

@@ -51,4 +51,4 @@ class ArenaSpec(FullAttentionSpec):
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
         """Layers with equal arenas share a group."""
-        return KVCacheSpec.merge.__func__(cls, specs)  # type: ignore[attr-defined]
+        return KVCacheSpec.merge.__func__(cls, specs)
