@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reasonalloc.allocation import DynamicLayers, ModelShape
+from reasonalloc.allocation.offline_heads import OfflineBudgets
 from reasonalloc.compression import Compression
 from reasonalloc.storage.spans import HostInts
 
@@ -69,3 +70,13 @@ class LayerBudgets:
             self._average = self._average[rows]
         if self._totals is not None:
             self._totals = self._totals[rows]
+
+
+def check_ranks(compression: Compression) -> None:
+    """Raise ``ValueError`` for a policy that tensor-parallel ranks, which route alone, cannot follow."""
+    for policy in (compression.layer_allocator, compression.head_allocator):
+        if isinstance(policy, OfflineBudgets):
+            raise ValueError(
+                f"{type(policy).__name__} sets budgets for the heads of all ranks at once, and ranks route alone: "
+                "choose layers wave or dynamic, heads threshold, or run without tensor parallelism"
+            )

@@ -126,7 +126,7 @@ def _run(
 
     store.check(study)
     if tensor_parallel:
-        from reasonalloc.engines.transformers.cache import check_ranks
+        from reasonalloc.budgets import check_ranks
 
         for cell in study.cells:
             check_ranks(cell.compression)

@@ -9,8 +9,7 @@ from torch import Tensor
 from transformers import cache_utils
 
 from reasonalloc.allocation import HEAD_ALLOCATORS, LAYER_ALLOCATORS
-from reasonalloc.allocation.offline_heads import OfflineBudgets
-from reasonalloc.budgets import LayerBudgets
+from reasonalloc.budgets import LayerBudgets, check_ranks
 from reasonalloc.compression import AUTO_PROFILE, Compression
 from reasonalloc.engines.transformers.attention import tag
 from reasonalloc.engines.transformers.support import ATTENTION_NAME, architecture, check_states, model_shape
@@ -115,16 +114,6 @@ class RaggedLayer(cache_utils.CacheLayerMixin):
     def prefetch(self) -> None:
         """Not supported, see ``offload``."""
         raise NotImplementedError("a ragged cache cannot be offloaded")
-
-
-def check_ranks(compression: Compression) -> None:
-    """Raise ``ValueError`` for a policy that tensor-parallel ranks, which route alone, cannot follow."""
-    for policy in (compression.layer_allocator, compression.head_allocator):
-        if isinstance(policy, OfflineBudgets):
-            raise ValueError(
-                f"{type(policy).__name__} sets budgets for the heads of all ranks at once, and ranks route alone: "
-                "choose layers wave or dynamic, heads threshold, or run without tensor parallelism"
-            )
 
 
 class Cache(cache_utils.Cache):

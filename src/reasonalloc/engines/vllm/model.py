@@ -12,9 +12,9 @@ import torch
 from reasonalloc.allocation import HeadAllocator, ModelShape
 from reasonalloc.allocation.ranks import GatheredHeads
 from reasonalloc.arenas import ArenaLayout
-from reasonalloc.budgets import LayerBudgets
+from reasonalloc.budgets import LayerBudgets, check_ranks
 from reasonalloc.compression import Compression
-from reasonalloc.engines.transformers.support import UnsupportedModelError, architecture, check_ranks, model_shape
+from reasonalloc.engines.transformers.support import UnsupportedModelError, architecture, model_shape
 from reasonalloc.engines.vllm.settings import Settings
 
 
