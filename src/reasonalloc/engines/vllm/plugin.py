@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from reasonalloc.engines.vllm.settings import settings
+from reasonalloc.engines.vllm.settings import VARIABLE, settings
+
+_COPIED = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
 def register() -> None:
@@ -15,6 +18,7 @@ def register() -> None:
     """
     if settings() is None:
         return
+    _carry_to_other_machines()
     from vllm.model_executor.layers.attention.attention import Attention
     from vllm.v1.attention.backends.registry import register_backend
 
@@ -24,6 +28,13 @@ def register() -> None:
     if not hasattr(Attention, "stock_kv_cache_spec"):  # vLLM may call this again
         Attention.stock_kv_cache_spec = Attention.get_kv_cache_spec
         Attention.get_kv_cache_spec = arena_spec
+
+
+def _carry_to_other_machines() -> None:
+    """vLLM gives its Ray workers the variables that this one lists."""
+    copied = os.environ.get(_COPIED, "").split(",")
+    if VARIABLE not in copied:
+        os.environ[_COPIED] = ",".join([name for name in copied if name] + [VARIABLE])
 
 
 def arena_spec(attention: Any, vllm_config: Any) -> Any:
