@@ -42,9 +42,9 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# All on random weights, with nothing else on the machine; results and pictures in benchmarks/results.
 bench: venv
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/attention.py
+	for name in attention overhead decode growth memory peers; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:
 	rm -rf .venv demo-output .pytest_cache .mypy_cache .ruff_cache
