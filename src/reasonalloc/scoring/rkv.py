@@ -15,7 +15,7 @@ from reasonalloc.scoring.window_attention import at_least_float32, check_kernel,
 from reasonalloc.storage.tokens import LayerTokens
 
 # Entries of the similarity matrix held at once: never n x n; on a CPU what fits its caches.
-_BLOCK_ENTRIES = {"cpu": 1 << 20}
+_BLOCK_ENTRIES = {"cpu": 1 << 19}
 _BLOCK_ENTRIES_ELSEWHERE = 1 << 26
 
 
@@ -104,16 +104,19 @@ def _alike(lengths: list[int]) -> Iterator[slice]:
 
 
 def _spared(keys: Float[Tensor, "rows tokens dim"], threshold: float) -> Float[Tensor, "rows tokens"]:
-    """``spared_similarity`` of rows of about one length."""
+    """``spared_similarity`` of rows of about one length, as many rows at a time as a block has room for."""
     count, n, _ = keys.shape
     spared = keys.new_zeros(count, n)
     columns = torch.arange(1, n + 1, device=keys.device, dtype=keys.dtype)
     entries = _BLOCK_ENTRIES.get(keys.device.type, _BLOCK_ENTRIES_ELSEWHERE)
-    block = max(1, entries // max(1, count * n))
-    for first in range(0, n, block):
-        similarity = keys[:, first : first + block] @ keys.transpose(-1, -2)
-        similarity.diagonal(first, 1, 2).zero_()
-        newest = torch.where(similarity > threshold, columns, 0).amax(-1).long() - 1
-        value = similarity.gather(-1, newest.clamp(min=0)[..., None]).squeeze(-1).masked_fill(newest < 0, 0.0)
-        spared.scatter_add_(-1, newest.clamp(min=0), value)
+    # Whole rows first: a product of few queries with many keys reads every key for little work.
+    many = max(1, min(count, entries // max(1, n * n)))
+    block = max(1, entries // max(1, many * n))
+    for some, out in zip(keys.split(many), spared.split(many), strict=True):
+        for first in range(0, n, block):
+            similarity = some[:, first : first + block] @ some.transpose(-1, -2)
+            similarity.diagonal(first, 1, 2).zero_()
+            newest = torch.where(similarity > threshold, columns, 0).amax(-1).long() - 1
+            value = similarity.gather(-1, newest.clamp(min=0)[..., None]).squeeze(-1).masked_fill(newest < 0, 0.0)
+            out.scatter_add_(-1, newest.clamp(min=0), value)
     return spared
