@@ -71,6 +71,18 @@ def test_built_in_questions_are_those_of_the_test_split():
     assert len(load_questions("search:5").questions) == 100
 
 
+def test_settings_are_chosen_on_problems_that_the_test_split_does_not_hold():
+    tests, trains = (load_questions("maps:8", count=20, split=split) for split in ("test", "train"))
+    assert (tests.name, trains.name, trains.grader) == ("maps:8", "maps:8 train", "maps")
+    assert not {q.prompt for q in tests.questions} & {q.prompt for q in trains.questions}
+    texts = load_texts("maps:8", count=20, split="train")
+    assert texts.name == "fidelity:maps:8 train"
+    assert [q.prompt for q in texts.questions] == [q.prompt for q in trains.questions]
+    for name, load in (("math500", load_questions), ("recall:8", load_questions), ("recall:8", load_texts)):
+        with pytest.raises(ValueError, match=f"{name} has no split 'train'"):
+            load(name, split="train")
+
+
 def test_questions_from_a_file(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text('{"question": "2 + 2?", "answer": "so it is #### 4", "id": 7}\n\n{"question": "3?", "answer": 3}\n')

@@ -12,7 +12,7 @@ from reasonalloc.evaluation.recall import recall_question, recall_text
 from reasonalloc.files import read_json_lines
 from reasonalloc.reasoner.text import ANSWER
 from reasonalloc.registry import unknown_name
-from reasonalloc.tasks import TASKS, Problem
+from reasonalloc.tasks import TASKS, Problem, Split
 
 MATH_PROMPT = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
@@ -87,6 +87,7 @@ def load_questions(
     question_field: str | None = None,
     answer_field: str | None = None,
     count: int | None = None,
+    split: Split = "test",
 ) -> QuestionSet:
     """A set by its name.
 
@@ -96,9 +97,10 @@ def load_questions(
         data: a JSON-lines file with the questions, instead of the hub.
         question_field, answer_field: its fields; None takes the known set's own, or "question" and "answer".
         count: only so many, the first ones. Built-in tasks have as many as one likes: 100 by default.
+        split: of a built-in task's problems; the set is called "maps:48 train" where it is not "test".
 
     Raises:
-        ValueError: an unknown name, a difficulty that is none, data without the named fields.
+        ValueError: an unknown name, a difficulty that is none, data without the named fields, a split of other data.
         OSError: the hub or the file cannot be read.
         ImportError: ``datasets`` is missing.
     """
@@ -107,9 +109,12 @@ def load_questions(
             raise ValueError(f"{name} makes its own questions and takes no data file: choose another name for {data}")
         family, size = sized(name)
         if family == RECALL:
+            _only_test(name, split)
             return _recall(name, size, _MADE if count is None else count)
-        problems = _problems(family, size, count)
-        return QuestionSet(name, family, tuple(Question(id, p.question, p.question) for id, p in problems.items()))
+        problems = _problems(family, size, count, split)
+        questions = tuple(Question(id, p.question, p.question) for id, p in problems.items())
+        return QuestionSet(_with_split(name, split), family, questions)
+    _only_test(name, split)
     questions = tuple(
         # gsm8k: the number behind its explanation
         Question(id, MATH_PROMPT.format(question=question.strip()), answer.rpartition("####")[2].strip())
@@ -139,12 +144,13 @@ def load_texts(
     text_field: str | None = None,
     count: int | None = None,
     least_words: int = 0,
+    split: Split = "test",
 ) -> QuestionSet:
     """Questions with a text that answers them, to be read rather than written: the set "fidelity:NAME".
 
     Args:
-        name, data, question_field, count: as for ``load_questions``; built-in tasks bring their worked solutions,
-            recall the lines that it asks for.
+        name, data, question_field, count, split: as for ``load_questions``; built-in tasks bring their worked
+            solutions, recall the lines that it asks for.
         text_field: None takes the known set's solutions, or "solution".
         least_words: texts of fewer words are passed over; of made ones, those among the first ``count``.
 
@@ -153,12 +159,15 @@ def load_texts(
     """
     family, _, size = name.partition(":")
     if data is None and family in TASKS.names() and size.isdigit():
-        problems = _problems(family, int(size), count)
+        problems = _problems(family, int(size), count, split)
+        name = _with_split(name, split)
         found = [Question(id, p.question, f"{p.thought} {ANSWER} {p.answer}") for id, p in problems.items()]
     elif data is None and family == RECALL and size.isdigit():
+        _only_test(name, split)
         made = _recall(name, int(size), _MADE if count is None else count).questions
         found = [Question(q.id, q.prompt, recall_text(json.loads(q.reference))) for q in made]
     else:
+        _only_test(name, split)
         found = [Question(*row) for row in _rows(name, data, question_field, text_field, "solution")]
     long = tuple(text for text in found if len(text.reference.split()) >= least_words)
     return QuestionSet(f"{FIDELITY}:{name}", FIDELITY, long).first(count)
@@ -205,10 +214,19 @@ def _hub_rows(source: HubSet) -> list[tuple[int, dict[str, Any]]]:
         ) from error
 
 
-def _problems(family: str, difficulty: int, count: int | None) -> dict[str, Problem]:
-    """The first problems of the test split, by id."""
+def _problems(family: str, difficulty: int, count: int | None, split: Split) -> dict[str, Problem]:
+    """The first problems of a split, by id."""
     task = TASKS.create(family)
-    return {str(seed): task.problem(seed, difficulty) for seed in range(_MADE if count is None else count)}
+    return {str(seed): task.problem(seed, difficulty, split) for seed in range(_MADE if count is None else count)}
+
+
+def _with_split(name: str, split: Split) -> str:
+    return name if split == "test" else f"{name} {split}"
+
+
+def _only_test(name: str, split: Split) -> None:
+    if split != "test":
+        raise ValueError(f"{name} has no split {split!r}: only built-in tasks ({', '.join(TASKS.names())}) have two")
 
 
 def _recall(name: str, facts: int, count: int) -> QuestionSet:

@@ -15,6 +15,7 @@ from reasonalloc.compression import AUTO_PROFILE, METHODS, Compression
 from reasonalloc.evaluation.answering import Sampling
 from reasonalloc.evaluation.questions import FIDELITY, Question, QuestionSet, load_questions, load_texts
 from reasonalloc.registry import unknown_name
+from reasonalloc.tasks import Split
 
 FULL = "full"
 RANDOM = "random-split"
@@ -28,6 +29,7 @@ class TaskSource:
     Attributes:
         fidelity: given texts are read with each cache, instead of answers being written.
         least_words: of such a text; shorter ones are passed over.
+        split: of a built-in task's problems: "test", or "train" to choose settings without having seen the test's.
     """
 
     name: str
@@ -37,14 +39,15 @@ class TaskSource:
     count: int | None = None
     fidelity: bool = False
     least_words: int = 0
+    split: Split = "test"
 
     def load(self) -> QuestionSet:
         """The questions."""
         data = None if self.data is None else Path(self.data)
         fields = (self.question_field, self.answer_field, self.count)
         if self.fidelity:
-            return load_texts(self.name, data, *fields, self.least_words)
-        return load_questions(self.name, data, *fields)
+            return load_texts(self.name, data, *fields, self.least_words, self.split)
+        return load_questions(self.name, data, *fields, self.split)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class Study:
             raise ValueError("a study needs at least one task and one method")
         if self.samples > 1 and not self.sampling.temperature:
             raise ValueError(f"greedy answers are all alike: {self.samples} samples need a temperature above 0")
-        tasks = [("fidelity:" if t.fidelity else "") + t.name for t in self.tasks]
+        tasks = [f"{'fidelity:' if t.fidelity else ''}{t.name} {t.split}" for t in self.tasks]
         methods = [v.name for v in self.variants]
         for kind, names in (("task", tasks), ("method", methods), ("budget", list(map(str, self.budgets)))):
             if len(set(names)) < len(names):
