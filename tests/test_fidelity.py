@@ -1,14 +1,12 @@
 """Teacher forcing by intervals must equal decoding token by token."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from reference import method_of, tiny_model, word_tokenizer
 
 import reasonalloc as ra
-from reasonalloc.evaluation import Trace, read_traces, teacher_force
+from reasonalloc.evaluation import Trace, make_trace, teacher_force
 
 
 def trace_of(prompt=50, answer=90):
@@ -56,20 +54,16 @@ def test_edges_of_the_intervals(answer, interval):
     assert found.log_probs is None
 
 
-def test_bad_input(tmp_path):
+def test_a_trace_is_made_of_words():
+    trace = make_trace(word_tokenizer(), "one", "w3 w4", "w5 w6 w7", most=2)
+    assert (trace.name, trace.prompt.tolist(), trace.answer.tolist()) == ("one", [3, 4], [5, 6])
+
+
+def test_bad_input():
     model = tiny_model()
     with pytest.raises(ValueError, match="0 answer tokens"):
         teacher_force(model, trace_of(5, 0), ra.Compression.method("full"))
     plain = teacher_force(model, trace_of(5, 5), ra.Compression.method("full"))
     with pytest.raises(ValueError, match="keep_log_probs"):
         teacher_force(model, trace_of(5, 5), ra.Compression.method("full"), plain)
-    path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps({"q": "w3 w4", "a": "w5 w6 w7"}) + "\n\n" + json.dumps({"q": "w3", "a": "w5"}) + "\n")
-    (trace,) = read_traces(path, word_tokenizer(), "q", "a", least=2)
-    assert (trace.prompt.tolist(), trace.answer.tolist()) == ([3, 4], [5, 6, 7])
-    assert len(read_traces(path, word_tokenizer(), "q", "a", most=2)) == 1
-    with pytest.raises(ValueError, match=r"line 1: no text in field 'problem'"):
-        read_traces(path, word_tokenizer())
-    with pytest.raises(FileNotFoundError):
-        read_traces(tmp_path / "none.jsonl", word_tokenizer())
     assert np.isfinite(plain.nll).all()

@@ -14,6 +14,7 @@ from reference import (
 from transformers import DynamicCache
 
 import reasonalloc as ra
+from reasonalloc.storage import RaggedSlab
 
 METHODS = [name for name in ra.METHODS if name != "full"]
 DRAWN = {"random", "vase", "vase-queryfree"}  # their draws depend on the batch, by design
@@ -334,6 +335,21 @@ def test_protected_prompt_stays_whole(method):
         assert (layer.slab.lengths.sum(1) <= [3 * (9 + 24 + 16) * 2, 3 * (61 + 24 + 16) * 2]).all()
     totals = [sum(map(sum, layer)) for layer in cache.stats().kept]
     assert sum(totals) <= 3 * 3 * (9 + 61 + 2 * (24 + 16))
+
+
+@pytest.mark.parametrize("lengths", [(9,), (30,), (9, 61)])
+@pytest.mark.parametrize("method", ["rkv", "reasonalloc"])
+def test_decoding_never_moves_the_cache_to_make_room(method, lengths, monkeypatch):
+    """Prompts that fit the budget, or not: room for all that decoding adds is taken with the prompt."""
+    model = tiny_model()
+    cache = ra.Cache(model.config, compression(method, prompt="protect"))
+    ids, mask = prompts(lengths)
+    options = {"past_key_values": cache, "do_sample": False}
+    model.generate(ids, attention_mask=mask, max_new_tokens=1, **options)
+    monkeypatch.setattr(RaggedSlab, "grow", lambda *_: pytest.fail("the cache moved"))
+    mask = torch.cat([mask, torch.ones(len(lengths), 1, dtype=torch.long)], 1)
+    first = torch.full((len(lengths), 1), 5)
+    model.generate(torch.cat([ids, first], 1), attention_mask=mask, max_new_tokens=120, **options)
 
 
 def test_storage_order_by_score_keeps_recents_last():

@@ -254,12 +254,12 @@ class LayerCache:
         """Enlarge the spans if they cannot take ``tokens`` more; without a budget by a quarter, to copy rarely."""
         slab = self._store
         needed = slab.lengths + tokens
+        if self.compressor is not None and self.compression.prompt == "protect" and not self.decoding:
+            needed = needed + self.compressor.first_spans(slab.batch, slab.heads)  # a short prompt takes room, too
         if (needed <= slab.capacities).all():
             return
         if self.compressor is None:
             needed = needed + slab.lengths // 4 + self.compression.interval
-        elif self.compression.prompt == "protect" and not self.decoding:
-            needed = needed + self.compressor.first_spans(slab.batch, slab.heads)
         slab.grow(np.maximum(slab.capacities, needed))
 
     def _after_chunk(self, queries: Queries, new: NewTokens) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers.cache import Cache
 from reasonalloc.engines.transformers.loading import ranks
 from reasonalloc.evaluation.footprint import Footprint
-from reasonalloc.files import read_json_lines
 
 
 @dataclass(frozen=True)
@@ -103,43 +101,12 @@ def _itself(full: Fidelity) -> Fidelity:
 
 def make_trace(tokenizer: Any, name: str, question: str, text: str, most: int | None = None) -> Trace:
     """A question, with the model's chat template, and the first ``most`` tokens of a text."""
-    prompt, answer = _tokenize(tokenizer, question, text)
-    return Trace(name, prompt, answer[:most])
-
-
-def read_traces(
-    path: str | Path,
-    tokenizer: Any,
-    question_field: str = "problem",
-    answer_field: str = "solution",
-    least: int = 1,
-    most: int | None = None,
-) -> list[Trace]:
-    """Questions and texts from a JSON-lines file, tokenized; only answers of ``least`` to ``most`` tokens.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line that is no object with both fields; line and field are named.
-    """
-    path, traces = Path(path), []
-    for number, data in read_json_lines(path):
-        for field in (question_field, answer_field):
-            if not isinstance(data.get(field), str):
-                raise ValueError(f"{path}, line {number}: no text in field {field!r} (found: {', '.join(data)})")
-        prompt_ids, answer_ids = _tokenize(tokenizer, data[question_field], data[answer_field])
-        if least <= len(answer_ids) and (most is None or len(answer_ids) <= most):
-            traces.append(Trace(str(data.get("unique_id", number)), prompt_ids, answer_ids))
-    return traces
-
-
-def _tokenize(tokenizer: Any, question: str, answer: str) -> tuple[Tensor, Tensor]:
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": question}]
         question = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        prompt = tokenizer(question, add_special_tokens=False).input_ids
-    else:
-        prompt = tokenizer(question).input_ids
-    return torch.tensor(prompt), torch.tensor(tokenizer(answer, add_special_tokens=False).input_ids)
+    prompt = tokenizer(question, add_special_tokens=not tokenizer.chat_template).input_ids
+    answer = tokenizer(text, add_special_tokens=False).input_ids
+    return Trace(name, torch.tensor(prompt), torch.tensor(answer[:most]))
 
 
 @torch.no_grad()
