@@ -385,6 +385,15 @@ def test_another_study_needs_another_folder(model, whole):
     whole.check(study_of(model))
 
 
+def test_a_folder_of_a_version_with_fewer_settings_goes_on(model, tmp_path):
+    store, study = Store(tmp_path), study_of(model)
+    data = study.to_dict()
+    for task in data["tasks"]:
+        del task["split"]
+    (tmp_path / "study.json").write_text(json.dumps(data))
+    store.check(study)
+
+
 def test_changed_inputs_need_another_folder(model, whole):
     study, worker = study_of(model), Worker(study_of(model))
     whole.begin(study, worker.fingerprint, study.load_questions())

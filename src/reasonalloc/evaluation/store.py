@@ -41,7 +41,8 @@ class Store:
         path = self.folder / "study.json"
         if not path.exists():
             return
-        before, now = self._read("study.json"), json.loads(json.dumps(study.to_dict()))
+        stored = Study.from_dict(self._read("study.json"))  # perhaps of a version that had fewer settings
+        before, now = (json.loads(json.dumps(found.to_dict())) for found in (stored, study))
         different = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
         if different:
             raise ValueError(
