@@ -6,6 +6,7 @@ import base64
 import csv
 import html
 import io
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from functools import lru_cache
@@ -374,20 +375,21 @@ def curves(findings: Findings, task: str) -> dict[str, Any]:
 
 
 def write_report(findings: Findings, folder: Path) -> list[Path]:
-    """report.html, report.md, report.csv, and a PNG for each task where matplotlib is there."""
+    """report.html, report.md, report.csv; with matplotlib, a PNG for each task that was asked with budgets."""
     pictures: dict[str, bytes] = {}
     try:
         from reasonalloc.plots import draw_curves
 
         for task in findings.tasks():
-            pictures[task] = draw_curves(**curves(findings, task))
+            if any(cell.budget is not None for cell in findings.of(task)):
+                pictures[task] = draw_curves(**curves(findings, task))
     except ImportError:
         pass  # the pictures are an extra
     files = {
         "report.md": markdown(findings).encode(),
         "report.csv": to_csv(findings).encode(),
         "report.html": to_html(findings, pictures).encode(),
-        **{f"{task.replace(':', '-')}.png": png for task, png in pictures.items()},
+        **{f"{re.sub('[: ]', '-', task)}.png": png for task, png in pictures.items()},
     }
     for name, content in files.items():
         write_atomically(folder / name, content)
