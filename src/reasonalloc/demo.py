@@ -156,12 +156,14 @@ def _table(asked: list[Asked], runs: list[Run]) -> Table:
 
 def _parting(asked: list[Asked], runs: list[Run]) -> Table | str:
     """One problem on which the methods part: their texts around the first word that differs from the full cache's."""
-    full = runs[0]
-    for wanted in (True, False):  # rather one that ReasonAlloc solves and another method does not
-        for i, item in enumerate(asked):
-            verdicts = [one.grades[i].correct for one in runs]
-            if full.grades[i].correct and len(set(verdicts)) > 1 and verdicts[-1] is wanted:
-                return _side_by_side(item, i, runs)
+    found: list[tuple[tuple[bool, int], int]] = []
+    for i in range(len(asked)):
+        verdicts = [one.grades[i].correct for one in runs]
+        if verdicts[0] and not all(verdicts):  # rather one that ReasonAlloc solves, and on which most texts differ
+            found.append(((verdicts[-1], len({one.answers[i].text for one in runs})), -i))
+    if found:
+        i = -max(found)[1]
+        return _side_by_side(asked[i], i, runs)
     return "All methods give the same verdicts on these problems."
 
 
