@@ -20,7 +20,18 @@ from reasonalloc.evaluation.fidelity import Reading
 from reasonalloc.evaluation.grading import after_thought, grade_recall, grader
 from reasonalloc.evaluation.questions import load_questions, load_texts
 from reasonalloc.evaluation.recall import recall_question
-from reasonalloc.evaluation.report import ACCURACY, KL, NLL, collect, markdown, sentences, to_csv, to_html, write_report
+from reasonalloc.evaluation.report import (
+    ACCURACY,
+    KL,
+    NLL,
+    collect,
+    curves,
+    markdown,
+    sentences,
+    to_csv,
+    to_html,
+    write_report,
+)
 from reasonalloc.evaluation.store import Store
 from reasonalloc.evaluation.study import Study
 from reasonalloc.reasoner.train import Trainer, TrainingConfig
@@ -579,6 +590,10 @@ def test_report_says_what_is_real(model, tmp_path):
     assert "| rkv | 16 | 25.0 [" in table
     assert "| 8.0% | 100 | 2.5% | 2.5% | 40 | 40 |" in table
     assert len(to_csv(findings).splitlines()) == 1 + 7 * (7 + 6)
+    drawn = curves(findings, "maps:6")["control"]
+    assert drawn == {16: pytest.approx([20] * 3), 32: pytest.approx([20] * 3)}, (
+        "as if asked all 40: 25 - 30 + 25, 75 - 80 + 25"
+    )
     pytest.importorskip("matplotlib")
     paths = write_report(findings, tmp_path / "report")
     assert {p.name for p in paths} == {"report.md", "report.csv", "report.html", "maps-6.png"}
@@ -626,6 +641,13 @@ def test_reading_given_solutions(model, tmp_path):
     cells = {cell.method: cell for cell in findings.cells}
     assert (cells["full"].values[KL] < cells["rkv"].values[KL]).all()
     assert cells["rkv"].values[NLL].shape == (3,)
+    drawn = curves(findings, "fidelity:maps:4")
+    lost = (cells["rkv"].values[NLL] - cells["full"].values[NLL]).mean()
+    assert drawn["series"]["rkv"][0][1][0] == pytest.approx(lost), "drawn from the full cache's own likelihood"
+    assert drawn["full"] == (0, 0, 0)
+    chance = findings.of("fidelity:maps:4", control=True)
+    assert len(chance) == 2
+    assert drawn["control"][16] == pytest.approx([(c.values[NLL] - cells["full"].values[NLL]).mean() for c in chance])
     assert "| nll | kl | agreement % |" in markdown(findings)
     assert "small window cannot be told from rkv" in "\n".join(sentences(findings, "fidelity:maps:4"))
 

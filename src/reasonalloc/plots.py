@@ -154,7 +154,7 @@ def draw_curves(
     from_zero: bool,
 ) -> bytes:
     """A PNG of each method's metric against the budget, with intervals, the full cache's band and random splits."""
-    figure = _figure("curves.png", 8, 5)
+    figure = _figure("curves.png", 9.5, 5)
     axes = figure.subplots()
     budgets = sorted({budget for points in series.values() for budget, _ in points})
     if full is not None:
@@ -179,7 +179,7 @@ def draw_curves(
     if from_zero:
         axes.set_ylim(bottom=0)
     axes.set_title(title)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     return _png(figure)
 
 

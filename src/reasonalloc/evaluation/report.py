@@ -357,21 +357,44 @@ def to_html(findings: Findings, pictures: dict[str, bytes]) -> str:
 
 
 def curves(findings: Findings, task: str) -> dict[str, Any]:
-    """What a picture of a task needs: method -> [(budget, interval)], the full cache, the random splits."""
-    metric = findings.metric_of(task)
+    """What a picture of a task needs: method -> [(budget, interval)], the full cache, the random splits.
+
+    Likelihoods differ more between texts than between methods: they are drawn as what a text loses to the full cache.
+    """
+    metric, full = findings.metric_of(task), findings.full(task)
+    origin = None if metric.bounded else full
     series: dict[str, list[tuple[int, tuple[float, ...]]]] = {}
-    full = None
     for cell in findings.of(task):
-        interval = tuple(metric.scale * x for x in astuple(metric.estimate(cell.values[metric])))
-        if cell.budget is None:
-            full = interval
-        else:
-            series.setdefault(cell.method, []).append((cell.budget, interval))
+        if cell.budget is not None:
+            series.setdefault(cell.method, []).append((cell.budget, _interval(cell, origin, metric)))
     control: dict[int, list[float]] = {}
+    level = 0.0 if origin is None else float(origin.values[metric].mean())
     for cell in findings.of(task, control=True):
-        control.setdefault(int(cell.budget or 0), []).append(metric.scale * float(cell.values[metric].mean()))
-    return {"series": series, "full": full, "control": control, "title": task, "metric": metric.name,
+        control.setdefault(int(cell.budget or 0), []).append(
+            metric.scale * (_comparable(findings, cell, metric) - level)
+        )
+    return {"series": series, "full": full and _interval(full, origin, metric), "control": control, "title": task,
+            "metric": metric.name if origin is None else f"{metric.name}, {metric.unit} above the full cache's",
             "from_zero": metric.bounded}  # fmt: skip
+
+
+def _interval(cell: CellResult, origin: CellResult | None, metric: Metric) -> tuple[float, ...]:
+    """Mean and interval of a cell, or of its difference from another on the problems that both have."""
+    values = cell.values[metric]
+    if origin is not None:
+        own, others = paired([cell, origin], metric)
+        values = own - others
+    return tuple(metric.scale * x for x in astuple(metric.estimate(values)))
+
+
+def _comparable(findings: Findings, cell: CellResult, metric: Metric) -> float:
+    """A random split's mean as if it had been asked all that the base line was: by the difference on what both have."""
+    base = findings.base(cell.task, cell.budget)
+    if base is not None:
+        own, others = paired([cell, base], metric)
+        if own.size:
+            return float(base.values[metric].mean() + (own - others).mean())
+    return float(cell.values[metric].mean())
 
 
 def write_report(findings: Findings, folder: Path) -> list[Path]:
