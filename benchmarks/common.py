@@ -1,6 +1,7 @@
 """What the benchmarks share: a model in SmolLM2's shape, the machine's description, results as JSON."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -78,12 +79,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def in_own_processes(kinds: Sequence[str]) -> dict[str, Any]:
+def in_own_processes(kinds: Sequence[str], **environment: str) -> dict[str, Any]:
     """This benchmark run once for each kind (``--only KIND``), in a process of its own; its last line is the result."""
     results = {}
     for kind in kinds:
         command = [sys.executable, *sys.argv, "--only", kind]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
         results[kind] = json.loads(done.stdout.splitlines()[-1])
         print(kind, results[kind], flush=True)
     return results

@@ -1,10 +1,11 @@
 """Decoding end to end: tokens a second and bytes of keys and values, against the full cache, over the context.
 
-    python benchmarks/decode.py [--batch 8] [--budget 128] [--contexts 256 1024 4096 16384] [--repeats 3]
+    python benchmarks/decode.py [--batches 1 8] [--budget 128] [--contexts 256 1024 4096 16384 32768] [--repeats 3]
 
 ``full`` is transformers' own DynamicCache under stock sdpa, filled with random keys and values. A bounded cache holds
 the same whatever the context, so it is filled once, and a measured block is one whole interval with its compression.
 Blocks take turns, so that a change of the machine's speed meets all alike; ratios are per round, medians of rounds.
+Then the full cache and the last of the methods each get the largest batch whose keys and values fit ``--memory`` GiB.
 """
 
 import argparse
@@ -18,55 +19,81 @@ import reasonalloc as ra
 from reasonalloc.engines.transformers.cache import kv_bytes
 
 
+class Bench:
+    """A model, its bounded methods, and the rows found so far."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.model, self.rows = options, smollm2_shape(), list[dict[str, Any]]()
+
+    def bounded(self, method: str, batch: int) -> ra.Cache:
+        """A cache that is full and has been compressed once: as it stays, whatever the context."""
+        budget, interval = self.options.budget, self.options.interval
+        cache = ra.Cache(self.model.config, ra.Compression.method(method, budget, interval=interval))
+        seconds_per_step(self.model, cache, torch.randint(1, 49152, (batch, budget + 64)), 1)
+        seconds_per_step(self.model, cache, ids(batch), interval)  # warm up: compilation, allocator
+        return cache
+
+    def compare(self, context: int, full: Any, batch: int, others: dict[str, tuple[ra.Cache, int]], part: str) -> None:
+        """Blocks of the full cache and of the others, each (cache, batch), in turn."""
+        seconds_per_step(self.model, full, ids(batch), 2)
+        rates: dict[str, list[float]] = {"full": [], **{name: [] for name in others}}
+        for _ in range(self.options.repeats):
+            full.crop(context - full.get_seq_length())
+            rates["full"].append(batch / seconds_per_step(self.model, full, ids(batch), self.options.full_steps))
+            for name, (cache, own) in others.items():
+                rates[name].append(own / seconds_per_step(self.model, cache, ids(own), self.options.interval))
+        self.report(part, context, "full", batch, full, rates)
+        for name, (cache, own) in others.items():
+            self.report(part, context, name, own, cache, rates)
+
+    def report(self, part: str, context: int, name: str, batch: int, cache: Any, rates: dict[str, list[float]]) -> None:
+        """Add a row, and print it."""
+        ratios = [mine / base for mine, base in zip(rates[name], rates["full"], strict=True)]
+        median, low, high = statistics.median(ratios), min(ratios), max(ratios)
+        self.rows.append({"part": part, "context": context, "method": name, "batch": batch, "times_full": median,
+                          "times_full_range": [low, high], "tokens_per_second": [round(x, 2) for x in rates[name]],
+                          "kv_bytes": kv_bytes(cache)})  # fmt: skip
+        print(
+            f"{part:14s} {context:6d}  {name:12s} batch {batch:3d} {statistics.median(rates[name]):8.1f} tokens/s   "
+            f"{median:6.2f} x full ({low:.2f} to {high:.2f})   {kv_bytes(cache) / 1e6:8.1f} MB",
+            flush=True,
+        )
+
+
+def ids(batch: int) -> torch.Tensor:
+    """One token for each sequence."""
+    return torch.randint(1, 49152, (batch, 1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--budget", type=int, default=128)
     parser.add_argument("--interval", type=int, default=128)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096, 16384])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096, 16384, 32768])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--full-steps", type=int, default=8, help="steps of one measured block of the full cache")
+    parser.add_argument("--memory", type=float, default=0.5, help="GiB for the largest batch; 0: leave that part out")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", nargs="+", default=["rkv", "reasonalloc"])
     options = parser.parse_args()
-    model = smollm2_shape()
-    ids = torch.randint(1, 49152, (options.batch, 1))
-    bounded = {}
-    for name in options.methods:
-        compression = ra.Compression.method(name, options.budget, interval=options.interval)
-        bounded[name] = ra.Cache(model.config, compression)
-        seconds_per_step(model, bounded[name], torch.randint(1, 49152, (options.batch, options.budget + 64)), 1)
-        seconds_per_step(model, bounded[name], ids, options.interval)  # warm up: compilation, allocator
-    rows: list[dict[str, Any]] = []
-    for context in options.contexts:
-        full = full_cache(model, options.batch, context)
-        held = {name: kv_bytes(cache) for name, cache in {"full": full, **bounded}.items()}
-        seconds_per_step(model, full, ids, 2)
-        times: dict[str, list[float]] = {"full": [], **{name: [] for name in bounded}}
-        for _ in range(options.repeats):
-            full.crop(context - full.get_seq_length())
-            times["full"].append(seconds_per_step(model, full, ids, options.full_steps))
-            for name, cache in bounded.items():
-                times[name].append(seconds_per_step(model, cache, ids, options.interval))
-        del full
-        for name, found in times.items():
-            ratios = [base / mine for base, mine in zip(times["full"], found, strict=True)]
-            rows.append(
-                {
-                    "context": context,
-                    "method": name,
-                    "tokens_per_second": [round(options.batch / s, 2) for s in found],
-                    "times_full": statistics.median(ratios),
-                    "times_full_range": [min(ratios), max(ratios)],
-                    "kv_bytes": held[name],
-                }
-            )
-            median, low, high = statistics.median(ratios), min(ratios), max(ratios)
-            print(
-                f"{context:6d}  {name:12s} {options.batch / statistics.median(found):8.1f} tokens/s   "
-                f"{median:5.2f} x full ({low:.2f} to {high:.2f})   {held[name] / 1e6:8.1f} MB",
-                flush=True,
-            )
-    save("decode", {"batch": options.batch, "budget": options.budget, "interval": options.interval, "rows": rows})
+    torch.set_num_threads(options.threads)
+    bench = Bench(options)
+    for batch in options.batches:
+        others = {name: (bench.bounded(name, batch), batch) for name in options.methods}
+        for context in options.contexts:
+            bench.compare(context, full_cache(bench.model, batch, context), batch, others, f"batch {batch}")
+    if options.memory:
+        memory = int(options.memory * 2**30)
+        token = kv_bytes(full_cache(bench.model, 1, 1))
+        own = memory // (token * (options.budget + options.interval))
+        others = {name: (bench.bounded(name, own), own) for name in options.methods[-1:]}
+        for context in options.contexts:
+            if batch := memory // (token * context):
+                bench.compare(context, full_cache(bench.model, batch, context), batch, others, "largest batch")
+            else:
+                print(f"largest batch  {context:6d}  full         none fits in {options.memory} GiB")
+    save("decode", {**vars(options), "rows": bench.rows})
 
 
 if __name__ == "__main__":

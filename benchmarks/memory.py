@@ -3,12 +3,15 @@
     python benchmarks/memory.py [--model FOLDER] [--tokens 4000] [--batch 8] [--budget 128]
 
 Each cache lives in a process of its own. Bytes are read off the tensors, and confirmed by how much the process's
-resident memory grew from before the first token to after the last.
+resident memory grew from before the first token to after the last, and to its peak in between (sampled every
+millisecond). The formula is the README's.
 """
 
 import argparse
 import gc
 import json
+import threading
+import time
 from typing import Any
 
 import psutil
@@ -23,6 +26,33 @@ from reasonalloc.engines.transformers.cache import kv_bytes
 def resident() -> int:
     gc.collect()
     return int(psutil.Process().memory_info().rss)
+
+
+class Peak:
+    """The largest resident memory while the block runs, in ``bytes``."""
+
+    def __enter__(self) -> "Peak":
+        self.bytes, self._process, self._running = 0, psutil.Process(), True
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while self._running:
+            self.bytes = max(self.bytes, int(self._process.memory_info().rss))
+            time.sleep(1e-3)
+
+    def __exit__(self, *_: object) -> None:
+        self._running = False
+        self._thread.join()
+
+
+def formula(config: Any, compression: ra.Compression, batch: int) -> int:
+    """The README's bytes of a bounded float32 cache: slots of a key, a value and a position, and the last queries."""
+    slots = config.num_key_value_heads * ((compression.budget or 0) + compression.interval)
+    slot_bytes = 2 * 4 * config.head_dim + 4
+    queries = compression.kept_window * config.num_attention_heads * config.head_dim * 4
+    return int(batch * config.num_hidden_layers * (slots * slot_bytes + queries))
 
 
 def measure(kind: str, model_path: str, tokens: int, batch: int, budget: int) -> dict[str, Any]:
@@ -45,18 +75,20 @@ def measure(kind: str, model_path: str, tokens: int, batch: int, budget: int) ->
     before = resident()
     if kind == "full":
         cache: Any = transformers.DynamicCache(config=model.config)
-        with torch.no_grad():
+        with torch.no_grad(), Peak() as peak:
             for _ in range(0, tokens, 500):
                 model(torch.randint(3, vocabulary, (batch, 500)), past_key_values=cache, logits_to_keep=1)
     else:
         cache = ra.Cache(model.config, ra.Compression.method(kind, budget))
-        with torch.no_grad():
+        with torch.no_grad(), Peak() as peak:
             for _ in range(tokens):
                 ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
     after = resident()
-    result = {"tokens": cache.get_seq_length(), "kv_bytes": kv_bytes(cache), "resident_growth": after - before}
+    result = {"tokens": cache.get_seq_length(), "kv_bytes": kv_bytes(cache), "resident_growth": after - before,
+              "peak_growth": peak.bytes - before}  # fmt: skip
     if kind != "full":
         result["total_bytes"] = cache.stats().total_bytes
+        result["formula"] = formula(model.config, cache.compression, batch)
     return result
 
 
@@ -75,11 +107,15 @@ def main() -> None:
     if options.only:
         print(json.dumps(measure(options.only, options.model, options.tokens, options.batch, options.budget)))
         return
-    results = in_own_processes(("full", "reasonalloc"))
+    # Freed memory goes back at once, so that resident memory is what is held, not what the allocator keeps for later.
+    results = in_own_processes(("full", "reasonalloc"), MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     full, ours = results["full"], results["reasonalloc"]
     print(f"KV bytes: {ours['kv_bytes'] / full['kv_bytes']:.3%} of the full cache's")
     print(f"all bytes of the cache: {ours['total_bytes'] / full['kv_bytes']:.3%}")
     print(f"growth of resident memory: {ours['resident_growth'] / full['resident_growth']:.3%}")
+    print(f"README's formula: {ours['formula'] / ours['total_bytes']:.2%} of what stats() says")
+    print(f"resident memory: grew by {ours['resident_growth'] / ours['total_bytes']:.2%} of it, at its peak by "
+          f"{ours['peak_growth'] / ours['total_bytes']:.2%}")  # fmt: skip
     print(f"bound (budget + interval) / tokens: {(options.budget + 128) / options.tokens:.3%}, plus 2 %")
     save("memory", {"batch": options.batch, "budget": options.budget, "tokens": options.tokens, **results})
 

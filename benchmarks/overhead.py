@@ -1,6 +1,6 @@
 """Routing overhead: decoding with ReasonAlloc against R-KV with equal budgets, in one run, rounds interleaved.
 
-    python benchmarks/overhead.py [--batch 8] [--budget 128] [--repeats 9]
+    python benchmarks/overhead.py [--batch 8] [--budget 256] [--repeats 9]
 
 Both decode the same tokens on the same model. A measured block is one whole interval, its compression included;
 blocks of the methods alternate, so that a change of the machine's speed meets both alike. Ratios are per pair.
@@ -29,7 +29,7 @@ Clock = dict[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--budget", type=int, default=128)
+    parser.add_argument("--budget", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--methods", default="rkv,reasonalloc-head,reasonalloc-dynamic")
     options = parser.parse_args()
