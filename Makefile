@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: venv demo test test-slow test-vllm check format bench clean
+.PHONY: venv demo test test-slow test-vllm check format bench bench-cuda clean
 
 venv: $(STAMP)
 
@@ -45,6 +45,12 @@ format: venv
 # All on random weights, with nothing else on the machine; results and pictures in benchmarks/results.
 bench: venv
 	for name in attention overhead decode growth memory peers; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+# For a GPU; --memory is what the weights leave of it, in GiB.
+bench-cuda: venv
+	$(BIN)/python benchmarks/attention.py --shape llama-8b --device cuda --dtype bfloat16 --budget 1024 --batch 64
+	$(BIN)/python benchmarks/decode.py --shape llama-8b --device cuda --dtype bfloat16 --budget 1024 --batches 1 8 \
+		--contexts 1024 2048 4096 8192 16384 --room 16384 --memory $(or $(MEMORY),48)
 
 clean:
 	rm -rf .venv demo-output .pytest_cache .mypy_cache .ruff_cache

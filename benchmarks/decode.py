@@ -1,11 +1,13 @@
 """Decoding end to end: tokens a second and bytes of keys and values, against the full cache, over the context.
 
     python benchmarks/decode.py [--batches 1 8] [--budget 128] [--contexts 256 1024 4096 16384 32768] [--repeats 3]
+    python benchmarks/decode.py --shape llama-8b --device cuda --dtype bfloat16 --budget 1024 --memory 100 --room 16384
 
 ``full`` is transformers' own DynamicCache under stock sdpa, filled with random keys and values. A bounded cache holds
 the same whatever the context, so it is filled once, and a measured block is one whole interval with its compression.
 Blocks take turns, so that a change of the machine's speed meets all alike; ratios are per round, medians of rounds.
-Then the full cache and the last of the methods each get the largest batch whose keys and values fit ``--memory`` GiB.
+Then the full cache and the last of the methods each get the largest batch whose keys and values fit ``--memory`` GiB;
+the full cache's must have room for ``--room`` tokens, whatever the context at which it is measured.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import statistics
 from typing import Any
 
 import torch
-from common import full_cache, save, seconds_per_step, smollm2_shape
+from common import add_device, full_cache, random_ids, random_model, save, seconds_per_step
 
 import reasonalloc as ra
 from reasonalloc.engines.transformers.cache import kv_bytes
@@ -23,25 +25,30 @@ class Bench:
     """A model, its bounded methods, and the rows found so far."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.model, self.rows = options, smollm2_shape(), list[dict[str, Any]]()
+        self.options, self.rows = options, list[dict[str, Any]]()
+        self.model = random_model(options.shape, device=options.device, dtype=options.dtype)
 
     def bounded(self, method: str, batch: int) -> ra.Cache:
         """A cache that is full and has been compressed once: as it stays, whatever the context."""
         budget, interval = self.options.budget, self.options.interval
         cache = ra.Cache(self.model.config, ra.Compression.method(method, budget, interval=interval))
-        seconds_per_step(self.model, cache, torch.randint(1, 49152, (batch, budget + 64)), 1)
-        seconds_per_step(self.model, cache, ids(batch), interval)  # warm up: compilation, allocator
+        self.rate(cache, batch, 1, tokens=budget + 64)
+        self.rate(cache, batch, interval)  # warm up: compilation, allocator
         return cache
+
+    def rate(self, cache: Any, batch: int, steps: int, tokens: int = 1) -> float:
+        """Sequences that take a step, per second."""
+        return batch / seconds_per_step(self.model, cache, random_ids(self.model, batch, tokens), steps)
 
     def compare(self, context: int, full: Any, batch: int, others: dict[str, tuple[ra.Cache, int]], part: str) -> None:
         """Blocks of the full cache and of the others, each (cache, batch), in turn."""
-        seconds_per_step(self.model, full, ids(batch), 2)
+        self.rate(full, batch, 2)
         rates: dict[str, list[float]] = {"full": [], **{name: [] for name in others}}
         for _ in range(self.options.repeats):
             full.crop(context - full.get_seq_length())
-            rates["full"].append(batch / seconds_per_step(self.model, full, ids(batch), self.options.full_steps))
+            rates["full"].append(self.rate(full, batch, self.options.full_steps))
             for name, (cache, own) in others.items():
-                rates[name].append(own / seconds_per_step(self.model, cache, ids(own), self.options.interval))
+                rates[name].append(self.rate(cache, own, self.options.interval))
         self.report(part, context, "full", batch, full, rates)
         for name, (cache, own) in others.items():
             self.report(part, context, name, own, cache, rates)
@@ -60,11 +67,6 @@ class Bench:
         )
 
 
-def ids(batch: int) -> torch.Tensor:
-    """One token for each sequence."""
-    return torch.randint(1, 49152, (batch, 1))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
@@ -74,7 +76,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--full-steps", type=int, default=8, help="steps of one measured block of the full cache")
     parser.add_argument("--memory", type=float, default=0.5, help="GiB for the largest batch; 0: leave that part out")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--room", type=int, default=0, help="tokens that a full cache must have room for")
+    add_device(parser)
     parser.add_argument("--methods", nargs="+", default=["rkv", "reasonalloc"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -89,11 +92,11 @@ def main() -> None:
         own = memory // (token * (options.budget + options.interval))
         others = {name: (bench.bounded(name, own), own) for name in options.methods[-1:]}
         for context in options.contexts:
-            if batch := memory // (token * context):
+            if batch := memory // (token * max(context, options.room)):
                 bench.compare(context, full_cache(bench.model, batch, context), batch, others, "largest batch")
             else:
                 print(f"largest batch  {context:6d}  full         none fits in {options.memory} GiB")
-    save("decode", {**vars(options), "rows": bench.rows})
+    save(f"decode-{options.device}", {**vars(options), "rows": bench.rows})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import statistics
 from typing import Any
 
 import torch
-from common import RESULTS, full_cache, save, seconds_per_step, smollm2_shape
+from common import RESULTS, full_cache, random_ids, random_model, save, seconds_per_step
 
 import reasonalloc as ra
 from reasonalloc.engines.transformers.cache import kv_bytes
@@ -28,11 +28,10 @@ GROUP, INTERVAL, FULL_STEPS = 3, 128, 8
 
 def measure(point: dict[str, int], layers: int, repeats: int) -> dict[str, Any]:
     """Seconds per step and bytes of both caches."""
-    heads = {"num_attention_heads": GROUP * point["heads"], "num_key_value_heads": point["heads"]}
-    model = smollm2_shape(narrow=True, num_hidden_layers=layers, **heads)
+    heads: dict[str, Any] = {"num_attention_heads": GROUP * point["heads"], "num_key_value_heads": point["heads"]}
+    model = random_model(narrow=True, num_hidden_layers=layers, **heads)
     bounded = ra.Cache(model.config, ra.Compression.method("reasonalloc", point["budget"], interval=INTERVAL))
-    ids = torch.randint(1, model.config.vocab_size, (point["batch"], 1))
-    prompt = torch.randint(1, model.config.vocab_size, (point["batch"], point["budget"] + 1))
+    ids, prompt = random_ids(model, point["batch"]), random_ids(model, point["batch"], point["budget"] + 1)
     seconds_per_step(model, bounded, prompt, 1)
     seconds_per_step(model, bounded, ids, INTERVAL)
     full = full_cache(model, point["batch"], point["context"])

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import save, seconds_per_step, smollm2_shape
+from common import random_ids, random_model, save, seconds_per_step
 
 import reasonalloc as ra
 from reasonalloc import compressor
@@ -33,10 +33,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--methods", default="rkv,reasonalloc-head,reasonalloc-dynamic")
     options = parser.parse_args()
-    model = smollm2_shape()
+    model = random_model()
     names = options.methods.split(",")
-    prompt = torch.randint(1, 49152, (options.batch, options.budget + 64))
-    ids = torch.randint(1, 49152, (options.batch, 1))
+    prompt, ids = random_ids(model, options.batch, options.budget + 64), random_ids(model, options.batch)
     caches: dict[str, ra.Cache] = {}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     clock: Clock = dict.fromkeys(STAGES, 0.0)

@@ -21,10 +21,9 @@ def core_of(llm):
     return llm.llm_engine.engine_core.engine_core
 
 
-def kept(llm):
-    """Positions by arena, layer and head."""
-    runner = core_of(llm).model_executor.driver_worker.worker.model_runner
-    layers = runner.vllm_config.compilation_config.static_forward_context.values()
+def kept_by(worker):
+    """Positions on one rank, by arena, layer and head."""
+    layers = worker.model_runner.vllm_config.compilation_config.static_forward_context.values()
     found = [layer.impl.arenas for layer in layers if getattr(getattr(layer, "impl", None), "arenas", None)]
     requests = {}
     for layer in sorted(found, key=lambda arenas: arenas.layer):
@@ -34,6 +33,17 @@ def kept(llm):
             positions = [sorted(row[: int(n)].tolist()) for row, n in heads]
             requests.setdefault(arena, []).append(positions)
     return requests
+
+
+def kept(llm):
+    """Positions by arena, layer and head, the ranks' heads side by side."""
+    ranks = llm.collective_rpc(kept_by)
+    return {
+        arena: [
+            [head for heads in layer for head in heads] for layer in zip(*(rank[arena] for rank in ranks), strict=True)
+        ]
+        for arena in ranks[0]
+    }
 
 
 def resident_bytes():

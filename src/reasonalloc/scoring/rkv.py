@@ -14,9 +14,14 @@ from reasonalloc.scoring.scorer import Observation, Scorer, register_scorer
 from reasonalloc.scoring.window_attention import at_least_float32, check_kernel, pooled_importance
 from reasonalloc.storage.tokens import LayerTokens
 
-# Entries of the similarity matrix held at once: never n x n; on a CPU what fits its caches.
+# Never n x n; on a CPU what fits its caches.
 _BLOCK_ENTRIES = {"cpu": 1 << 19}
 _BLOCK_ENTRIES_ELSEWHERE = 1 << 26
+
+
+def block_entries(device: torch.device) -> int:
+    """Entries of the similarity matrix that ``RKV`` holds at once on a device: 4 bytes each."""
+    return _BLOCK_ENTRIES.get(device.type, _BLOCK_ENTRIES_ELSEWHERE)
 
 
 @register_scorer("rkv")
@@ -64,9 +69,9 @@ class RKV(Scorer):
 def redundancy(tokens: LayerTokens, threshold: float) -> Float[Tensor, "batch heads tokens"]:
     """Softmax over a head's tokens of the column means of its key similarity matrix; see ``RKV``."""
     valid = tokens.valid
-    keys = F.normalize(at_least_float32(tokens.keys), dim=-1, eps=1e-8).masked_fill(~valid[..., None], 0.0)
+    keys = F.normalize(at_least_float32(tokens.keys), dim=-1, eps=1e-8).masked_fill_(~valid[..., None], 0.0)
     # A column's sum over all rows is one dot product with the sum of all keys; only what rows spare needs pairs.
-    total = (keys @ keys.sum(2)[..., None]).squeeze(-1) - keys.square().sum(-1)
+    total = (keys @ keys.sum(2)[..., None]).squeeze(-1) - torch.linalg.vector_norm(keys, dim=-1).square()
     total = total - spared_similarity(keys.flatten(0, 1), tokens.lengths.flatten(), threshold).view_as(total)
     mean = total / tokens.lengths[..., None].clamp(min=1)
     return mean.masked_fill(~valid, float("-inf")).softmax(-1).masked_fill(~valid, 0.0)
@@ -82,12 +87,14 @@ def spared_similarity(
         lengths: tokens per row.
         threshold: cosine above which two keys are near duplicates.
     """
-    spared = keys.new_zeros(keys.shape[:2])
+    spared, entries = keys.new_zeros(keys.shape[:2]), block_entries(keys.device)
     ascending, order = lengths.sort()
     held = ascending.tolist()
-    for rows in _alike(held):
-        some, n = order[rows], held[rows.stop - 1]
-        spared[some, :n] = _spared(keys[some, :n], threshold)
+    for stretch in _alike(held):
+        n = held[stretch.stop - 1]
+        # Whole rows first: a product of few queries with many keys reads every key for little work.
+        for rows in order[stretch].split(max(1, entries // max(1, n * n))):
+            spared[rows, :n] = _spared(keys[rows, :n], threshold, max(1, entries // max(1, len(rows) * n)))
     return spared
 
 
@@ -103,20 +110,18 @@ def _alike(lengths: list[int]) -> Iterator[slice]:
     yield slice(first, len(lengths))
 
 
-def _spared(keys: Float[Tensor, "rows tokens dim"], threshold: float) -> Float[Tensor, "rows tokens"]:
-    """``spared_similarity`` of rows of about one length, as many rows at a time as a block has room for."""
+def _spared(keys: Float[Tensor, "rows tokens dim"], threshold: float, block: int) -> Float[Tensor, "rows tokens"]:
+    """``spared_similarity`` of rows of about one length, ``block`` queries of each at a time."""
     count, n, _ = keys.shape
     spared = keys.new_zeros(count, n)
     columns = torch.arange(1, n + 1, device=keys.device, dtype=keys.dtype)
-    entries = _BLOCK_ENTRIES.get(keys.device.type, _BLOCK_ENTRIES_ELSEWHERE)
-    # Whole rows first: a product of few queries with many keys reads every key for little work.
-    many = max(1, min(count, entries // max(1, n * n)))
-    block = max(1, entries // max(1, many * n))
-    for some, out in zip(keys.split(many), spared.split(many), strict=True):
-        for first in range(0, n, block):
-            similarity = some[:, first : first + block] @ some.transpose(-1, -2)
-            similarity.diagonal(first, 1, 2).zero_()
-            newest = torch.where(similarity > threshold, columns, 0).amax(-1).long() - 1
-            value = similarity.gather(-1, newest.clamp(min=0)[..., None]).squeeze(-1).masked_fill(newest < 0, 0.0)
-            out.scatter_add_(-1, newest.clamp(min=0), value)
+    for first in range(0, n, block):
+        queries = keys[:, first : first + block]
+        similarity = queries @ keys.transpose(-1, -2)
+        similarity.diagonal(first, 1, 2).zero_()
+        # In place, because reading and writing memory is most of it; what was overwritten is one dot product each.
+        newest = similarity.gt_(threshold).mul_(columns).amax(-1).long() - 1
+        at = newest.clamp(min=0)
+        value = (queries * keys.take_along_dim(at[..., None], 1)).sum(-1).masked_fill(newest < 0, 0.0)
+        spared.scatter_add_(-1, at, value)
     return spared
