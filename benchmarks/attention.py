@@ -33,7 +33,9 @@ class Shape:
     def __init__(self, name: str) -> None:
         config = SHAPES[name]
         self.layers, self.heads, self.dim = (
-            config[key] for key in ("num_hidden_layers", "num_key_value_heads", "head_dim")
+            config["num_hidden_layers"],
+            config["num_key_value_heads"],
+            config["head_dim"],
         )
         self.group = config["num_attention_heads"] // self.heads
 

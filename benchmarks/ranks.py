@@ -18,8 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import reasonalloc as ra
-from reasonalloc.allocation import HeadAllocator, apportion
+from reasonalloc.allocation import HeadAllocator
 from reasonalloc.allocation.heads import HeadSplit
+from reasonalloc.allocation.ranks import within_rank
 from reasonalloc.engines.transformers.loading import load
 from reasonalloc.evaluation.fidelity import make_trace, teacher_force
 from reasonalloc.evaluation.statistics import compare, correct, mean_value
@@ -50,8 +51,7 @@ class OnRanks(HeadAllocator):
             if self.routing == "rank":
                 parts.append(self.inner.allocate(own, held, total // RANKS, window).budgets)
             else:
-                least = held.double().clamp(max=window)
-                parts.append(apportion(wish.double(), total // RANKS, least, held.double()))
+                parts.append(within_rank(wish, held, total // RANKS, window))
         return HeadSplit(torch.cat(parts, 1))
 
 

@@ -60,9 +60,16 @@ class GatheredHeads(HeadAllocator):
             window,
         )
         heads = lengths.shape[1]
-        wish = every.budgets[:, self.rank * heads : (self.rank + 1) * heads].to(torch.float64)
-        held = lengths.to(torch.float64)
-        return HeadSplit(apportion(wish, total, held.clamp(max=window), held), every.threshold)
+        wish = every.budgets[:, self.rank * heads : (self.rank + 1) * heads]
+        return HeadSplit(within_rank(wish, lengths, total, window), every.threshold)
+
+
+def within_rank(
+    wish: Int[Tensor, "batch heads"], lengths: Int[Tensor, "batch heads"], total: Int[Tensor, "batch"], window: int
+) -> Int[Tensor, "batch heads"]:
+    """A rank's budgets in a split over all heads, scaled to the ``total`` that its own memory holds."""
+    held = lengths.to(torch.float64)
+    return apportion(wish.to(torch.float64), total, held.clamp(max=window), held)
 
 
 def _side_by_side(stacked: Tensor) -> Tensor:
