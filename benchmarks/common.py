@@ -15,6 +15,7 @@ import torch
 import transformers
 
 import reasonalloc as ra
+from reasonalloc.engines.transformers.support import CACHE_ARGUMENT
 from reasonalloc.files import write_atomically
 
 SMOLLM2 = {
@@ -100,7 +101,7 @@ def seconds_per_step(model: Any, cache: Any, ids: torch.Tensor, steps: int) -> f
     began = time.perf_counter()
     with torch.no_grad():
         for _ in range(steps):
-            model(ids, past_key_values=cache)
+            model(ids, **{CACHE_ARGUMENT: cache})
     finish(ids.device)
     return (time.perf_counter() - began) / steps
 

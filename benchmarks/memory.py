@@ -21,6 +21,7 @@ from common import in_own_processes, random_model, save
 
 import reasonalloc as ra
 from reasonalloc.engines.transformers.cache import kv_bytes
+from reasonalloc.engines.transformers.support import CACHE_ARGUMENT
 from reasonalloc.scoring import rkv
 
 
@@ -78,19 +79,19 @@ def measure(kind: str, model_path: str, tokens: int, batch: int, budget: int) ->
     with torch.no_grad():
         model(torch.randint(3, vocabulary, (batch, 64)), use_cache=False)
         for _ in range(100):
-            model(ids[:1], past_key_values=warm)
+            model(ids[:1], **{CACHE_ARGUMENT: warm})
     del warm
     before = resident()
     if kind == "full":
         cache: Any = transformers.DynamicCache(config=model.config)
         with torch.no_grad(), Peak() as peak:
             for _ in range(0, tokens, 500):
-                model(torch.randint(3, vocabulary, (batch, 500)), past_key_values=cache, logits_to_keep=1)
+                model(torch.randint(3, vocabulary, (batch, 500)), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
     else:
         cache = ra.Cache(model.config, ra.Compression.method(kind, budget))
         with torch.no_grad(), Peak() as peak:
             for _ in range(tokens):
-                ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+                ids = model(ids, **{CACHE_ARGUMENT: cache}).logits[:, -1:].argmax(-1)
     after = resident()
     result = {"tokens": cache.get_seq_length(), "kv_bytes": kv_bytes(cache), "resident_growth": after - before,
               "peak_growth": peak.bytes - before}  # fmt: skip

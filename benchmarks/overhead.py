@@ -19,6 +19,7 @@ from common import random_ids, random_model, save, seconds_per_step
 
 import reasonalloc as ra
 from reasonalloc import compressor
+from reasonalloc.engines.transformers.support import CACHE_ARGUMENT
 from reasonalloc.storage import LayerTokens, RaggedSlab
 
 INTERVAL = 128
@@ -44,7 +45,7 @@ def main() -> None:
     for name in names:
         caches[name] = ra.Cache(model.config, ra.Compression.method(name, options.budget))
         with torch.no_grad():
-            model(prompt, past_key_values=caches[name])
+            model(prompt, **{CACHE_ARGUMENT: caches[name]})
         time_scoring(caches[name], clock)
         time_compressions(caches[name], clock)
         seconds_per_step(model, caches[name], ids, INTERVAL)  # warm up: compilation, allocator

@@ -1,5 +1,7 @@
 """The transformers adapter against stock transformers and against the masked full-cache reference."""
 
+import warnings
+
 import pytest
 import torch
 from reference import (
@@ -14,6 +16,7 @@ from reference import (
 from transformers import DynamicCache
 
 import reasonalloc as ra
+from reasonalloc.engines.transformers.support import CACHE_ARGUMENT
 from reasonalloc.storage import RaggedSlab
 
 METHODS = [name for name in ra.METHODS if name != "full"]
@@ -408,6 +411,16 @@ def test_drop_finished_equals_the_stock_loop(method):
     assert dropped.stats().kv_bytes < stock.stats().kv_bytes
 
 
+def test_the_cache_is_passed_under_its_present_name():
+    """transformers 5.24 calls it ``cache`` and warns of the name that it had; this package does not warn its users."""
+    model, (ids, _) = tiny_model(), prompts((9,))
+    argument = {CACHE_ARGUMENT: ra.Cache(model.config, compression("rkv"))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        out = model.generate(ids, **argument, custom_generate=ra.drop_finished, **GREEDY)
+    assert argument[CACHE_ARGUMENT].get_seq_length() == out.shape[1] - 1
+
+
 def test_drop_finished_samples_and_refuses_what_it_cannot_do():
     ids, mask = prompts((9, 40))
     model = tiny_model()
@@ -422,7 +435,7 @@ def test_drop_finished_samples_and_refuses_what_it_cannot_do():
         custom_generate=ra.drop_finished,
     )
     assert out.shape == (2, 70)
-    with pytest.raises(ValueError, match=r"past_key_values=reasonalloc\.Cache"):
+    with pytest.raises(ValueError, match=rf"{CACHE_ARGUMENT}=reasonalloc\.Cache"):
         model.generate(ids, attention_mask=mask, max_new_tokens=2, custom_generate=ra.drop_finished)
     with pytest.raises(ValueError, match="output_logits"):
         model.generate(

@@ -99,6 +99,7 @@ def _generate(
     from reasonalloc.engines.transformers import Cache
     from reasonalloc.engines.transformers.auto_profile import auto_profile
     from reasonalloc.engines.transformers.loading import encode, load, quiet
+    from reasonalloc.engines.transformers.support import CACHE_ARGUMENT
     from reasonalloc.files import write_atomically
     from reasonalloc.recorder import Recorder
 
@@ -116,7 +117,7 @@ def _generate(
     began = time.perf_counter()
     out = network.generate(
         **inputs,
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         max_new_tokens=max_new_tokens,
         streamer=streamer,
         pad_token_id=tokenizer.pad_token_id,

@@ -12,6 +12,7 @@ from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers.cache import Cache
 from reasonalloc.engines.transformers.generation import OnStep, drop_finished
 from reasonalloc.engines.transformers.loading import encode, ranks
+from reasonalloc.engines.transformers.support import CACHE_ARGUMENT
 from reasonalloc.evaluation.footprint import Footprint
 from reasonalloc.recorder import Recorder
 
@@ -102,7 +103,7 @@ def answer(
     torch.manual_seed(seed)
     out = model.generate(
         **inputs,
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         custom_generate=drop_finished,
         on_step=watch,
         generation_config=sampling.config(model, tokenizer),

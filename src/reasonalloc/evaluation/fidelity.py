@@ -18,6 +18,7 @@ from torch import Tensor
 from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers.cache import Cache
 from reasonalloc.engines.transformers.loading import ranks
+from reasonalloc.engines.transformers.support import CACHE_ARGUMENT
 from reasonalloc.evaluation.footprint import Footprint
 
 
@@ -140,7 +141,7 @@ def teacher_force(
         raise ValueError("the reference has no distributions: make it with keep_log_probs=True")
     cache = Cache(model.config, compression, tensor_parallel=ranks(model))
     answer = trace.answer.to(model.device)
-    logits = [model(trace.prompt.to(model.device)[None], past_key_values=cache, logits_to_keep=1).logits[0]]
+    logits = [model(trace.prompt.to(model.device)[None], **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[0]]
     nll, kl, agree, kept = [], [], [], []
     footprint, done = Footprint(1), 0
     for chunk in [*_chunks(len(answer) - 1, compression.interval), None]:
@@ -154,7 +155,7 @@ def teacher_force(
         if keep_log_probs:
             kept.append(log_probs.cpu())
         if chunk is not None:
-            logits.append(model(answer[chunk][None], past_key_values=cache).logits[0])
+            logits.append(model(answer[chunk][None], **{CACHE_ARGUMENT: cache}).logits[0])
             footprint.look(cache, [0])
         done += len(log_probs)
     return Fidelity(

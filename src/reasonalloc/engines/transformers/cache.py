@@ -1,4 +1,4 @@
-"""The cache that a user hands to ``model.generate(past_key_values=...)``."""
+"""The cache that a user hands to ``model.generate(cache=...)``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,6 @@ class RaggedLayer(cache_utils.CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
-    is_croppable = False
     supports_early_init = False
 
     def __init__(self, cache: LayerCache, forward_pass: _ForwardPass, kv_heads: int) -> None:
@@ -97,6 +96,11 @@ class RaggedLayer(cache_utils.CacheLayerMixin):
     def record_past(self, value: bool) -> None:
         self.cache.holding = value
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the newest tokens can be taken back: while they are held back from eviction."""
+        return self.cache.holding
+
     def activate_past_recording(self) -> None:
         """Assisted decoding: wait with eviction until ``crop``."""
         self.cache.hold()
@@ -121,7 +125,7 @@ class Cache(cache_utils.Cache):
 
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="reasonalloc")
         cache = reasonalloc.Cache(model.config, reasonalloc.Compression(budget=256))
-        model.generate(**inputs, past_key_values=cache)
+        model.generate(**inputs, cache=cache)  # past_key_values=cache before transformers 5.24
 
     Batches (padding on the left), sampling, several return sequences, beams, chunked prefill, several turns with
     one cache, assisted decoding (batch 1). Memory per sequence and layer: ``heads * (budget + interval)`` slots on

@@ -21,7 +21,7 @@ from reasonalloc.compression import Compression
 from reasonalloc.engines.transformers.cache import Cache
 from reasonalloc.engines.transformers.loading import encode, model_name
 from reasonalloc.engines.transformers.sensitivity import loss_sensitivity
-from reasonalloc.engines.transformers.support import architecture, model_shape
+from reasonalloc.engines.transformers.support import CACHE_ARGUMENT, architecture, model_shape
 from reasonalloc.files import write_atomically
 
 Progress = Callable[[int, int], None]
@@ -191,7 +191,7 @@ def _generate(
     running = set(alive)
     mask = inputs["attention_mask"]
     logits = model(
-        **inputs, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache, logits_to_keep=1
+        **inputs, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), **{CACHE_ARGUMENT: cache}, logits_to_keep=1
     ).logits
     position = mask.sum(-1, keepdim=True)
     for step in range(settings.max_new_tokens):
@@ -211,7 +211,7 @@ def _generate(
             cache.batch_select_indices(torch.tensor(keep))
             probe.select_sequences(keep)
         ids = torch.tensor(tokens, device=model.device)[:, None]
-        logits = model(ids, position_ids=position, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(ids, position_ids=position, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits
         position = position + 1
         meter.advance((step + 1) * len(prompts))
     for layer in cache.layer_caches:

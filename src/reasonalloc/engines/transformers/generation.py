@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reasonalloc.engines.transformers.cache import Cache
+from reasonalloc.engines.transformers.support import CACHE_ARGUMENT
 
 OnStep = Callable[[Tensor, Tensor], None]  # rows, tokens
 _PER_STEP = (
@@ -31,7 +32,7 @@ def drop_finished(
 ) -> Tensor:
     """Greedy search or sampling in which a finished sequence leaves the batch, and its cache is freed.
 
-        model.generate(**inputs, past_key_values=cache, custom_generate=reasonalloc.drop_finished)
+        model.generate(**inputs, cache=cache, custom_generate=reasonalloc.drop_finished)
 
     The result is that of the stock loop (``[batch, length]``, padded at the end); while sampling, random numbers are
     drawn for the remaining sequences only, so a seed gives other samples than with the stock loop. Afterwards the
@@ -44,12 +45,12 @@ def drop_finished(
     Raises:
         ValueError: per-step outputs were asked for, beams, or a cache that is not ``reasonalloc.Cache``.
     """
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE_ARGUMENT)
     wanted = [name for name in _PER_STEP if getattr(generation_config, name, False)]
     if wanted or (generation_config.num_beams or 1) > 1:
         raise ValueError(f"drop_finished returns token ids only, without {', '.join(wanted) or 'beams'}")
     if not isinstance(cache, Cache):
-        raise ValueError(f"drop_finished needs past_key_values=reasonalloc.Cache(...), got {type(cache).__name__}")
+        raise ValueError(f"drop_finished needs {CACHE_ARGUMENT}=reasonalloc.Cache(...), got {type(cache).__name__}")
     model_kwargs.pop("synced_gpus", None)
     pad = generation_config._pad_token_tensor
     pad_id = 0 if pad is None else int(pad)
