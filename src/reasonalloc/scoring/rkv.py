@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reasonalloc.scoring.scorer import Observation, Scorer, register_scorer
@@ -17,10 +17,11 @@ from reasonalloc.storage.tokens import LayerTokens
 # Never n x n; on a CPU what fits its caches.
 _BLOCK_ENTRIES = {"cpu": 1 << 19}
 _BLOCK_ENTRIES_ELSEWHERE = 1 << 26
+_NEWEST = 96  # keys that are looked through first: most keys of a model have a near duplicate among them
 
 
 def block_entries(device: torch.device) -> int:
-    """Entries of the similarity matrix that ``RKV`` holds at once on a device: 4 bytes each."""
+    """Entries of the similarity matrix that ``RKV`` holds at once on a device, twice: 4 bytes each."""
     return _BLOCK_ENTRIES.get(device.type, _BLOCK_ENTRIES_ELSEWHERE)
 
 
@@ -85,17 +86,28 @@ def spared_similarity(
     Args:
         keys: normalised; zero at and past ``lengths``.
         lengths: tokens per row.
-        threshold: cosine above which two keys are near duplicates.
+        threshold: cosine above which two keys are near duplicates, not negative.
     """
     spared, entries = keys.new_zeros(keys.shape[:2]), block_entries(keys.device)
+    flat, width = keys.flatten(0, 1), keys.shape[1]
     ascending, order = lengths.sort()
     held = ascending.tolist()
     for stretch in _alike(held):
         n = held[stretch.stop - 1]
         # Whole rows first: a product of few queries with many keys reads every key for little work.
-        for rows in order[stretch].split(max(1, entries // max(1, n * n))):
-            spared[rows, :n] = _spared(keys[rows, :n], threshold, max(1, entries // max(1, len(rows) * n)))
+        for rows in order[stretch].split(max(1, entries // max(1, n * _NEWEST))):
+            # Where the token of each age lies, and, being its own inverse, the age of the token at each place.
+            turned = lengths[rows, None] - 1 - torch.arange(n, device=keys.device)
+            absent, turned = turned < 0, turned.clamp(min=0)
+            newest_first = _pick(flat, turned + width * rows[:, None]).masked_fill_(absent[..., None], 0.0)
+            found = _spared(newest_first, absent, threshold, entries)
+            spared[rows, :n] = found.gather(1, turned).masked_fill_(absent, 0.0)
     return spared
+
+
+def _pick(flat: Float[Tensor, "all dim"], index: Int[Tensor, "rows some"]) -> Float[Tensor, "rows some dim"]:
+    """Whole keys, a copy: faster than a gather of their channels."""
+    return flat.index_select(0, index.flatten()).view(*index.shape, flat.shape[1])
 
 
 def _alike(lengths: list[int]) -> Iterator[slice]:
@@ -110,18 +122,50 @@ def _alike(lengths: list[int]) -> Iterator[slice]:
     yield slice(first, len(lengths))
 
 
-def _spared(keys: Float[Tensor, "rows tokens dim"], threshold: float, block: int) -> Float[Tensor, "rows tokens"]:
-    """``spared_similarity`` of rows of about one length, ``block`` queries of each at a time."""
+def _spared(
+    keys: Float[Tensor, "rows tokens dim"], absent: Bool[Tensor, "rows tokens"], threshold: float, entries: int
+) -> Float[Tensor, "rows tokens"]:
+    """``spared_similarity`` of rows of about one length whose newest tokens come first, in blocks of ``entries``.
+
+    Every token asks the newest keys; those that find no near duplicate there ask the next newest, and so on.
+    """
     count, n, _ = keys.shape
     spared = keys.new_zeros(count, n)
-    columns = torch.arange(1, n + 1, device=keys.device, dtype=keys.dtype)
-    for first in range(0, n, block):
-        queries = keys[:, first : first + block]
-        similarity = queries @ keys.transpose(-1, -2)
-        similarity.diagonal(first, 1, 2).zero_()
-        # In place, because reading and writing memory is most of it; what was overwritten is one dot product each.
-        newest = similarity.gt_(threshold).mul_(columns).amax(-1).long() - 1
-        at = newest.clamp(min=0)
-        value = (queries * keys.take_along_dim(at[..., None], 1)).sum(-1).masked_fill(newest < 0, 0.0)
-        spared.scatter_add_(-1, at, value)
+    flat, first_of_row = keys.flatten(0, 1), n * torch.arange(count, device=keys.device)[:, None]
+    at_once = max(1, entries // (count * _NEWEST))
+    for begin in range(0, n, at_once):
+        queries, settled = keys[:, begin : begin + at_once], absent[:, begin : begin + at_once]
+        asking = torch.arange(begin, begin + queries.shape[1], device=keys.device).expand(count, -1)
+        first, last = 0, min(n, _NEWEST)
+        while first < n:
+            at, similarity = _newest_similar(queries, keys[:, first:last], asking - first, threshold)
+            spared.scatter_add_(-1, first + at, similarity)
+            settled = settled | (similarity > 0)
+            left = int((~settled).sum(-1).max())
+            if not left or last == n:
+                break
+            rest = settled.to(torch.uint8).argsort(dim=-1, stable=True)[:, :left]
+            asking, settled = asking.gather(1, rest), settled.gather(1, rest)
+            queries = _pick(flat, first_of_row + asking).masked_fill_(settled[..., None], 0.0)  # they ask no more
+            first, last = last, min(n, last + max(_NEWEST, entries // (count * left)))
     return spared
+
+
+def _newest_similar(
+    queries: Float[Tensor, "rows queries dim"],
+    keys: Float[Tensor, "rows some dim"],
+    itself: Int[Tensor, "rows queries"],
+    threshold: float,
+) -> tuple[Int[Tensor, "rows queries"], Float[Tensor, "rows queries"]]:
+    """The first of the keys that each query is similar to, and how similar; 0.0 if to none.
+
+    ``itself``: which of the keys the query is, if it is among them.
+    """
+    similarity, last = queries @ keys.transpose(-1, -2), keys.shape[1] - 1
+    is_here, itself = (itself >= 0) & (itself <= last), itself.clamp(0, last)[..., None]
+    similarity.scatter_(-1, itself, similarity.gather(-1, itself).masked_fill_(is_here[..., None], 0.0))
+    # Reading and writing memory is most of it: as numbers, in one buffer, this is far faster than argmax of booleans.
+    ranks = torch.arange(last + 1, 0, -1, device=keys.device, dtype=keys.dtype)
+    best = torch.gt(similarity, threshold, out=torch.empty_like(similarity)).mul_(ranks).amax(-1)
+    at = (last + 1 - best).long().clamp_(max=last)
+    return at, similarity.gather(-1, at[..., None]).squeeze(-1).masked_fill_(best == 0, 0.0)

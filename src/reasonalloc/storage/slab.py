@@ -104,17 +104,18 @@ class RaggedSlab(Spans):
             capacities: the new spans.
             seen: real tokens of each sequence so far.
         """
-        filled = tokens.valid
         self.seen = seen.copy()
         self._layout(capacities, lengths)
         self._resize(int(capacities.sum()))
         self._number_slots()
-        slots = (self.starts_device[..., None] + tokens.index)[filled]
-        self.keys[slots] = tokens.keys[filled]
-        self.values[slots] = tokens.values[filled]
-        self.positions[slots] = tokens.positions[filled].to(torch.int32)
+        padded = tokens.keys.shape[2] * np.arange(lengths.size).reshape(lengths.shape)
+        places, slots = (_numbers(first, lengths, self.device) for first in (padded, self.starts))
+        self.keys.index_copy_(0, slots, tokens.keys.flatten(0, 2).index_select(0, places))
+        self.values.index_copy_(0, slots, tokens.values.flatten(0, 2).index_select(0, places))
+        positions = tokens.positions.flatten().index_select(0, places)
+        self.positions.index_copy_(0, slots, positions.to(torch.int32))
         if self.received is not None and tokens.received is not None:
-            self.received[slots] = tokens.received[filled]
+            self.received.index_copy_(0, slots, tokens.received.flatten().index_select(0, places))
 
     def grow(self, capacities: HostInts) -> None:
         """Larger spans, same content."""
@@ -147,3 +148,10 @@ class RaggedSlab(Spans):
         self.positions = self.positions.new_empty(slots)
         if self.received is not None:
             self.received = self.received.new_zeros(slots)
+
+
+def _numbers(first: HostInts, counts: HostInts, device: torch.device) -> Tensor:
+    """``first[i], first[i] + 1, ...``, ``counts[i]`` of them, for one row after another."""
+    counts = counts.reshape(-1)
+    before = counts.cumsum() - counts
+    return torch.from_numpy((first.reshape(-1) - before).repeat(counts) + np.arange(counts.sum())).to(device)
