@@ -8,45 +8,18 @@ millisecond). The formula is the README's.
 """
 
 import argparse
-import gc
 import json
-import threading
-import time
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from common import in_own_processes, random_model, save
+from resident import ENVIRONMENT, Peak, resident
 
 import reasonalloc as ra
 from reasonalloc.engines.transformers.cache import kv_bytes
 from reasonalloc.engines.transformers.support import CACHE_ARGUMENT
 from reasonalloc.scoring import rkv
-
-
-def resident() -> int:
-    gc.collect()
-    return int(psutil.Process().memory_info().rss)
-
-
-class Peak:
-    """The largest resident memory while the block runs, in ``bytes``."""
-
-    def __enter__(self) -> "Peak":
-        self.bytes, self._process, self._running = 0, psutil.Process(), True
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while self._running:
-            self.bytes = max(self.bytes, int(self._process.memory_info().rss))
-            time.sleep(1e-3)
-
-    def __exit__(self, *_: object) -> None:
-        self._running = False
-        self._thread.join()
 
 
 def formula(config: Any, compression: ra.Compression, batch: int) -> int:
@@ -58,10 +31,10 @@ def formula(config: Any, compression: ra.Compression, batch: int) -> int:
 
 
 def while_compressing(cache: ra.Cache, config: Any, batch: int) -> int:
-    """The README's bytes on top while R-KV compresses a layer: padded copies, a block of similarities."""
+    """The README's bytes on top while R-KV compresses a layer: padded copies, a block of similarities, twice."""
     longest = max(int(layer.slab.capacities.max()) for layer in cache.layer_caches if layer.slab is not None)
     padded = batch * int(config.num_key_value_heads) * longest * (3 * 4 * int(config.head_dim) + 4)
-    return padded + 4 * rkv.block_entries(torch.device("cpu"))
+    return padded + 2 * 4 * rkv.block_entries(torch.device("cpu"))
 
 
 def measure(kind: str, model_path: str, tokens: int, batch: int, budget: int) -> dict[str, Any]:
@@ -117,8 +90,7 @@ def main() -> None:
     if options.only:
         print(json.dumps(measure(options.only, options.model, options.tokens, options.batch, options.budget)))
         return
-    # Freed memory goes back at once, so that resident memory is what is held, not what the allocator keeps for later.
-    results = in_own_processes(("full", "reasonalloc"), MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    results = in_own_processes(("full", "reasonalloc"), **ENVIRONMENT)
     full, ours = results["full"], results["reasonalloc"]
     print(f"KV bytes: {ours['kv_bytes'] / full['kv_bytes']:.3%} of the full cache's")
     print(f"all bytes of the cache: {ours['total_bytes'] / full['kv_bytes']:.3%}")

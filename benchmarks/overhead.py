@@ -20,7 +20,7 @@ from common import random_ids, random_model, save, seconds_per_step
 import reasonalloc as ra
 from reasonalloc import compressor
 from reasonalloc.engines.transformers.support import CACHE_ARGUMENT
-from reasonalloc.storage import LayerTokens, RaggedSlab
+from reasonalloc.storage import RaggedSlab
 
 INTERVAL = 128
 STAGES = ("all", "gather", "score", "route", "select", "repack")
@@ -101,7 +101,6 @@ def time_stages(clock: Clock) -> None:
         (compressor, "route_heads", "route"),
         (compressor, "rank_candidates", "select"),
         (compressor, "select", "select"),
-        (LayerTokens, "gather", "repack"),
         (RaggedSlab, "store", "repack"),
     ):
         setattr(owner, name, timed(getattr(owner, name), clock, stage))

@@ -1,6 +1,7 @@
 """One generation by one library, for peers.py; runs in an environment that need not have reasonalloc.
 
-Prints one line of JSON: seconds of the whole generation, tokens, and the largest key and value bytes at any step.
+Prints one line of JSON: seconds of the whole generation, tokens, and the largest key and value bytes after any step;
+with --watch-memory by how many bytes the process grew at most, the model's own doing included.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from resident import Peak, resident
 
 
 def held(cache: Any) -> int:
@@ -70,6 +72,7 @@ def main() -> None:
     parser.add_argument("--shape", required=True, help="settings of LlamaConfig (JSON)")
     for name in ("batch", "budget", "interval", "tokens", "prompt", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--watch-memory", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -77,13 +80,21 @@ def main() -> None:
     model = transformers.LlamaForCausalLM(config).eval()
     warm_up = min(options.tokens, options.budget + options.interval + 2)  # compiles, and compresses once
     generate(model, options, warm_up)
-    seconds, peak = generate(model, options, options.tokens)
+    growth = None
+    if options.watch_memory:
+        before = resident()
+        with Peak() as watched:
+            seconds, peak = generate(model, options, options.tokens)
+        growth = watched.bytes - before
+    else:
+        seconds, peak = generate(model, options, options.tokens)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     if options.library in sys.modules:
         from importlib.metadata import version
 
         versions[options.library] = version(options.library)
-    print(json.dumps({"seconds": seconds, "tokens": options.batch * options.tokens, "kv_bytes": peak, **versions}))
+    found = {"seconds": seconds, "tokens": options.batch * options.tokens, "kv_bytes": peak, "peak_growth": growth}
+    print(json.dumps({**found, **versions}))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@
 
 kvpress asks for an older transformers, so it gets an environment of its own, which this script makes (in the user's
 cache folder). Each generation is a process of its own; methods take turns within a round, and ratios are taken within
-a round. Random weights in SmolLM2's shape: neither speed nor bytes depend on them.
+a round. Memory is taken in a short run of its own, because watching costs time. Random weights in SmolLM2's shape:
+neither speed nor bytes depend on them.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,17 +20,20 @@ from typing import Any
 
 import torch
 from common import SMOLLM2, save
+from resident import ENVIRONMENT
 
 from reasonalloc.files import cache_folder
 
 PEER = "kvpress==0.5.5"
-CONTENDERS = (
+Contender = tuple[str, str]
+FULL = ("transformers", "full")
+CONTENDERS: tuple[Contender, ...] = (
     ("reasonalloc", "reasonalloc"),
     ("reasonalloc", "snapkv"),
     ("reasonalloc", "knorm"),
     ("kvpress", "snapkv"),
     ("kvpress", "knorm"),
-    ("transformers", "full"),
+    FULL,
 )
 
 
@@ -55,28 +60,36 @@ def main() -> None:
     pythons = {"reasonalloc": sys.executable, "transformers": sys.executable, "kvpress": peer_python()}
     worker = str(Path(__file__).parent / "peer_worker.py")
     settings = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {contender: [] for contender in CONTENDERS}
+
+    def run(library: str, method: str, *more: str, **environment: str) -> dict[str, Any]:
+        command = [pythons[library], worker, library, method, "--shape", json.dumps(SMOLLM2), *settings, *more]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    found: dict[Contender, list[dict[str, Any]]] = {contender: [] for contender in CONTENDERS}
     for number in range(rounds):
-        for library, method in CONTENDERS if number % 2 == 0 else reversed(CONTENDERS):  # nobody is always first
-            command = [pythons[library], worker, library, method, "--shape", json.dumps(SMOLLM2), *settings]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            result = json.loads(done.stdout.splitlines()[-1])
-            found[library, method].append(result)
-            print(f"round {number + 1}: {library:12s} {method:12s} {result['seconds']:7.1f} s", flush=True)
+        for contender in CONTENDERS if number % 2 == 0 else reversed(CONTENDERS):  # nobody is always first
+            if contender != FULL or number == 0:  # it takes as long as all the others together
+                found[contender].append(run(*contender))
+                print(
+                    f"round {number + 1}: {' '.join(contender):24s} {found[contender][-1]['seconds']:7.1f} s",
+                    flush=True,
+                )
+    few = str(options["budget"] + 2 * options["interval"] + 2)  # two compressions tell the peak of any number
     rows = []
-    ours = found[CONTENDERS[0]]
-    full = found["transformers", "full"]
-    for (library, method), results in found.items():
-        ratios = [theirs["seconds"] / mine["seconds"] for mine, theirs in zip(ours, results, strict=True)]
+    for contender, results in found.items():
+        growth = run(*contender, "--watch-memory", "--tokens", few, **ENVIRONMENT)["peak_growth"]
         speed = statistics.median(result["tokens"] / result["seconds"] for result in results)
-        own = [base["seconds"] / mine["seconds"] for base, mine in zip(full, results, strict=True)]
+        # Against ours with the same scorer, round by round.
+        ours = found.get(("reasonalloc", contender[1]), found[CONTENDERS[0]])
+        ratios = [theirs["seconds"] / mine["seconds"] for mine, theirs in zip(ours, results, strict=False)]
         held = results[0]["kv_bytes"]
-        rows.append({"library": library, "method": method, "reasonalloc_is_faster_by": ratios,
-                     "times_full": own, "runs": results})  # fmt: skip
+        rows.append({"library": contender[0], "method": contender[1], "ours_is_faster_by": ratios,
+                     "peak_growth": growth, "runs": results})  # fmt: skip
         print(
-            f"{library:12s} {method:12s} {speed:8.1f} tokens/s   {held / 1e6:7.1f} MB   reasonalloc is "
-            f"{statistics.median(ratios):.2f} x as fast ({min(ratios):.2f} to {max(ratios):.2f}); it is "
-            f"{statistics.median(own):.2f} x the full cache (ours)"
+            f"{' '.join(contender):24s} {speed:8.1f} tokens/s   {held / 1e6:7.1f} MB held   process grew by "
+            f"{growth / 1e6:7.1f} MB in {few} tokens   reasonalloc with its scorer is "
+            f"{statistics.median(ratios):.2f} x as fast ({min(ratios):.2f} to {max(ratios):.2f})"
         )
     save("peers", {**options, "rows": rows})
 

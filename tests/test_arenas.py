@@ -1,6 +1,7 @@
 """Requests in arenas, against a cache of their own for each."""
 
 import random
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -55,7 +56,10 @@ def tokens(generator, count):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_requests_that_come_and_go_equal_single_caches(method):
-    """Prompts in chunks of any length, decoding together, arenas used again: outputs and what is kept, in float64."""
+    """Prompts in chunks of any length, decoding together, arenas used again: outputs and what is kept, in float64.
+
+    However a prompt is cut, the outcome is that of the prompt in one piece.
+    """
     chosen = compression(method)
     layer, shape = make_layer(chosen)
     generator, choose = torch.Generator().manual_seed(0), random.Random(0)
@@ -64,10 +68,13 @@ def test_requests_that_come_and_go_equal_single_caches(method):
         for arena in range(ARENAS):
             if arena not in alone and choose.random() < 0.3:
                 alone[arena], left[arena] = Alone(chosen, shape), choose.randrange(5, 60)
-                for number, count in enumerate(choose.choice([[1], [20], [90], [70, 9], [13, 2, 30], [40, 40]])):
-                    q, k, v = tokens(generator, count)
-                    got = layer.chunk(arena, q, k, v, SCALING, first=number == 0)
-                    torch.testing.assert_close(got, alone[arena].feed(q, k, v), atol=1e-12, rtol=0)
+                cuts = choose.choice([[1], [20], [90], [70, 9, 1], [1, 1], [13, 2, 30], [40, 40]])
+                q, k, v = tokens(generator, sum(cuts))
+                got = [
+                    layer.chunk(arena, *(x[:, end - count : end] for x in (q, k, v)), SCALING, first=end == count)
+                    for count, end in zip(cuts, accumulate(cuts), strict=True)
+                ]
+                torch.testing.assert_close(torch.cat(got, 1), alone[arena].feed(q, k, v), atol=1e-12, rtol=0)
         arenas = [arena for arena in alone if choose.random() < 0.8]
         if arenas:
             drawn = [tokens(generator, 1) for _ in arenas]
@@ -85,6 +92,28 @@ def test_requests_that_come_and_go_equal_single_caches(method):
                 left[arena] -= 1
                 if not left[arena]:
                     del alone[arena]
+
+
+def test_memory_of_a_prompt_whose_request_has_ended_comes_back():
+    """Nobody says that a request has ended: one whose prompt lies outside its arena and that is absent has."""
+    layer, _ = make_layer(compression("rkv"))
+    generator = torch.Generator().manual_seed(0)
+    layer.begin_step({0, 1, 2})
+    for arena, count in ((0, 90), (1, 90), (2, 20)):
+        layer.chunk(arena, *tokens(generator, count), SCALING, first=True)
+    assert set(layer.staged) == {0, 1}, "what the arena has room for lies there"
+    layer.begin_step({1})
+    assert set(layer.staged) == {1}
+    assert layer.requests[0].is_home
+    layer.chunk(1, *tokens(generator, 5), SCALING, first=False)
+    layer.begin_step({1, 2})
+    query, key, value = (torch.cat(x, 1).transpose(0, 1) for x in zip(*(tokens(generator, 1),) * 2, strict=True))
+    layer.decode([1, 2], query, key, value, SCALING)
+    assert not layer.staged
+    assert all(request.is_home for request in layer.requests.values())
+    layer.chunk(0, *tokens(generator, 70), SCALING, first=True)
+    layer.chunk(0, *tokens(generator, 3), SCALING, first=True)  # lent again while staged
+    assert not layer.staged
 
 
 def test_an_arena_is_exactly_as_large_as_its_budget_needs():

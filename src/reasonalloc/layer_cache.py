@@ -84,7 +84,10 @@ class LayerCache:
         steps: single-token steps since the last compression opportunity.
         evicted: tokens evicted so far, over all sequences and heads.
         compressions: rounds in which at least one token was evicted.
+        in_prompt: whether the tokens that come are a prompt's, of which nothing is forgotten until ``end_prompt``.
     """
+
+    keeps_prompt = False  # whether the engine says when a prompt that may come in several chunks ends
 
     def __init__(
         self,
@@ -116,6 +119,7 @@ class LayerCache:
         self.compressions = 0
         self.decoding = False
         self.holding = False
+        self.in_prompt = self.keeps_prompt
         self._held: tuple[Queries, NewTokens] | None = None
         self._scaling = 1.0
         self.window.clear()
@@ -144,7 +148,8 @@ class LayerCache:
         self._open(key, value)
         tokens = _chunk(key, value, new)
         queries = Queries(query, new.real)
-        direct = not self.holding and not self.compression.tracks_received and self.compression.prompt == "compete"
+        whole = not self.holding and not self.in_prompt
+        direct = whole and not self.compression.tracks_received and self.compression.prompt == "compete"
         if not (direct and self._over_budget(new.counts)):
             self._extend(tokens, new)
             self._after_chunk(queries, new)
@@ -213,6 +218,13 @@ class LayerCache:
             queries, new = queries.without_last(columns), NewTokens.all_real(self._store.batch, known - columns)
         self._settle(queries, new, is_prompt)
 
+    def end_prompt(self) -> None:
+        """All of the prompt was taken in: compress it."""
+        if self.in_prompt:
+            self.in_prompt = False
+            self._compress()
+            self.steps = int(self.seen_columns == 1)  # a single token is a decoding step, also as a prompt
+
     def select_sequences(self, indices: Sequence[int]) -> None:
         """Keep, repeat and reorder sequences (beams, several samples, finished rows)."""
         if self.slab is None:
@@ -268,6 +280,8 @@ class LayerCache:
             return
         self._observe(queries, new)
         self._protect_prompt(new.counts)
+        if self.in_prompt:
+            return
         if new.columns == 1:  # a decoding step in which some sequences only padded
             self.decoding = True
             self.steps += 1
@@ -322,7 +336,7 @@ class LayerCache:
         kept, budgets, held = (x.cpu().numpy() for x in (plan.kept, plan.split.budgets, tokens.lengths))
         capacities = budgets + self.protected[:, None] + self.compression.interval
         evicted = int(held.sum() - kept.sum())
-        slab.store(tokens.gather(plan.index, plan.kept), kept, capacities, slab.seen)
+        slab.store(tokens, kept, capacities, slab.seen, plan.index)
         self.evicted += evicted
         self.compressions += evicted > 0
         if self.recorder is not None:

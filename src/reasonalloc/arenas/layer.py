@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -23,7 +23,14 @@ from reasonalloc.storage.spans import HostInts
 
 
 class RequestCache(LayerCache):
-    """The layer's cache of one request, in its arena."""
+    """The layer's cache of one request, in its arena.
+
+    A prompt is kept whole until it ends, however the engine cuts it: else what is forgotten would depend on the cuts,
+    and so on what other requests there are. A prompt that the arena has no room for lies in memory of its own
+    meanwhile.
+    """
+
+    keeps_prompt = True
 
     def __init__(
         self, layer: int, compression: Compression, budgets: LayerBudgets, pool: ArenaPool, index: int, backend: str
@@ -41,14 +48,20 @@ class RequestCache(LayerCache):
         if self.steps >= self.compression.interval:
             self._compress()
 
-    def settle(self) -> None:
-        """Bring the tokens back into the arena where a chunk of a prompt took more and was not compressed."""
+    @property
+    def is_home(self) -> bool:
+        """Whether the tokens lie in the arena."""
         assert isinstance(self.slab, ArenaSlab)
-        if not self.slab.is_home:
+        return self.slab.is_home
+
+    def end_prompt(self) -> None:
+        """Compress the prompt, and bring what stays into the arena."""
+        super().end_prompt()
+        if not self.is_home:  # it was short enough to stay whole
             self.make_even()
 
     def make_even(self) -> None:
-        """Share the arena's free slots equally: a chunk that was not compressed may have filled some spans.
+        """Share the arena's free slots equally: a prompt that was not compressed may have filled some spans.
 
         Room is left for the steps up to the next compression, because what is held is at most the budget, and a
         token per head for every step since.
@@ -74,14 +87,46 @@ class ArenaLayer:
 
     Attributes:
         requests: the cache in every arena in use, by the arena's number.
+        staged: the arenas whose prompt lies in memory of its own, and for how many steps they have been absent.
     """
 
     def __init__(
-        self, layer: int, compression: Compression, budgets: LayerBudgets, pool: ArenaPool, backend: str = "auto"
+        self,
+        layer: int,
+        compression: Compression,
+        budgets: LayerBudgets,
+        pool: ArenaPool,
+        backend: str = "auto",
+        patience: int = 1,
     ) -> None:
+        """
+        Args:
+            layer, compression, budgets: as for ``LayerCache``.
+            pool: the arenas.
+            backend: of attention.
+            patience: a request whose prompt is staged has ended if it is absent for so many steps in a row: one, or
+                as many as a pipeline has stages, whose requests take turns.
+        """
         self.layer, self.compression, self.budgets, self.pool = layer, compression, budgets, pool
+        self.patience = patience
+        self.staged: dict[int, int] = {}
         self.attention = choose_backend(backend, pool.rows.device, pool.layout.dtype, compression.tracks_received)
         self.requests: dict[int, RequestCache] = {}
+
+    def begin_step(self, arenas: Collection[int]) -> None:
+        """Before a step of the requests in ``arenas``: give back the memory of prompts whose requests have ended.
+
+        The engine does not say that a request has ended; its prompt's memory would be held until its arena is lent
+        again.
+        """
+        for arena, absent in list(self.staged.items()):
+            self.staged[arena] = 0 if arena in arenas else absent + 1
+            if self.staged[arena] >= self.patience:
+                self._end_prompt(arena)
+
+    def _end_prompt(self, arena: int) -> None:
+        self.requests[arena].end_prompt()
+        self.staged.pop(arena, None)
 
     def chunk(
         self,
@@ -94,6 +139,7 @@ class ArenaLayer:
     ) -> Float[Tensor, "query_heads tokens dim"]:
         """Several tokens of one request's prompt; ``first``: whatever lies in the arena is another's, or forgotten."""
         if first:
+            self.staged.pop(arena, None)
             self.requests[arena] = RequestCache(
                 self.layer, self.compression, self.budgets, self.pool, arena, self.attention.name
             )
@@ -104,7 +150,8 @@ class ArenaLayer:
             cache.prefill(query, key, value, new, scaling)
         else:
             out = cache.attend(query, key, value, new, scaling)
-        cache.settle()
+        if not cache.is_home:
+            self.staged[arena] = 0
         return out[0]
 
     def decode(
@@ -115,7 +162,10 @@ class ArenaLayer:
         value: Float[Tensor, "batch heads dim"],
         scaling: float,
     ) -> Float[Tensor, "batch query_heads dim"]:
-        """One token of each of several requests."""
+        """One token of each of several requests, whose prompts have ended."""
+        for arena in arenas:
+            if self.requests[arena].in_prompt:
+                self._end_prompt(arena)
         query, key, value = query[:, :, None], key[:, :, None], value[:, :, None]
         caches = [self.requests[arena] for arena in arenas]
         if self.compression.tracks_received:  # accumulated attention lies in every arena by itself

@@ -13,8 +13,8 @@ from reasonalloc.storage.spans import HostInts
 class ArenaSlab(RaggedSlab):
     """A slab of one sequence whose slots are an arena's.
 
-    While a chunk of a prompt needs more than the arena has, the tokens lie in memory of their own (``is_home`` is
-    False); the compression that follows brings them back.
+    While a prompt needs more than the arena has, its tokens lie in memory of their own (``is_home`` is False); the
+    compression at its end brings them back.
     """
 
     def __init__(self, pool: ArenaPool, index: int, capacities: HostInts) -> None:

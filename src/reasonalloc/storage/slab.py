@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from reasonalloc.storage.spans import HostInts, Spans
@@ -95,21 +95,33 @@ class RaggedSlab(Spans):
         lengths = self.lengths_device.clone()
         return LayerTokens(self.keys[slots], self.values[slots], lengths, self.positions[slots], received)
 
-    def store(self, tokens: LayerTokens, lengths: HostInts, capacities: HostInts, seen: HostInts) -> None:
-        """Replace the content by ``tokens``, in place where the number of slots does not change.
+    def store(
+        self,
+        tokens: LayerTokens,
+        lengths: HostInts,
+        capacities: HostInts,
+        seen: HostInts,
+        index: Int[Tensor, "batch heads kept"] | None = None,
+    ) -> None:
+        """Replace the content by some of ``tokens``, in place where the number of slots does not change.
 
         Args:
-            tokens: what each row holds from now on; must not share memory with the slab.
-            lengths: ``tokens.lengths`` on the host.
+            tokens: must not share memory with the slab.
+            lengths: how many each row holds from now on, on the host.
             capacities: the new spans.
             seen: real tokens of each sequence so far.
+            index: which of a row's tokens, any past ``lengths``; None: the first ones.
         """
         self.seen = seen.copy()
         self._layout(capacities, lengths)
         self._resize(int(capacities.sum()))
         self._number_slots()
-        padded = tokens.keys.shape[2] * np.arange(lengths.size).reshape(lengths.shape)
-        places, slots = (_numbers(first, lengths, self.device) for first in (padded, self.starts))
+        slots = _numbers(self.starts, lengths, self.device)
+        padded = (tokens.keys if index is None else index).shape[2] * np.arange(lengths.size)
+        places = _numbers(padded, lengths, self.device)
+        if index is not None:
+            places = tokens.places(index).flatten().index_select(0, places)
+        # Whole tokens, by places that the host knows: faster than by masks, and nothing waits for the device.
         self.keys.index_copy_(0, slots, tokens.keys.flatten(0, 2).index_select(0, places))
         self.values.index_copy_(0, slots, tokens.values.flatten(0, 2).index_select(0, places))
         positions = tokens.positions.flatten().index_select(0, places)

@@ -42,10 +42,15 @@ class LayerTokens:
         """Which entries are among a head's last ``window`` tokens."""
         return self.valid & (self.index >= self.lengths[..., None] - window)
 
+    def places(self, index: Int[Tensor, "batch heads some"]) -> Int[Tensor, "batch heads some"]:
+        """Where the tokens at ``index`` of each head lie in ``keys.flatten(0, 2)``."""
+        batch, heads = index.shape[:2]
+        rows = torch.arange(batch * heads, device=index.device).view(batch, heads, 1)
+        return rows * self.keys.shape[2] + index
+
     def gather(self, index: Int[Tensor, "batch heads kept"], lengths: Int[Tensor, "batch heads"]) -> LayerTokens:
         """The tokens at ``index`` (any token of the head past ``lengths``), a copy."""
-        rows = torch.arange(lengths.numel(), device=index.device).view(*lengths.shape, 1)
-        places = (rows * self.keys.shape[2] + index).flatten()
+        places = self.places(index).flatten()
 
         def pick(x: Tensor) -> Tensor:  # whole tokens: on a CPU far faster than a gather of their channels
             return x.flatten(0, 2).index_select(0, places).view(*index.shape, *x.shape[3:])

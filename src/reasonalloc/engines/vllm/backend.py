@@ -44,7 +44,7 @@ class Step:
     """What a forward pass does.
 
     Attributes:
-        arenas: of the requests that decode one token.
+        arenas: of the requests that decode one token, their prompts being complete.
         rows: where these tokens lie in the batch.
         chunks: all others.
     """
@@ -52,6 +52,11 @@ class Step:
     arenas: list[int]
     rows: Tensor
     chunks: list[Chunk]
+
+    @property
+    def present(self) -> set[int]:
+        """The arenas of all requests that take part."""
+        return {*self.arenas, *(chunk.arena for chunk in self.chunks)}
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):
@@ -65,10 +70,11 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         batch = common_attn_metadata
         bounds = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
         lengths = batch.seq_lens[: batch.num_reqs].tolist()
+        in_prompt = batch.is_prefilling[: batch.num_reqs].tolist()
         arenas = batch.block_table_tensor[: batch.num_reqs, 0].tolist()
         decoding, rows, chunks = [], [], []
-        for arena, start, stop, length in zip(arenas, bounds[:-1], bounds[1:], lengths, strict=True):
-            if stop - start == 1 < length:
+        for arena, start, stop, length, prompt in zip(arenas, bounds[:-1], bounds[1:], lengths, in_prompt, strict=True):
+            if stop - start == 1 and not prompt:
                 decoding.append(arena)
                 rows.append(start)
             elif stop > start:
@@ -112,7 +118,12 @@ class ArenaAttention(AttentionImpl[Step]):
         asked = settings()
         assert asked is not None, "the plugin registers this backend only where REASONALLOC is set"
         self.scale, self.kv_cache_dtype = scale, kv_cache_dtype
-        self.served = ServedModel.of(asked, get_current_vllm_config())
+        config = get_current_vllm_config()
+        self.served = ServedModel.of(asked, config)
+        # Of prompts that arenas have no room for: the longest one, and what the step that ends it begins of others.
+        self.staged_tokens = config.model_config.max_model_len + config.scheduler_config.max_num_batched_tokens
+        self.room: Tensor | None = None  # held while vLLM measures what the model takes beside its cache
+        self.patience = config.parallel_config.pipeline_parallel_size
         self.arenas: ArenaLayer | None = None
         self.metrics: LayerMetrics | None = None
 
@@ -133,8 +144,11 @@ class ArenaAttention(AttentionImpl[Step]):
         if step is None:  # vLLM measures its own memory, and then warms up
             if kv_cache.numel():
                 self._arenas(layer, kv_cache)
+            else:
+                self.room = torch.empty(2, self.staged_tokens, *key.shape[1:], dtype=key.dtype, device=key.device)
             return output
         arenas = self._arenas(layer, kv_cache)
+        arenas.begin_step(step.present)
         for chunk in step.chunks:
             q, k, v = (x[chunk.tokens].transpose(0, 1) for x in (query, key, value))
             output[chunk.tokens] = arenas.chunk(chunk.arena, q, k, v, self.scale, chunk.first).transpose(0, 1)
@@ -148,8 +162,9 @@ class ArenaAttention(AttentionImpl[Step]):
     def _arenas(self, layer: Any, kv_cache: Tensor) -> ArenaLayer:
         if self.arenas is None:
             number = layer_number(layer.layer_name)
+            self.room = None
             pool = ArenaPool(kv_cache, self.served.layout(number, kv_cache.dtype))
-            self.arenas = ArenaLayer(number, self.served.compression, self.served.budgets, pool)
+            self.arenas = ArenaLayer(number, self.served.compression, self.served.budgets, pool, patience=self.patience)
             self.metrics = LayerMetrics(number, pool, len(kv_cache) - _RESERVED)
             if number == 0:
                 _logger.info(
