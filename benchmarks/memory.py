@@ -30,11 +30,20 @@ def formula(config: Any, compression: ra.Compression, batch: int) -> int:
     return int(batch * config.num_hidden_layers * (slots * slot_bytes + queries))
 
 
-def while_compressing(cache: ra.Cache, config: Any, batch: int) -> int:
-    """The README's bytes on top while R-KV compresses a layer: padded copies, a block of similarities, twice."""
-    longest = max(int(layer.slab.capacities.max()) for layer in cache.layer_caches if layer.slab is not None)
-    padded = batch * int(config.num_key_value_heads) * longest * (3 * 4 * int(config.head_dim) + 4)
-    return padded + 2 * 4 * rkv.block_entries(torch.device("cpu"))
+def while_compressing(longest: int, config: Any, batch: int) -> int:
+    """The README's bytes on top while R-KV compresses a layer whose longest head has so many tokens.
+
+    Padded copies of keys, values and positions; a block of similarities and one to compare them in; and twice the
+    keys of the rows that such a block takes.
+    """
+    dim = int(config.head_dim)
+    padded = batch * int(config.num_key_value_heads) * longest * (2 * 4 * dim + 4)
+    return padded + int(2 * 4 * rkv.block_entries(torch.device("cpu")) * (1 + dim / rkv.NEWEST))
+
+
+def longest_span(cache: ra.Cache) -> int:
+    """Slots of the largest head."""
+    return max(int(layer.slab.capacities.max()) for layer in cache.layer_caches if layer.slab is not None)
 
 
 def measure(kind: str, model_path: str, tokens: int, batch: int, budget: int) -> dict[str, Any]:
@@ -48,11 +57,11 @@ def measure(kind: str, model_path: str, tokens: int, batch: int, budget: int) ->
     torch.manual_seed(1)
     ids = torch.randint(3, vocabulary, (batch, 1))
     # What any generation allocates once (buffers, compiled code) is not the cache's: a short one comes first.
-    warm = ra.Cache(model.config, ra.Compression.method("reasonalloc", 32, interval=32))
+    warm = ra.Cache(model.config, ra.Compression.method("reasonalloc", budget))
     with torch.no_grad():
-        model(torch.randint(3, vocabulary, (batch, 64)), use_cache=False)
-        for _ in range(100):
-            model(ids[:1], **{CACHE_ARGUMENT: warm})
+        model(torch.randint(3, vocabulary, (batch, 500)), use_cache=False, logits_to_keep=1)
+        for _ in range(budget + 2 * warm.compression.interval):
+            model(ids, **{CACHE_ARGUMENT: warm})
     del warm
     before = resident()
     if kind == "full":
@@ -61,17 +70,18 @@ def measure(kind: str, model_path: str, tokens: int, batch: int, budget: int) ->
             for _ in range(0, tokens, 500):
                 model(torch.randint(3, vocabulary, (batch, 500)), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
     else:
-        cache = ra.Cache(model.config, ra.Compression.method(kind, budget))
+        cache, longest = ra.Cache(model.config, ra.Compression.method(kind, budget)), 0
         with torch.no_grad(), Peak() as peak:
             for _ in range(tokens):
                 ids = model(ids, **{CACHE_ARGUMENT: cache}).logits[:, -1:].argmax(-1)
+                longest = max(longest, longest_span(cache))
     after = resident()
     result = {"tokens": cache.get_seq_length(), "kv_bytes": kv_bytes(cache), "resident_growth": after - before,
               "peak_growth": peak.bytes - before}  # fmt: skip
     if kind != "full":
         result["total_bytes"] = cache.stats().total_bytes
         result["formula"] = formula(model.config, cache.compression, batch)
-        result["formula_peak"] = result["formula"] + while_compressing(cache, model.config, batch)
+        result["formula_peak"] = result["formula"] + while_compressing(longest, model.config, batch)
     return result
 
 

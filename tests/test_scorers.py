@@ -31,7 +31,7 @@ from reasonalloc.scoring import (
     StreamingLLM,
     VaSE,
 )
-from reasonalloc.scoring.rkv import spared_similarity
+from reasonalloc.scoring.rkv import counted_similarity
 from reasonalloc.storage import LayerTokens, RaggedSlab
 
 # Long and short heads, a head with fewer tokens than its sequence has queries, and an empty sequence.
@@ -338,14 +338,14 @@ def test_rkv_blocks(monkeypatch, rows_at_once):
 def test_rkv_looks_through_the_newest_keys_first(monkeypatch, newest, entries):
     """However many keys are asked at a time, and however few queries ask them, it is the newest similar one."""
     seen = observe(75, keys=keys_with_duplicates(9))
-    monkeypatch.setattr("reasonalloc.scoring.rkv._NEWEST", newest)
+    monkeypatch.setattr("reasonalloc.scoring.rkv.NEWEST", newest)
     monkeypatch.setattr("reasonalloc.scoring.rkv._BLOCK_ENTRIES", {"cpu": entries})
     assert_scores(RKV(weight=0.0).score(seen), seen, lambda row: ref_rkv(row, 0.0))
 
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_spared_similarity_of_any_lengths(data):
+def test_counted_similarity_of_any_lengths(data):
     """Against all pairs at once, in float64: rows of any length, keys with and without near duplicates."""
     lengths = data.draw(st.lists(st.integers(0, 260), min_size=1, max_size=6))
     clusters, seed = data.draw(st.integers(1, 40)), data.draw(st.integers(0, 1 << 20))
@@ -353,14 +353,17 @@ def test_spared_similarity_of_any_lengths(data):
     member = torch.randint(clusters, (len(lengths), max(lengths)), generator=rng(seed + 1))
     noise = torch.randn(*member.shape, 16, generator=rng(seed + 2), dtype=torch.float64)
     absent = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
-    keys = torch.nn.functional.normalize(center[member] + noise, dim=-1).masked_fill(absent[..., None], 0.0)
+    keys = center[member] + noise
+    unit = torch.nn.functional.normalize(keys, dim=-1).masked_fill(absent[..., None], 0.0)
     wanted = torch.zeros(member.shape, dtype=torch.float64)
-    for row, cosine in enumerate((keys @ keys.transpose(1, 2)).tolist()):
+    for row, cosine in enumerate((unit @ unit.transpose(1, 2)).tolist()):
         for i, line in enumerate(cosine):
-            hits = [j for j, c in enumerate(line) if c > 0.5 and j != i]
+            line[i] = 0.0
+            hits = [j for j, c in enumerate(line) if c > 0.5]
             if hits:
-                wanted[row, hits[-1]] += line[hits[-1]]
-    got = spared_similarity(keys, torch.tensor(lengths), 0.5)
+                line[hits[-1]] = 0.0
+            wanted[row] += torch.tensor(line, dtype=torch.float64)
+    got = counted_similarity(keys.masked_fill(absent[..., None], float("nan")), torch.tensor(lengths), 0.5)
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 

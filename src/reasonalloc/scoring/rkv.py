@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from reasonalloc.storage.tokens import LayerTokens
 # Never n x n; on a CPU what fits its caches.
 _BLOCK_ENTRIES = {"cpu": 1 << 19}
 _BLOCK_ENTRIES_ELSEWHERE = 1 << 26
-_NEWEST = 96  # keys that are looked through first: most keys of a model have a near duplicate among them
+NEWEST = 96  # keys that are looked through first: most keys of a model have a near duplicate among them
 
 
 def block_entries(device: torch.device) -> int:
@@ -70,39 +69,44 @@ class RKV(Scorer):
 def redundancy(tokens: LayerTokens, threshold: float) -> Float[Tensor, "batch heads tokens"]:
     """Softmax over a head's tokens of the column means of its key similarity matrix; see ``RKV``."""
     valid = tokens.valid
-    keys = F.normalize(at_least_float32(tokens.keys), dim=-1, eps=1e-8).masked_fill_(~valid[..., None], 0.0)
-    # A column's sum over all rows is one dot product with the sum of all keys; only what rows spare needs pairs.
-    total = (keys @ keys.sum(2)[..., None]).squeeze(-1) - torch.linalg.vector_norm(keys, dim=-1).square()
-    total = total - spared_similarity(keys.flatten(0, 1), tokens.lengths.flatten(), threshold).view_as(total)
+    total = counted_similarity(tokens.keys.flatten(0, 1), tokens.lengths.flatten(), threshold).view(valid.shape)
     mean = total / tokens.lengths[..., None].clamp(min=1)
     return mean.masked_fill(~valid, float("-inf")).softmax(-1).masked_fill(~valid, 0.0)
 
 
-def spared_similarity(
+def counted_similarity(
     keys: Float[Tensor, "rows tokens dim"], lengths: Int[Tensor, "rows"], threshold: float
 ) -> Float[Tensor, "rows tokens"]:
-    """Per token, the similarities that others do not count against it because it is their newest near duplicate.
+    """Per token, its similarities with the others, but for those that spare it as their newest near duplicate.
 
     Args:
-        keys: normalised; zero at and past ``lengths``.
+        keys: anything at and past ``lengths``.
         lengths: tokens per row.
         threshold: cosine above which two keys are near duplicates, not negative.
+
+    Returns:
+        In float32, or float64 for such keys; 0 at and past ``lengths``.
     """
-    spared, entries = keys.new_zeros(keys.shape[:2]), block_entries(keys.device)
-    flat, width = keys.flatten(0, 1), keys.shape[1]
+    flat, width, entries = keys.flatten(0, 1), keys.shape[1], block_entries(keys.device)
+    counted = at_least_float32(keys[:0]).new_zeros(keys.shape[:2])
     ascending, order = lengths.sort()
     held = ascending.tolist()
     for stretch in _alike(held):
         n = held[stretch.stop - 1]
         # Whole rows first: a product of few queries with many keys reads every key for little work.
-        for rows in order[stretch].split(max(1, entries // max(1, n * _NEWEST))):
+        for rows in order[stretch].split(max(1, entries // max(1, n * NEWEST))):
             # Where the token of each age lies, and, being its own inverse, the age of the token at each place.
             turned = lengths[rows, None] - 1 - torch.arange(n, device=keys.device)
             absent, turned = turned < 0, turned.clamp(min=0)
-            newest_first = _pick(flat, turned + width * rows[:, None]).masked_fill_(absent[..., None], 0.0)
-            found = _spared(newest_first, absent, threshold, entries)
-            spared[rows, :n] = found.gather(1, turned).masked_fill_(absent, 0.0)
-    return spared
+            newest_first = at_least_float32(_pick(flat, turned + width * rows[:, None]))
+            newest_first /= torch.linalg.vector_norm(newest_first, dim=-1, keepdim=True).clamp_min_(1e-8)
+            newest_first.masked_fill_(absent[..., None], 0.0)
+            # A column's sum over all rows is one dot product with the sum of all keys; only what is spared needs pairs.
+            total = (newest_first @ newest_first.sum(1)[..., None]).squeeze(-1)
+            total -= torch.linalg.vector_norm(newest_first, dim=-1).square_()
+            total -= _spared(newest_first, absent, threshold, entries)
+            counted[rows, :n] = total.gather(1, turned).masked_fill_(absent, 0.0)
+    return counted
 
 
 def _pick(flat: Float[Tensor, "all dim"], index: Int[Tensor, "rows some"]) -> Float[Tensor, "rows some dim"]:
@@ -125,18 +129,19 @@ def _alike(lengths: list[int]) -> Iterator[slice]:
 def _spared(
     keys: Float[Tensor, "rows tokens dim"], absent: Bool[Tensor, "rows tokens"], threshold: float, entries: int
 ) -> Float[Tensor, "rows tokens"]:
-    """``spared_similarity`` of rows of about one length whose newest tokens come first, in blocks of ``entries``.
+    """Per token, the similarities that spare it: it is the newest near duplicate of the tokens that have them.
 
-    Every token asks the newest keys; those that find no near duplicate there ask the next newest, and so on.
+    Rows are of about one length, their newest tokens come first. Every token asks the newest keys; those that find
+    no near duplicate there ask the next newest, and so on, in blocks of ``entries``.
     """
     count, n, _ = keys.shape
     spared = keys.new_zeros(count, n)
     flat, first_of_row = keys.flatten(0, 1), n * torch.arange(count, device=keys.device)[:, None]
-    at_once = max(1, entries // (count * _NEWEST))
+    at_once = max(1, entries // (count * NEWEST))
     for begin in range(0, n, at_once):
         queries, settled = keys[:, begin : begin + at_once], absent[:, begin : begin + at_once]
         asking = torch.arange(begin, begin + queries.shape[1], device=keys.device).expand(count, -1)
-        first, last = 0, min(n, _NEWEST)
+        first, last = 0, min(n, NEWEST)
         while first < n:
             at, similarity = _newest_similar(queries, keys[:, first:last], asking - first, threshold)
             spared.scatter_add_(-1, first + at, similarity)
@@ -147,7 +152,7 @@ def _spared(
             rest = settled.to(torch.uint8).argsort(dim=-1, stable=True)[:, :left]
             asking, settled = asking.gather(1, rest), settled.gather(1, rest)
             queries = _pick(flat, first_of_row + asking).masked_fill_(settled[..., None], 0.0)  # they ask no more
-            first, last = last, min(n, last + max(_NEWEST, entries // (count * left)))
+            first, last = last, min(n, last + max(NEWEST, entries // (count * left)))
     return spared
 
 
