@@ -5,6 +5,7 @@ with --watch-memory by how many bytes the process grew at most, the model's own 
 """
 
 import argparse
+import inspect
 import json
 import sys
 import time
@@ -50,13 +51,14 @@ def generate(model: Any, options: argparse.Namespace, tokens: int) -> tuple[floa
         peak = max(peak, held(cache))
         return torch.zeros(len(ids), dtype=torch.bool)
 
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     ids = torch.randint(1, model.config.vocab_size, (options.batch, options.prompt))
     with context, torch.no_grad():
         began = time.perf_counter()
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **{name: cache},
             stopping_criteria=transformers.StoppingCriteriaList([watch]),
             max_new_tokens=tokens,
             do_sample=False,

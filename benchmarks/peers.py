@@ -55,8 +55,9 @@ def main() -> None:
     for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--libraries", nargs="+", default=["reasonalloc", "kvpress", "transformers"])
     options = vars(parser.parse_args())
-    rounds = options.pop("rounds")
+    rounds, libraries = options.pop("rounds"), options.pop("libraries")
     pythons = {"reasonalloc": sys.executable, "transformers": sys.executable, "kvpress": peer_python()}
     worker = str(Path(__file__).parent / "peer_worker.py")
     settings = [text for name, value in options.items() for text in (f"--{name}", str(value))]
@@ -66,9 +67,11 @@ def main() -> None:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
-    found: dict[Contender, list[dict[str, Any]]] = {contender: [] for contender in CONTENDERS}
+    found: dict[Contender, list[dict[str, Any]]] = {
+        contender: [] for contender in CONTENDERS if contender[0] in libraries
+    }
     for number in range(rounds):
-        for contender in CONTENDERS if number % 2 == 0 else reversed(CONTENDERS):  # nobody is always first
+        for contender in list(found) if number % 2 == 0 else reversed(found):  # nobody is always first
             if contender != FULL or number == 0:  # it takes as long as all the others together
                 found[contender].append(run(*contender))
                 print(
