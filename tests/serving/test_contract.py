@@ -6,7 +6,12 @@ import torch
 import vllm
 from packaging.version import Version
 from vllm.model_executor.layers.attention.attention import Attention
-from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, UniformTypeKVCacheSpecs
 
@@ -58,6 +63,7 @@ def test_the_seams_are_where_they_were():
     assert {"CPU_ATTN", "CUSTOM"} <= {member.name for member in AttentionBackendEnum}
     build = inspect.signature(AttentionMetadataBuilder.build).parameters
     assert list(build) == ["self", "common_prefix_len", "common_attn_metadata", "fast_build"]
+    assert "is_prefilling" in inspect.signature(CommonAttentionMetadata).parameters, "who says when a prompt ends?"
     forward = list(inspect.signature(AttentionImpl.forward).parameters)
     assert forward[:8] == ["self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"]
     assert hasattr(AttentionBackend, "supported_kv_cache_layouts")

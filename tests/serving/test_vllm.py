@@ -148,7 +148,7 @@ def test_eight_times_as_many_requests_fit(tmp_path):
     alone = run(tmp_path, asked, **job, options={**at_once, "max_num_seqs": 1})
     print(f"stock {stock['running']} requests at once, ours {ours['running']} of {ours['blocks'] - 1}")
     assert ours["running"] >= 8 * stock["running"]
-    assert ours["tokens"] == alone["tokens"]  # not met yet, see "Long prompts" in docs/serving.md
+    assert ours["tokens"] == alone["tokens"]
 
 
 def test_a_load_with_clients_that_hang_up(tmp_path):
