@@ -20,6 +20,7 @@ class Meeting:
 
     def of(self, rank):
         def gather(tensor):
+            assert tensor.is_floating_point(), "vLLM gathers no integers on CPUs with AVX-512"
             self.brought[rank] = tensor
             self.barrier.wait()
             everyone = torch.cat(self.brought)

@@ -51,17 +51,21 @@ class GatheredHeads(HeadAllocator):
         window: int,
     ) -> HeadSplit:
         """Budgets of this rank's heads; they sum to ``total``, as ever."""
-        widest = int(self.gather(torch.tensor([scores.shape[-1]], device=scores.device)).max())
+        widest = int(self._gather_whole(torch.tensor([scores.shape[-1]], device=scores.device)).max())
         scores = F.pad(scores, (0, widest - scores.shape[-1]), value=float("-inf"))
         every = self.inner.allocate(
             _side_by_side(self.gather(scores[None])),
-            _side_by_side(self.gather(lengths[None])),
-            self.gather(total[None]).sum(0),
+            _side_by_side(self._gather_whole(lengths[None])),
+            self._gather_whole(total[None]).sum(0),
             window,
         )
         heads = lengths.shape[1]
         wish = every.budgets[:, self.rank * heads : (self.rank + 1) * heads]
         return HeadSplit(within_rank(wish, lengths, total, window), every.threshold)
+
+    def _gather_whole(self, x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+        """Numbers of tokens travel as float32, exact below 2**24: not every engine gathers integers."""
+        return self.gather(x.to(torch.float32)).to(x.dtype)
 
 
 def within_rank(
