@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -53,7 +54,7 @@ class Step:
     rows: Tensor
     chunks: list[Chunk]
 
-    @property
+    @cached_property  # every layer asks
     def present(self) -> set[int]:
         """The arenas of all requests that take part."""
         return {*self.arenas, *(chunk.arena for chunk in self.chunks)}
