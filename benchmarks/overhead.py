@@ -3,7 +3,8 @@
     python benchmarks/overhead.py [--batch 8] [--budget 256] [--repeats 9]
 
 Both decode the same tokens on the same model. A measured block is one whole interval, its compression included;
-blocks of the methods alternate, so that a change of the machine's speed meets both alike. Ratios are per pair.
+blocks of the methods alternate, so that a change of the machine's speed meets both alike. Ratios are per pair,
+of the whole block and of its compression.
 A round's stages are timed as well: gather (a padded copy of the layer), score, route (budgets of heads and layers),
 select, repack.
 """
@@ -40,6 +41,7 @@ def main() -> None:
     caches: dict[str, ra.Cache] = {}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     clock: Clock = dict.fromkeys(STAGES, 0.0)
+    compressing: dict[str, list[float]] = {name: [] for name in names}
     spent: dict[str, Clock] = {name: dict.fromkeys(STAGES, 0.0) for name in names}
     time_stages(clock)
     for name in names:
@@ -53,17 +55,25 @@ def main() -> None:
         for name in names if repeat % 2 else reversed(names):  # neither is always first
             clock.update(dict.fromkeys(STAGES, 0.0))
             seconds[name].append(INTERVAL * seconds_per_step(model, caches[name], ids, INTERVAL))
+            compressing[name].append(clock["all"])
             for stage in STAGES:
                 spent[name][stage] += clock[stage]
     base = names[0]
     methods: dict[str, dict[str, Any]] = {}
     for name in names:
         ratios = [mine / theirs - 1 for mine, theirs in zip(seconds[name], seconds[base], strict=True)]
+        # What the compressions alone add, in the same pairs: the rest is how differently the steps between them ran.
+        added = [
+            (mine - theirs) / whole
+            for mine, theirs, whole in zip(compressing[name], compressing[base], seconds[base], strict=True)
+        ]
         share = spent[name]["all"] / sum(seconds[name])
         entry: dict[str, Any] = {
             "ms_per_step": [round(1e3 * s / INTERVAL, 3) for s in seconds[name]],
             "overhead_median": statistics.median(ratios),
             "overhead_quartiles": statistics.quantiles(ratios, n=4)[::2],
+            "added_by_compressions": statistics.median(added),
+            "added_quartiles": statistics.quantiles(added, n=4)[::2],
             "compression_share": share,
             "compression_ms_per_round": 1e3 * spent[name]["all"] / options.repeats,
             "compression_us_per_token": 1e6 * spent[name]["all"] / options.repeats / INTERVAL / options.batch,
@@ -73,7 +83,8 @@ def main() -> None:
         low, high = entry["overhead_quartiles"]
         print(
             f"{name:22s} {1e3 * statistics.median(seconds[name]) / INTERVAL:8.2f} ms/step   over {base}: "
-            f"{entry['overhead_median']:+.2%} (quartiles {low:+.2%} {high:+.2%})   "
+            f"{entry['overhead_median']:+.2%} (quartiles {low:+.2%} {high:+.2%}), "
+            f"of which compressions {entry['added_by_compressions']:+.2%}   "
             f"all compression work {share:.2%}, {entry['compression_ms_per_round']:.1f} ms per round: "
             + ", ".join(f"{stage} {ms:.1f}" for stage, ms in entry["stage_ms_per_round"].items())
         )

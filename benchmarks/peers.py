@@ -67,34 +67,39 @@ def main() -> None:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
-    found: dict[Contender, list[dict[str, Any]]] = {
-        contender: [] for contender in CONTENDERS if contender[0] in libraries
+    contenders = [contender for contender in CONTENDERS if contender[0] in libraries]
+    few = str(options["budget"] + 2 * options["interval"] + 2)  # two compressions tell the peak of any number
+    growths = {
+        contender: run(*contender, "--watch-memory", "--tokens", few, **ENVIRONMENT)["peak_growth"]
+        for contender in contenders
     }
+    found: dict[Contender, list[dict[str, Any]]] = {contender: [] for contender in contenders}
     for number in range(rounds):
-        for contender in list(found) if number % 2 == 0 else reversed(found):  # nobody is always first
+        for contender in contenders if number % 2 == 0 else reversed(contenders):  # nobody is always first
             if contender != FULL or number == 0:  # it takes as long as all the others together
                 found[contender].append(run(*contender))
-                print(
-                    f"round {number + 1}: {' '.join(contender):24s} {found[contender][-1]['seconds']:7.1f} s",
-                    flush=True,
-                )
-    few = str(options["budget"] + 2 * options["interval"] + 2)  # two compressions tell the peak of any number
+                seconds = found[contender][-1]["seconds"]
+                print(f"round {number + 1}: {' '.join(contender):24s} {seconds:7.1f} s", flush=True)
+        save("peers", {**options, "watched_tokens": int(few), "rows": table(found, growths)})  # a round is not lost
+
+
+def table(found: dict[Contender, list[dict[str, Any]]], growths: dict[Contender, int]) -> list[dict[str, Any]]:
+    """A row a contender, printed, too."""
     rows = []
     for contender, results in found.items():
-        growth = run(*contender, "--watch-memory", "--tokens", few, **ENVIRONMENT)["peak_growth"]
         speed = statistics.median(result["tokens"] / result["seconds"] for result in results)
         # Against ours with the same scorer, round by round.
-        ours = found.get(("reasonalloc", contender[1]), found[CONTENDERS[0]])
+        ours = found.get(("reasonalloc", contender[1])) or next(iter(found.values()))
         ratios = [theirs["seconds"] / mine["seconds"] for mine, theirs in zip(ours, results, strict=False)]
-        held = results[0]["kv_bytes"]
         rows.append({"library": contender[0], "method": contender[1], "ours_is_faster_by": ratios,
-                     "peak_growth": growth, "runs": results})  # fmt: skip
+                     "peak_growth": growths[contender], "runs": results})  # fmt: skip
         print(
-            f"{' '.join(contender):24s} {speed:8.1f} tokens/s   {held / 1e6:7.1f} MB held   process grew by "
-            f"{growth / 1e6:7.1f} MB in {few} tokens   reasonalloc with its scorer is "
-            f"{statistics.median(ratios):.2f} x as fast ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"{' '.join(contender):24s} {speed:8.1f} tokens/s   {results[0]['kv_bytes'] / 1e6:7.1f} MB held   "
+            f"process grew by {growths[contender] / 1e6:7.1f} MB   reasonalloc with its scorer is "
+            f"{statistics.median(ratios):.2f} x as fast ({min(ratios):.2f} to {max(ratios):.2f})",
+            flush=True,
         )
-    save("peers", {**options, "rows": rows})
+    return rows
 
 
 if __name__ == "__main__":

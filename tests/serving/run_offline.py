@@ -82,10 +82,12 @@ def main():
         **{"max_model_len": 1024, "enable_prefix_caching": False, **job.get("options", {})},
     )  # fmt: skip
     ready = time.perf_counter()
-    result = generate(llm, job)
+    result, cache = generate(llm, job), llm.llm_engine.vllm_config.cache_config
     result |= {
         "seconds": {"start": ready - began, "generate": time.perf_counter() - ready},
-        "blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
+        "blocks": cache.num_gpu_blocks,
+        "slots": cache.num_gpu_blocks * cache.block_size,
+        "step": llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens,
         "kept": kept(llm) if job.get("watch") else None,
     }
     Path(sys.argv[2]).write_text(json.dumps(result))

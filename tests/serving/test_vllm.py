@@ -135,19 +135,21 @@ def test_requests_together_equal_requests_alone(tmp_path):
 
 def test_eight_times_as_many_requests_fit(tmp_path):
     """Maximum length 4096, budget 128, the same bytes: prompts of 3,900 tokens at once, and one by one."""
-    asked, part = {"method": "rkv", "budget": 128}, 16  # a sixteenth of the GiB that vLLM gives is enough to fill
-    job = {"prompts": prompts(48, 3900, 3900, seed=3), "tokens": 40}
+    asked, options = {"method": "rkv", "budget": 128}, {"max_model_len": 4096}
+    job = {"prompts": prompts(48, 3900, 3900, seed=3), "tokens": 48}
+    small = {"prompts": [[1, 2, 3]], "tokens": 1, "options": options}
+    stock_size, our_size = run(tmp_path, None, **small), run(tmp_path, asked, **small)
+    part = max(1, stock_size["slots"] // (4 * 4096))  # of the GiB that vLLM gives: what four requests fill is enough
 
-    def sixteenth(plugin, most):
-        blocks = run(tmp_path, plugin, prompts=[[1, 2, 3]], tokens=1, options={"max_model_len": 4096})["blocks"]
-        return {"max_model_len": 4096, "num_gpu_blocks_override": blocks // part, "max_num_seqs": most}
+    def limits(size, most):
+        return {**options, "num_gpu_blocks_override": size["blocks"] // part, "max_num_seqs": most}
 
-    stock = run(tmp_path, None, **{**job, "prompts": job["prompts"][:16]}, options=sixteenth(None, 16))
-    at_once = sixteenth(asked, 48)
-    ours = run(tmp_path, asked, **job, options=at_once)
-    alone = run(tmp_path, asked, **job, options={**at_once, "max_num_seqs": 1})
+    stock = run(tmp_path, None, **{**job, "prompts": job["prompts"][:8]}, options=limits(stock_size, 8))
+    ours = run(tmp_path, asked, **job, options=limits(our_size, 48))
     print(f"stock {stock['running']} requests at once, ours {ours['running']} of {ours['blocks'] - 1}")
+    assert stock["running"] < 8  # not all: the memory was full
     assert ours["running"] >= 8 * stock["running"]
+    alone = run(tmp_path, asked, **job, options=limits(our_size, 1))
     assert ours["tokens"] == alone["tokens"]
 
 
