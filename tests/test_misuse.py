@@ -9,6 +9,7 @@ from reference import compression, prompts, tiny_model
 from transformers import DeepseekV2Config, Gemma2Config, GptOssConfig, MistralConfig, Qwen2Config, T5Config
 
 import reasonalloc as ra
+from reasonalloc.attention import choose_backend
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,12 @@ def test_wrong_arguments_to_cache():
         cache = ra.Cache(model.config, compression("reasonalloc"), attention=backend)
         with pytest.raises(ValueError, match=message):
             model.generate(ids, past_key_values=cache, max_new_tokens=2)
+
+
+def test_flash_attention_takes_no_heads_that_it_would_fail_at():
+    for dim, message in ((264, "up to 256 channels"), (84, "a multiple of 8")):
+        with pytest.raises(ValueError, match=message):
+            choose_backend("varlen", torch.device("cuda"), torch.float16, dim, tracks_received=False)
 
 
 def test_custom_float_masks_are_refused():

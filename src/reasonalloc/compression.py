@@ -43,7 +43,8 @@ class Compression:
         interval: decoded tokens between two compressions (the paper's Delta).
         window: newest tokens that every head keeps; None takes the scorer's own.
         prompt: "compete": the prompt's tokens are evicted like all others (as in the paper);
-            "protect": they stay, on top of the budget.
+            "protect": they stay, on top of the budget. A prompt ends before the first token that comes alone, so
+            a chunk of one token (but for the very first) counts as decoded.
         storage_order: order of the survivors in memory. "position" keeps the text's order; "score" is the order of
             R-KV's original code, where neighbours in later rounds are neighbours in score.
         seed: of the cache's own random numbers, for scorers that draw.
