@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from reasonalloc.attention import AttentionBackend, attend_rows, choose_backend, received_attention
+from reasonalloc.attention import AttentionBackend, attend_rows, check_backend, choose_backend, received_attention
 from reasonalloc.budgets import LayerBudgets
 from reasonalloc.compression import Compression
 from reasonalloc.compressor import LayerCompressor
@@ -103,6 +103,7 @@ class LayerCache:
         self.layer = layer
         self.compression = compression
         self.compressor = None if budgets is None else LayerCompressor(layer, compression, budgets)
+        check_backend(backend)
         self.backend_name = backend
         self.recorder = recorder
         self.probe = probe

@@ -68,6 +68,12 @@ BACKENDS: dict[str, Callable[[], Attend]] = {
 }
 
 
+def check_backend(name: str) -> None:
+    """Raise ``ValueError`` for a name that no backend has; whether it serves a cache shows when that has tensors."""
+    if name != "auto" and name not in BACKENDS:
+        raise unknown_name("attention backend", name, ["auto", *BACKENDS])
+
+
 def choose_backend(
     name: str, device: torch.device, dtype: torch.dtype, dim: int, tracks_received: bool
 ) -> AttentionBackend:
@@ -76,8 +82,7 @@ def choose_backend(
     Raises:
         ValueError: an unknown name, or a backend that cannot serve these.
     """
-    if name != "auto" and name not in BACKENDS:
-        raise unknown_name("attention backend", name, ["auto", *BACKENDS])
+    check_backend(name)
     problems = {candidate: _problem(candidate, device, dtype, dim, tracks_received) for candidate in BACKENDS}
     if name == "auto":
         name = next(candidate for candidate in ("varlen", "triton", "compiled", "rows") if not problems[candidate])

@@ -162,8 +162,8 @@ class Cache(cache_utils.Cache):
 
         Raises:
             UnsupportedModelError: the model's attention is not supported, see ``support.model_shape``.
-            ValueError: the model uses another attention implementation, the profile is of another model, or the
-                ranks cannot share the heads or a policy that gives every head a budget of its own.
+            ValueError: there is no such backend, the model uses another attention implementation, the profile is of
+                another model, or the ranks cannot share the heads or a policy that gives every head its own budget.
         """
         if not isinstance(compression, Compression):
             raise TypeError(f"expected a reasonalloc.Compression, got {type(compression).__name__}")
