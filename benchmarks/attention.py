@@ -83,7 +83,7 @@ def main() -> None:
         "ragged, padded gather": lambda i: padded_gather(query, slabs[i], scaling),
     }
     for name in BACKENDS[device.type]:
-        contenders[f"ragged, {name}"] = with_backend(choose_backend(name, device, dtype, False))
+        contenders[f"ragged, {name}"] = with_backend(choose_backend(name, device, dtype, shape.dim, False))
     source = torch.ones(COPIED, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     tokens = {name: sum(int(slab.lengths.sum()) for slab in slabs) for name in contenders}

@@ -68,7 +68,7 @@ def test_requests_that_come_and_go_equal_single_caches(method):
         for arena in range(ARENAS):
             if arena not in alone and choose.random() < 0.3:
                 alone[arena], left[arena] = Alone(chosen, shape), choose.randrange(5, 60)
-                cuts = choose.choice([[1], [20], [90], [70, 9, 1], [1, 1], [13, 2, 30], [40, 40]])
+                cuts = choose.choice([[1], [20], [90], [70, 9, 1], [1, 1], [13, 2, 30], [40, 40], [33, *[1] * 19]])
                 q, k, v = tokens(generator, sum(cuts))
                 got = [
                     layer.chunk(arena, *(x[:, end - count : end] for x in (q, k, v)), SCALING, first=end == count)

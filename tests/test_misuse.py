@@ -9,6 +9,7 @@ from reference import compression, prompts, tiny_model
 from transformers import DeepseekV2Config, Gemma2Config, GptOssConfig, MistralConfig, Qwen2Config, T5Config
 
 import reasonalloc as ra
+from reasonalloc.attention import choose_backend
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_missing_and_foreign_profile(tmp_path):
     path = tmp_path / "wave.json"
     path.write_text(json.dumps(ra.DemandProfile.of_layers((1.0, 2.0), ra.ModelShape(2, 3, 6, 16), "qwen2").to_dict()))
     with pytest.raises(
-        ValueError, match=r"another model \(model_type: profile 'qwen2', model 'llama'; layers: profile 2"
+        ValueError, match=r"another model \(layers: profile 2, model 3; model_type: profile 'qwen2', model 'llama'\)"
     ):
         ra.Cache(tiny_model().config, ra.Compression(budget=64, profile=path))
 
@@ -110,10 +111,17 @@ def test_wrong_arguments_to_cache():
     with pytest.raises(TypeError, match=r"expected a reasonalloc\.Compression, got int"):
         ra.Cache(model.config, 256)
     ids, _ = prompts((9,))
-    for backend, message in (("fast", "unknown attention backend 'fast'"), ("varlen", "it runs on CUDA")):
-        cache = ra.Cache(model.config, compression("reasonalloc"), attention=backend)
+    with pytest.raises(ValueError, match="unknown attention backend 'sdpa'"):
+        ra.Cache(model.config, compression("reasonalloc"), attention="sdpa")
+    cache = ra.Cache(model.config, compression("reasonalloc"), attention="varlen")
+    with pytest.raises(ValueError, match="it runs on CUDA"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=2)
+
+
+def test_flash_attention_takes_no_heads_that_it_would_fail_at():
+    for dim, message in ((264, "up to 256 channels"), (84, "a multiple of 8")):
         with pytest.raises(ValueError, match=message):
-            model.generate(ids, past_key_values=cache, max_new_tokens=2)
+            choose_backend("varlen", torch.device("cuda"), torch.float16, dim, tracks_received=False)
 
 
 def test_custom_float_masks_are_refused():

@@ -1011,11 +1011,12 @@ def test_chunk_that_sees_everything():
 
 @pytest.mark.parametrize("hidden", [None, HIDDEN], ids=["all seen", "hidden"])
 @pytest.mark.parametrize("entries", [1, 50])
-def test_received_attention_in_blocks(monkeypatch, entries, hidden):
+def test_attention_in_blocks_of_queries(monkeypatch, entries, hidden):
     monkeypatch.setattr("reasonalloc.attention.rows._BLOCK_ENTRIES", entries)
     slab, tokens = make_slab(torch.float32, lengths=CHUNK_LENGTHS)
     query = randn(870, 3, 4, 5, 6).float()
-    _, added = ref_attend(query, tokens, 0.6, hidden)
+    out, added = ref_attend(query, tokens, 0.6, hidden)
+    assert_output(attend_rows(query, slab, 0.6, None if hidden is None else hidden.clamp(min=0)), out, 2e-5)
     received_attention(query, slab, 0.6, hidden)
     assert_received(slab, tokens, added, 2e-5)
 

@@ -1,5 +1,6 @@
 """The transformers adapter against stock transformers and against the masked full-cache reference."""
 
+import copy
 import warnings
 
 import pytest
@@ -56,6 +57,55 @@ def test_multi_head_attention_and_one_token_prompt():
     want = model.generate(ids, attention_mask=mask, **GREEDY)
     model.set_attn_implementation("reasonalloc")
     assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=full_cache(model), **GREEDY), want)
+
+
+@pytest.mark.parametrize("budget", [24, 64])
+@pytest.mark.parametrize("backend", ["rows", "compiled"])
+def test_a_copied_cache_goes_on_as_the_original_would(backend, budget):
+    """A prefilled prompt, used several times: ``copy.deepcopy(cache)``, as with transformers' own caches."""
+    model = tiny_model()
+    ids, mask = prompts((30, 21))
+    longer, longer_mask = torch.cat([ids, ids[:, :2]], 1), torch.cat([mask, torch.ones_like(mask[:, :2])], 1)
+
+    def prefilled():
+        cache = ra.Cache(model.config, compression("random", budget=budget), attention=backend)
+        with torch.no_grad():
+            model(ids, attention_mask=mask, past_key_values=cache)
+        return cache
+
+    def answer(cache):
+        options = {"attention_mask": longer_mask, "past_key_values": cache, "do_sample": False, "max_new_tokens": 60}
+        return model.generate(longer, **options), cache.stats().kept
+
+    original = prefilled()
+    copied = copy.deepcopy(original)
+    want, kept = answer(prefilled())
+    for cache in (copied, original):
+        got, got_kept = answer(cache)
+        assert torch.equal(got, want)
+        assert got_kept == kept
+
+
+def test_a_prompt_read_in_inference_mode_can_be_gone_on_with():
+    model = tiny_model()
+    ids, mask = prompts((30, 21))
+    outputs = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        cache = ra.Cache(model.config, compression("reasonalloc"))
+        with mode():
+            model(ids, attention_mask=mask, past_key_values=cache)
+        longer, longer_mask = torch.cat([ids, ids[:, :2]], 1), torch.cat([mask, torch.ones_like(mask[:, :2])], 1)
+        outputs.append(model.generate(longer, attention_mask=longer_mask, past_key_values=cache, **GREEDY))
+    assert torch.equal(*outputs)
+
+
+def test_no_mask_outlives_the_prompt():
+    """A chunk's mask has as many entries as the chunk times all before it."""
+    model = tiny_model()
+    cache = ra.Cache(model.config, compression("rkv"))
+    ids, _ = prompts((61,))
+    model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=3, prefill_chunk_size=25)
+    assert cache._forward_pass._mask is None
 
 
 @pytest.mark.parametrize("backend", ["rows", "compiled"])
@@ -253,6 +303,27 @@ def test_rejected_tokens_leave_no_trace(method):
     assert plain.stats().evicted > 0
 
 
+@pytest.mark.parametrize("method", ["rkv", "h2o"])
+def test_of_a_long_speculative_pass_only_the_last_queries_are_held(method, monkeypatch):
+    """A prompt is such a pass in assisted decoding. What can be rolled back is as right as ever."""
+    monkeypatch.setattr("reasonalloc.layer_cache.SPECULATED", 16)
+    model = tiny_model(dtype=torch.float64)
+    text = torch.randint(2, 97, (1, 120), generator=torch.Generator().manual_seed(4))
+    outputs = []
+    for junk in (0, 16):
+        cache = ra.Cache(model.config, compression(method, interval=6))
+        cache.activate_past_recording()
+        with torch.no_grad():
+            model(torch.cat([text[:, :80], text[:, :junk]], 1), past_key_values=cache)
+            held, _ = cache.layer_caches[0]._held
+            assert (len(held) < 80) == (method == "rkv")
+            cache.crop(-junk)
+            outputs.append(model(text[:, 80:], past_key_values=cache).logits)
+    torch.testing.assert_close(*outputs, atol=1e-9, rtol=1e-9)
+    with pytest.raises(ValueError, match="only the last 16"):
+        cache.crop(-17)
+
+
 def test_assisted_decoding_with_eviction_stays_bounded():
     ids, _ = prompts((17,))
     model, draft = tiny_model(), tiny_model(attention="sdpa")
@@ -338,6 +409,16 @@ def test_protected_prompt_stays_whole(method):
         assert (layer.slab.lengths.sum(1) <= [3 * (9 + 24 + 16) * 2, 3 * (61 + 24 + 16) * 2]).all()
     totals = [sum(map(sum, layer)) for layer in cache.stats().kept]
     assert sum(totals) <= 3 * 3 * (9 + 61 + 2 * (24 + 16))
+
+
+def test_a_protected_prompt_may_be_one_token():
+    model = tiny_model()
+    cache = ra.Cache(model.config, compression("rkv", prompt="protect"))
+    ids, mask = prompts((1,))
+    model.generate(ids, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=120)
+    for layer in cache.layer_caches:
+        assert layer.protected == [1]
+        assert kept_columns(layer, [list(range(120))])[0, :, 0].all()
 
 
 @pytest.mark.parametrize("lengths", [(9,), (30,), (9, 61)])

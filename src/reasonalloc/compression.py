@@ -38,12 +38,13 @@ class Compression:
         layers: how tokens are split over layers: likewise, or a ``LayerAllocator``. None (the default) is
             "wave" where a profile is given, and otherwise "dynamic", ReasonAlloc's calibration-free form.
         heads: how a layer's tokens are split over its heads: likewise, or a ``HeadAllocator``.
-        profile: the model's demand profile, or the path of its JSON file; read by layers="wave" and by "miss-curve".
+        profile: the model's demand profile, or the path of its JSON file; read by "wave", "miss-curve" and "sensitivity".
             "auto": the engine's cache looks in the user's cache folder, and calibrates the model if nothing is there.
         interval: decoded tokens between two compressions (the paper's Delta).
         window: newest tokens that every head keeps; None takes the scorer's own.
         prompt: "compete": the prompt's tokens are evicted like all others (as in the paper);
-            "protect": they stay, on top of the budget.
+            "protect": they stay, on top of the budget. A prompt ends before the first token that comes alone, so
+            a chunk of one token (but for the very first) counts as decoded.
         storage_order: order of the survivors in memory. "position" keeps the text's order; "score" is the order of
             R-KV's original code, where neighbours in later rounds are neighbours in score.
         seed: of the cache's own random numbers, for scorers that draw.

@@ -44,11 +44,15 @@ def evaluate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.6,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, or text.")] = 32768,
-    count: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Only so many questions of each task; of generated ones 100 otherwise.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="JSON lines with the questions, instead of the hub.")] = None,
-    question_field: Annotated[str | None, typer.Option(help="In --data.")] = None,
-    answer_field: Annotated[str | None, typer.Option(help="In --data.")] = None,
-    text_field: Annotated[str | None, typer.Option(help="In --data, with --fidelity.")] = None,
+    question_field: Annotated[str | None, typer.Option(help="In --data; the known set's, or 'question'.")] = None,
+    answer_field: Annotated[str | None, typer.Option(help="In --data; the known set's, or 'answer'.")] = None,
+    text_field: Annotated[
+        str | None, typer.Option(help="In --data, with --fidelity; the known set's, or 'solution'.")
+    ] = None,
     profile: Annotated[str | None, typer.Option(help="Demand profile (JSON), or 'auto'.")] = None,
     interval: Annotated[int, typer.Option(min=1, help="Decoded tokens between two compressions.")] = 128,
     protect_prompt: Annotated[bool, typer.Option(help="Keep the prompt, on top of the budget.")] = False,
@@ -177,7 +181,7 @@ def problems(
 
 def report(
     folder: Annotated[Path, typer.Argument(help="Of `reasonalloc eval`.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the report.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Its folder; FOLDER/report otherwise.")] = None,
     metric: Annotated[
         str, typer.Option(help="What is compared: accuracy (all of an answer right) or score (share of it).")
     ] = "accuracy",

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from reasonalloc.attention import AttentionBackend, attend_rows, choose_backend, received_attention
+from reasonalloc.attention import AttentionBackend, attend_rows, check_backend, choose_backend, received_attention
 from reasonalloc.budgets import LayerBudgets
 from reasonalloc.compression import Compression
 from reasonalloc.compressor import LayerCompressor
@@ -24,6 +24,8 @@ from reasonalloc.recorder import Recorder, Routing
 from reasonalloc.storage import LayerTokens, RaggedSlab
 from reasonalloc.storage.spans import HostInts
 from reasonalloc.storage.tokens import drop_padding
+
+SPECULATED = 1024  # tokens of a forward pass that can be rolled back
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class LayerCache:
         self.layer = layer
         self.compression = compression
         self.compressor = None if budgets is None else LayerCompressor(layer, compression, budgets)
+        check_backend(backend)
         self.backend_name = backend
         self.recorder = recorder
         self.probe = probe
@@ -174,15 +177,17 @@ class LayerCache:
         if self._held is not None:  # nobody rolled back: the speculation is over
             self.rollback(0)
             self.holding = False
-        if new.columns > 1 or new.real is not None or self.holding:
+        if new.columns > 1 or new.real is not None or self.holding or self.in_prompt:
             self._extend(_chunk(key, value, new), new)
             out = attend_rows(query, self._store, scaling, new.hidden(query.device).clamp(min=0))
             self._after_chunk(Queries(query, new.real), new)
             return out
-        self.decoding = True
+        self.decoding = self.seen_columns > 0  # the first token of all is a prompt
         self._make_room(1)
         self._store.append(key, value)
         self.seen_columns += 1
+        self._protect_prompt(new)
+        self.decoding = True
         self.steps += 1
         self.window.push(Queries(query))
         assert self.backend is not None
@@ -199,11 +204,11 @@ class LayerCache:
         """Forget the newest ``columns`` tokens and settle what was postponed for the others.
 
         Raises:
-            ValueError: more tokens than the last forward pass added; older ones may be evicted.
+            ValueError: more tokens than the last forward pass added (older ones may be evicted), or than SPECULATED.
         """
         if self.slab is None or (self._held is None and not columns):
             return
-        known = 0 if self._held is None else self._held[1].columns
+        known = 0 if self._held is None else min(self._held[1].columns, SPECULATED)
         if columns > known:
             raise ValueError(f"cannot roll back {columns} tokens of a compressed cache, only the last {known}")
         assert self._held is not None
@@ -215,7 +220,7 @@ class LayerCache:
                 raise ValueError("cannot roll back a padded chunk: decode speculatively with batch size 1")
             self.slab.truncate(columns)
             self.seen_columns -= columns
-            queries, new = queries.without_last(columns), NewTokens.all_real(self._store.batch, known - columns)
+            queries, new = queries.without_last(columns), NewTokens.all_real(self._store.batch, new.columns - columns)
         self._settle(queries, new, is_prompt)
 
     def end_prompt(self) -> None:
@@ -242,7 +247,9 @@ class LayerCache:
 
     def _open(self, key: Tensor, value: Tensor) -> None:
         batch, heads = key.shape[:2]
-        self.backend = choose_backend(self.backend_name, key.device, key.dtype, self.tracks_received)
+        self.backend = choose_backend(
+            self.backend_name, key.device, key.dtype, max(key.shape[-1], value.shape[-1]), self.tracks_received
+        )
         self.protected = np.zeros(batch, dtype=np.int64)
         if self.compressor is None:
             capacities = np.zeros((batch, heads), dtype=np.int64)
@@ -276,10 +283,12 @@ class LayerCache:
 
     def _after_chunk(self, queries: Queries, new: NewTokens) -> None:
         if self.holding:
-            self._held = (queries, new)
+            # A whole prompt's queries, of all layers, would be larger than the cache.
+            some = queries if self._store.received is not None else queries.last(self.window.size + SPECULATED)
+            self._held = (some, new)
             return
         self._observe(queries, new)
-        self._protect_prompt(new.counts)
+        self._protect_prompt(new)
         if self.in_prompt:
             return
         if new.columns == 1:  # a decoding step in which some sequences only padded
@@ -293,7 +302,7 @@ class LayerCache:
         """Observe accepted tokens; compress after the prompt, and then after every interval."""
         self._observe(queries, new)
         if is_prompt:
-            self._protect_prompt(new.counts)
+            self._protect_prompt(new)
         self.decoding = True
         self.steps += new.columns
         if is_prompt or self.steps >= self.compression.interval:
@@ -304,9 +313,11 @@ class LayerCache:
         if self._store.received is not None:
             received_attention(queries.states, self._store, self._scaling, new.hidden(queries.states.device))
 
-    def _protect_prompt(self, counts: HostInts) -> None:
-        if self.compression.prompt == "protect" and not self.decoding:
-            self.protected = self.protected + counts
+    def _protect_prompt(self, new: NewTokens) -> None:
+        """Before the first decoded token; nobody says which that is: one that comes alone, unless it is the first."""
+        in_prompt = not self.decoding and (new.columns > 1 or self.seen_columns == 1)
+        if self.compression.prompt == "protect" and in_prompt:
+            self.protected = self.protected + new.counts
 
     # ---- compression ----
 

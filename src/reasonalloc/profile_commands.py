@@ -35,7 +35,10 @@ def calibrate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest chain of thought.")] = 1024,
     miss: Annotated[list[str] | None, typer.Option(help="Also miss curves of this scorer (may be repeated).")] = None,
     sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Also the loss sensitivity of every KV head (slow).")
+        bool,
+        typer.Option(
+            "--sensitivity", help="Also each KV head's loss sensitivity (reads every answer layers x heads / 2 times)."
+        ),
     ] = False,
     miss_budgets: Annotated[str, typer.Option(help="Budgets of the miss curves, ascending, by commas.")] = ",".join(
         map(str, MISS_BUDGETS)

@@ -5,6 +5,8 @@ import inspect
 import torch
 import vllm
 from packaging.version import Version
+from vllm.config import SchedulerConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -63,7 +65,11 @@ def test_the_seams_are_where_they_were():
     assert {"CPU_ATTN", "CUSTOM"} <= {member.name for member in AttentionBackendEnum}
     build = inspect.signature(AttentionMetadataBuilder.build).parameters
     assert list(build) == ["self", "common_prefix_len", "common_attn_metadata", "fast_build"]
-    assert "is_prefilling" in inspect.signature(CommonAttentionMetadata).parameters, "who says when a prompt ends?"
+    batch = inspect.signature(CommonAttentionMetadata).parameters
+    assert "is_prefilling" in batch, "who says when a prompt ends?"
+    assert "seq_lens_cpu_upper_bound" in batch, "how long are prompts, without waiting for the device?"
+    assert "prefill_schedule_interval" in SchedulerConfig.__dataclass_fields__, "may prompts pause by another name?"
+    assert "attention_backend" in EngineArgs.__dataclass_fields__, "how is the plugin's attention chosen on a GPU?"
     forward = list(inspect.signature(AttentionImpl.forward).parameters)
     assert forward[:8] == ["self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"]
     assert hasattr(AttentionBackend, "supported_kv_cache_layouts")

@@ -184,6 +184,8 @@ def growth(result):
         ({"budget": 64, "method": "rvk"}, {}, "rkv"),
         ({"budget": 64, "method": "rkv"}, {"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
         ({"budget": 64, "method": "rkv"}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
+        ({"budget": 64, "method": "rkv"}, {"kv_cache_dtype": "bfloat16"}, "--kv-cache-dtype"),
+        ({"budget": 64, "method": "rkv"}, {"prefill_schedule_interval": 2}, "--prefill-schedule-interval"),
     ],
 )
 def test_what_cannot_be_served_is_refused_at_start(tmp_path, asked, options, message):

@@ -60,9 +60,10 @@ def no_profile(policy: ReadsProfile) -> str:
     options = policy.calibrate_options
     command = " ".join(filter(None, ("reasonalloc calibrate --model MODEL", options, "-o wave.json")))
     return (
-        f"{type(policy).__name__} needs the model's demand profile: run `{command}` and pass profile='wave.json'"
+        f"{type(policy).__name__} needs the model's demand profile: run `{command}` and pass profile='wave.json' "
+        "(--profile wave.json)"
         + ("" if options else ", or profile='auto' to calibrate once and keep the result")
-        + "; layers='dynamic' measures demand while it decodes and needs none"
+        + "; layers='dynamic' (method 'reasonalloc-dynamic') measures demand while it decodes and needs none"
     )
 
 

@@ -247,12 +247,12 @@ class DemandProfile:
 
     def check(self, shape: ModelShape, architecture: Mapping[str, Any]) -> None:
         """Raise ``ValueError``, naming every difference, if the profile is of another model."""
-        own, other = ({**self.architecture, **vars(self.shape)}, {**architecture, **vars(shape)})
+        own, other = ({**vars(self.shape), **self.architecture}, {**vars(shape), **architecture})
         different = differences(own, {key: other.get(key) for key in own}, "profile", "model")
         if different:
             raise ValueError(
                 f"the demand profile belongs to another model ({different}); "
-                "calibrate this model, or choose layers='uniform' or layers='dynamic', which need no profile"
+                "pass this model's own (`reasonalloc calibrate` makes it), or choose a method that needs none"
             )
 
     # ---- files ----

@@ -110,7 +110,8 @@ class ArenaLayer:
         self.layer, self.compression, self.budgets, self.pool = layer, compression, budgets, pool
         self.patience = patience
         self.staged: dict[int, int] = {}
-        self.attention = choose_backend(backend, pool.rows.device, pool.layout.dtype, compression.tracks_received)
+        layout, device = pool.layout, pool.rows.device
+        self.attention = choose_backend(backend, device, layout.dtype, layout.dim, compression.tracks_received)
         self.requests: dict[int, RequestCache] = {}
 
     def begin_step(self, arenas: Collection[int]) -> None:

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from reasonalloc.arenas.layout import ArenaLayout
 from reasonalloc.storage import Spans
-from reasonalloc.storage.spans import HostInts
+from reasonalloc.storage.spans import HostInts, on_device
 
 
 class ArenaPool:
     """The memory of a layer's arenas, and what the host and the device know of their spans.
 
     Slot ``i`` of arena ``a`` has its key in row ``a * layout.rows + i`` and its value ``layout.slots`` rows further
-    on. So one pair of tensors serves requests in any arenas: all rows, and all rows from ``layout.slots`` on.
+    on. So one pair of tensors serves requests in any arenas: all rows but the last ``layout.slots``, and all but the
+    first.
 
     Attributes:
         layout: of each arena.
@@ -61,8 +62,8 @@ class ArenaPool:
         self.starts[index] = index * self.layout.rows + starts
         self.lengths[index], self.capacities[index] = lengths, capacities
         if self.rows.device.type != "cpu":
-            self.starts_device[index] = torch.from_numpy(self.starts[index]).to(self.rows.device)
-            self.lengths_device[index] = torch.from_numpy(self.lengths[index]).to(self.rows.device)
+            self.starts_device[index] = on_device(self.starts[index], self.rows.device)
+            self.lengths_device[index] = on_device(self.lengths[index], self.rows.device)
 
     def append(
         self,
@@ -76,9 +77,8 @@ class ArenaPool:
         Returns:
             Their spans, for attention. Accumulated attention is not part of them.
         """
-        on_device = torch.from_numpy(arenas).to(self.rows.device)
         spans = Spans(
-            self.rows,
+            self.rows[: -self.layout.slots],
             self.rows[self.layout.slots :],
             None,
             self.starts[arenas],
@@ -88,7 +88,7 @@ class ArenaPool:
         spans.append(keys, values)
         self.lengths[arenas] += 1
         if self.rows.device.type != "cpu":
-            self.lengths_device[on_device] += 1
+            self.lengths_device[on_device(arenas, self.rows.device)] += 1
         self._remember(arenas, queries)
         return spans
 
@@ -99,5 +99,5 @@ class ArenaPool:
             return
         first = arenas * layout.rows + layout.ring.start + self.pushed[arenas] % layout.queries * layout.query_heads
         rows = (first[:, None] + np.arange(layout.query_heads)).reshape(-1)
-        self.rows.index_copy_(0, torch.from_numpy(rows).to(self.rows.device), queries.reshape(-1, layout.dim))
+        self.rows.index_copy_(0, on_device(rows, self.rows.device), queries.reshape(-1, layout.dim))
         self.pushed[arenas] += 1

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from reasonalloc.arenas.pool import ArenaPool
 from reasonalloc.query_window import Queries, QueryWindow
+from reasonalloc.storage.spans import on_device
 
 
 class QueryRing(QueryWindow):
@@ -30,7 +30,7 @@ class QueryRing(QueryWindow):
         states = queries.last(self.size).states[0].transpose(0, 1)
         if self.size and len(states):
             at = int(self.pool.pushed[self.index]) + np.arange(len(states))
-            self._states[torch.from_numpy(at % self.size).to(states.device)] = states
+            self._states[on_device(at % self.size, states.device)] = states
             self.pool.pushed[self.index] += len(states)
 
     def read(self) -> Queries | None:
@@ -39,7 +39,7 @@ class QueryRing(QueryWindow):
         if not self.size or not pushed:
             return None
         at = np.arange(max(0, pushed - self.size), pushed) % self.size
-        states = self._states[torch.from_numpy(at).to(self.pool.rows.device)]
+        states = self._states[on_device(at, self.pool.rows.device)]
         return Queries(states.transpose(0, 1)[None])
 
     def clear(self) -> None:

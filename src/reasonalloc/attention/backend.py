@@ -15,6 +15,8 @@ from reasonalloc.storage.spans import Spans
 
 Attend = Callable[[Tensor, Spans, float], Tensor]
 
+_WIDEST, _AMPERE = 256, (8, 0)  # what torch's flash attention serves
+
 
 @dataclass(frozen=True)
 class AttentionBackend:
@@ -66,15 +68,22 @@ BACKENDS: dict[str, Callable[[], Attend]] = {
 }
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype, tracks_received: bool) -> AttentionBackend:
-    """The backend of that name, or for "auto" the fastest one that serves this device and dtype.
-
-    Raises:
-        ValueError: an unknown name, or a backend that cannot serve this device or dtype.
-    """
+def check_backend(name: str) -> None:
+    """Raise ``ValueError`` for a name that no backend has; whether it serves a cache shows when that has tensors."""
     if name != "auto" and name not in BACKENDS:
         raise unknown_name("attention backend", name, ["auto", *BACKENDS])
-    problems = {candidate: _problem(candidate, device, dtype, tracks_received) for candidate in BACKENDS}
+
+
+def choose_backend(
+    name: str, device: torch.device, dtype: torch.dtype, dim: int, tracks_received: bool
+) -> AttentionBackend:
+    """The backend of that name, or for "auto" the fastest one that serves this device, dtype and width of heads.
+
+    Raises:
+        ValueError: an unknown name, or a backend that cannot serve these.
+    """
+    check_backend(name)
+    problems = {candidate: _problem(candidate, device, dtype, dim, tracks_received) for candidate in BACKENDS}
     if name == "auto":
         name = next(candidate for candidate in ("varlen", "triton", "compiled", "rows") if not problems[candidate])
     if problems[name]:
@@ -82,7 +91,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, tracks_r
     return AttentionBackend(name, BACKENDS[name]())
 
 
-def _problem(name: str, device: torch.device, dtype: torch.dtype, tracks_received: bool) -> str:
+def _problem(name: str, device: torch.device, dtype: torch.dtype, dim: int, tracks_received: bool) -> str:
     """Why a backend cannot be used here, or "" if it can."""
     if name == "compiled":
         if device.type != "cpu":
@@ -95,6 +104,10 @@ def _problem(name: str, device: torch.device, dtype: torch.dtype, tracks_receive
             return f"it runs on CUDA, the cache is on {device}"
         if dtype not in (torch.float16, torch.bfloat16):
             return f"it has no {dtype}"
+        if dim > _WIDEST or dim % 8:
+            return f"it takes heads of up to {_WIDEST} channels, a multiple of 8, and these have {dim}"
+        if torch.cuda.get_device_capability(device) < _AMPERE:
+            return f"it needs a GPU of at least compute capability 8.0, {device} is older"
         if tracks_received:
             return "it does not return attention weights, which the scorer accumulates"
         from reasonalloc.attention.varlen import kernel

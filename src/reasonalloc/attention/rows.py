@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reasonalloc.storage.spans import Spans
 
-_BLOCK_ENTRIES = 1 << 24  # attention weights held at once when they are needed explicitly
+_BLOCK_ENTRIES = 1 << 24  # of a mask, or of attention weights where they are needed explicitly, held at once
 
 
 def attend_rows(
@@ -26,19 +26,24 @@ def attend_rows(
 ) -> Float[Tensor, "batch query_heads queries value_dim"]:
     """Attention of each query over all tokens of its row but the newest ``hidden`` ones (causality in a chunk).
 
-    A query that would see nothing (padding) sees one token; its output has no meaning.
+    A query that would see nothing (padding) sees one token; its output has no meaning. Masks are never held for more
+    than a block of queries.
     """
-    batch, query_heads, queries, _ = query.shape
+    batch, query_heads, queries, dim = query.shape
     group = query_heads // slab.heads
     out = query.new_empty(batch, query_heads, queries, slab.values.shape[-1])
     for b, h, start, length in _rows(slab):
-        rows = query[b, h * group : (h + 1) * group].reshape(1, 1, group * queries, -1)
+        of_head = slice(h * group, (h + 1) * group)
         keys, values = slab.keys[start : start + length], slab.values[start : start + length]
-        mask = None if hidden is None else _visible(length, hidden[b]).repeat(group, 1)
-        mixed = F.scaled_dot_product_attention(
-            rows, keys[None, None], values[None, None], attn_mask=mask, scale=scaling
-        )
-        out[b, h * group : (h + 1) * group] = mixed.view(group, queries, -1)
+        block = queries if hidden is None else max(1, _BLOCK_ENTRIES // max(group * length, 1))
+        for first in range(0, queries, block):
+            some = slice(first, first + block)
+            rows = query[b, of_head, some].reshape(1, 1, -1, dim)
+            mask = None if hidden is None else _visible(length, hidden[b, some]).repeat(group, 1)
+            mixed = F.scaled_dot_product_attention(
+                rows, keys[None, None], values[None, None], attn_mask=mask, scale=scaling
+            )
+            out[b, of_head, some] = mixed.view(group, -1, values.shape[-1])
     return out
 
 

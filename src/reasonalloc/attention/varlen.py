@@ -6,6 +6,8 @@ A (sequence, KV head) row is one "sequence" of the kernel: its keys are the span
 
 from __future__ import annotations
 
+from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,11 +17,10 @@ from torch import Tensor
 from reasonalloc.storage.spans import Spans
 
 
+@lru_cache(maxsize=1)  # every layer asks at every step
 def kernel() -> Any | None:
     """torch's ``varlen_attn`` if this torch has one that takes live lengths, else None."""
     try:
-        from inspect import signature
-
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None

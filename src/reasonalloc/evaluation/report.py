@@ -301,10 +301,11 @@ def _preamble(findings: Findings) -> str:
     text = (
         f"{study.samples} answer(s) to each question, {how}, at most {sampling.max_new_tokens} tokens. Intervals: "
         f"95 %, bootstrap over problems. Comparisons: paired by problem ({findings.metric.name} of answers, {NLL.name} "
-        "of texts that are read), sign-flip test, Holm's correction over all comparisons of a task. accuracy: all of "
-        "the answer right; score: share of it. nll: negative log-likelihood of the text, nats per token; kl: from the "
-        "full cache's distribution; agreement: same likeliest token. kept tokens: per head, mean over layers, heads, "
-        "and decoding steps; KV bytes: the largest share of the cache that fell to one answer, free slots included."
+        "of texts that are read), sign-flip test, Holm's correction over all of a task's comparisons with the same "
+        "method. accuracy: all of the answer right; score: share of it. nll: negative log-likelihood of the text, nats "
+        "per token; kl: from the full cache's distribution; agreement: same likeliest token. kept tokens: per head, "
+        "mean over layers, heads, and decoding steps; KV bytes: the largest share of the cache that fell to one "
+        "answer, free slots included."
     )
     if findings.missing:
         text += f" **Incomplete: {findings.missing} answers are missing.**"

@@ -134,7 +134,10 @@ class Study:
         if any(name.startswith(RANDOM) for name in methods):
             raise ValueError(f"method names that begin with {RANDOM!r} are kept for the control: {', '.join(methods)}")
         if self.baseline is not None and self.baseline not in methods:
-            raise unknown_name("baseline", self.baseline, methods)
+            raise ValueError(
+                f"the baseline {self.baseline!r} is none of the study's methods: add it, or choose one of "
+                + ", ".join(methods)
+            )
         if not self.budgets and any(variant.method != FULL for variant in self.variants):
             raise ValueError("a study needs at least one budget")
         if set(self.random_budgets or ()) - set(self.budgets):
@@ -144,6 +147,8 @@ class Study:
     @classmethod
     def load(cls, path: Path) -> Study:
         """From its JSON file. Raises ``ValueError`` where that is no study."""
+        if not path.is_file():
+            raise ValueError(f"there is no study at {path}")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reasonalloc.storage.spans import HostInts, Spans
+from reasonalloc.storage.spans import HostInts, Spans, on_device
 from reasonalloc.storage.tokens import LayerTokens
 
 
@@ -166,4 +166,4 @@ def _numbers(first: HostInts, counts: HostInts, device: torch.device) -> Tensor:
     """``first[i], first[i] + 1, ...``, ``counts[i]`` of them, for one row after another."""
     counts = counts.reshape(-1)
     before = counts.cumsum() - counts
-    return torch.from_numpy((first.reshape(-1) - before).repeat(counts) + np.arange(counts.sum())).to(device)
+    return on_device((first.reshape(-1) - before).repeat(counts) + np.arange(counts.sum()), device)

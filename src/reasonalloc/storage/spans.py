@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -9,6 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 HostInts = npt.NDArray[np.int64]
+
+
+def on_device(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """The host's numbers on a device, without waiting for it; on the CPU the same memory."""
+    return torch.from_numpy(numbers).to(device, non_blocking=True)
 
 
 class Spans:
@@ -66,9 +73,14 @@ class Spans:
     def _advance(self, counts: HostInts) -> None:
         self.lengths += counts[:, None]
         if self.device.type != "cpu":  # on the CPU the device's view shares the host's memory
-            self.lengths_device += torch.from_numpy(counts)[:, None].to(self.device, non_blocking=True)
+            self.lengths_device += on_device(counts, self.device)[:, None]
 
     def _place(self, starts: HostInts, lengths: HostInts, capacities: HostInts) -> None:
         self.starts, self.lengths, self.capacities = starts, lengths, capacities
-        self.starts_device: Int[Tensor, "batch heads"] = torch.from_numpy(starts).to(self.device)
-        self.lengths_device: Int[Tensor, "batch heads"] = torch.from_numpy(lengths).to(self.device)
+        self.starts_device: Int[Tensor, "batch heads"] = on_device(starts, self.device)
+        self.lengths_device: Int[Tensor, "batch heads"] = on_device(lengths, self.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy (copy.deepcopy, pickle) has its own numbers, and its device's view must be of these."""
+        self.__dict__.update(state)
+        self._place(self.starts, self.lengths, self.capacities)

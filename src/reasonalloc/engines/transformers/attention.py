@@ -52,7 +52,8 @@ def attention_forward(
     if refused:
         raise UnsupportedModelError(f"a ragged cache cannot serve attention with {', '.join(refused)}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    with torch.no_grad():
+    # What a cache keeps must be ordinary tensors, which can be written in place later, outside an inference mode.
+    with torch.inference_mode(False), torch.no_grad():
         new = layer.new_tokens(attention_mask, query.shape[0], query.shape[2])
         if layer.cache.slab is None and new.columns > 1:
             out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)

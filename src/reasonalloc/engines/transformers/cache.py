@@ -28,6 +28,7 @@ class _ForwardPass:
 
     def new_tokens(self, mask: Tensor | None, batch: int, columns: int) -> NewTokens:
         if mask is None:
+            self.forget()
             return NewTokens.all_real(batch, columns)
         if mask is not self._mask or self._new is None:
             if mask.dtype != torch.bool:
@@ -36,6 +37,10 @@ class _ForwardPass:
             self._new = NewTokens.masked(mask[:, 0, -1, -columns:].expand(batch, -1))
             self._mask = mask
         return self._new
+
+    def forget(self) -> None:
+        """Let go of the mask: a chunk's has ``chunk * length`` entries."""
+        self._mask = self._new = None
 
 
 class RaggedLayer(cache_utils.CacheLayerMixin):
@@ -157,8 +162,8 @@ class Cache(cache_utils.Cache):
 
         Raises:
             UnsupportedModelError: the model's attention is not supported, see ``support.model_shape``.
-            ValueError: the model uses another attention implementation, the profile is of another model, or the
-                ranks cannot share the heads or a policy that gives every head a budget of its own.
+            ValueError: there is no such backend, the model uses another attention implementation, the profile is of
+                another model, or the ranks cannot share the heads or a policy that gives every head its own budget.
         """
         if not isinstance(compression, Compression):
             raise TypeError(f"expected a reasonalloc.Compression, got {type(compression).__name__}")
@@ -177,11 +182,11 @@ class Cache(cache_utils.Cache):
             check_ranks(compression)
         self.recorder = recorder
         self.budgets = None if compression.budget is None else LayerBudgets(compression, self.shape)
-        forward_pass = _ForwardPass()
+        self._forward_pass = _ForwardPass()
         caches = [
             LayerCache(i, compression, self.budgets, attention, recorder, probe) for i in range(self.shape.layers)
         ]
-        super().__init__(layers=[RaggedLayer(cache, forward_pass, self.shape.kv_heads) for cache in caches])
+        super().__init__(layers=[RaggedLayer(cache, self._forward_pass, self.shape.kv_heads) for cache in caches])
 
     @property
     def layer_caches(self) -> list[LayerCache]:
@@ -206,6 +211,7 @@ class Cache(cache_utils.Cache):
     def reset(self) -> None:
         """Empty the cache; it can then serve a new batch."""
         super().reset()
+        self._forward_pass.forget()
         if self.budgets is not None:
             self.budgets.reset()
 

@@ -52,6 +52,8 @@ def load(model: str, dtype: str = "auto", device: str = "auto", tensor_parallel:
             raise ValueError(f"no GGUF file at {path}")
         source, options = str(path.parent), _gguf_options(path.name)
     elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path} is no model's folder: it holds no config.json")
         source = str(path)
     elif path.is_absolute() or model.startswith((".", "~")):
         raise ValueError(f"no model folder at {path}")

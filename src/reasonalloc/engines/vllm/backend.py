@@ -70,7 +70,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         """One ``Step`` for all layers of a group."""
         batch = common_attn_metadata
         bounds = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
-        lengths = batch.seq_lens[: batch.num_reqs].tolist()
+        lengths = batch.seq_lens_cpu_upper_bound[: batch.num_reqs].tolist()  # of prompts it is exact
         in_prompt = batch.is_prefilling[: batch.num_reqs].tolist()
         arenas = batch.block_table_tensor[: batch.num_reqs, 0].tolist()
         decoding, rows, chunks = [], [], []

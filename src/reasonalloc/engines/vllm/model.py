@@ -76,13 +76,16 @@ def _shape(config: Any) -> ModelShape:
 
 
 def _refuse(vllm_config: Any) -> None:
-    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    cache, parallel, model = vllm_config.cache_config, vllm_config.parallel_config, vllm_config.model_config
     reasons = {
         "prefix caching is on: pass --no-enable-prefix-caching (an evicted prompt cannot be shared)": (
             cache.enable_prefix_caching
         ),
         f"the cache is {cache.cache_dtype}: leave --kv-cache-dtype at auto (arenas hold the model's own dtype)": (
-            cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32")
+            cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch."))
+        ),
+        "prefills pause: leave --prefill-schedule-interval at 1 (a prompt that pauses counts as ended)": (
+            vllm_config.scheduler_config.prefill_schedule_interval > 1
         ),
         "speculative decoding is on: leave --speculative-config out (rejected tokens may have evicted others)": (
             vllm_config.speculative_config is not None

@@ -41,14 +41,21 @@ def arena_spec(attention: Any, vllm_config: Any) -> Any:
     """In the place of ``Attention.get_kv_cache_spec``: one block is one arena.
 
     Raises:
-        UnsupportedModelError: the layer has no plain full attention, or the server is set to what arenas cannot do.
+        UnsupportedModelError: the layer has no plain full attention or another backend, or the server is set to what
+            arenas cannot do.
     """
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     from reasonalloc.engines.transformers.support import UnsupportedModelError
+    from reasonalloc.engines.vllm.backend import ArenaBackend
     from reasonalloc.engines.vllm.model import ServedModel, layer_number
     from reasonalloc.engines.vllm.spec import ArenaSpec
 
+    if not issubclass(attention.attn_backend, ArenaBackend):
+        raise UnsupportedModelError(
+            f"vLLM chose the attention backend {attention.attn_backend.get_name()}, which knows no arenas: "
+            f"pass --attention-backend {ArenaBackend.get_name()}"
+        )
     stock = attention.stock_kv_cache_spec(vllm_config)
     if type(stock) is not FullAttentionSpec or stock.head_size != stock.head_size_v:
         raise UnsupportedModelError(
