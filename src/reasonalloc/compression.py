@@ -38,7 +38,7 @@ class Compression:
         layers: how tokens are split over layers: likewise, or a ``LayerAllocator``. None (the default) is
             "wave" where a profile is given, and otherwise "dynamic", ReasonAlloc's calibration-free form.
         heads: how a layer's tokens are split over its heads: likewise, or a ``HeadAllocator``.
-        profile: the model's demand profile, or the path of its JSON file; "wave", "miss-curve" and "sensitivity" read it.
+        profile: the model's demand profile, or the path of its JSON file; "wave", "miss-curve", "sensitivity" read it.
             "auto": the engine's cache looks in the user's cache folder, and calibrates the model if nothing is there.
         interval: decoded tokens between two compressions (the paper's Delta).
         window: newest tokens that every head keeps; None takes the scorer's own.
