@@ -21,7 +21,7 @@ test: venv
 test-slow: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
-# vLLM has an environment of its own. SmolLM2 is fetched if REASONALLOC_TEST_MODEL does not name a model's folder.
+# vLLM has an environment of its own. The model is the built-in reasoner, or the folder that REASONALLOC_TEST_MODEL names.
 test-vllm: .venv-vllm/.installed
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/serving
 
