@@ -41,8 +41,7 @@ def main() -> None:
     caches: dict[str, ra.Cache] = {}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     clock: Clock = dict.fromkeys(STAGES, 0.0)
-    compressing: dict[str, list[float]] = {name: [] for name in names}
-    spent: dict[str, Clock] = {name: dict.fromkeys(STAGES, 0.0) for name in names}
+    clocks: dict[str, list[Clock]] = {name: [] for name in names}
     time_stages(clock)
     for name in names:
         caches[name] = ra.Cache(model.config, ra.Compression.method(name, options.budget))
@@ -55,19 +54,18 @@ def main() -> None:
         for name in names if repeat % 2 else reversed(names):  # neither is always first
             clock.update(dict.fromkeys(STAGES, 0.0))
             seconds[name].append(INTERVAL * seconds_per_step(model, caches[name], ids, INTERVAL))
-            compressing[name].append(clock["all"])
-            for stage in STAGES:
-                spent[name][stage] += clock[stage]
+            clocks[name].append(dict(clock))
     base = names[0]
     methods: dict[str, dict[str, Any]] = {}
     for name in names:
         ratios = [mine / theirs - 1 for mine, theirs in zip(seconds[name], seconds[base], strict=True)]
         # What the compressions alone add, in the same pairs: the rest is how differently the steps between them ran.
         added = [
-            (mine - theirs) / whole
-            for mine, theirs, whole in zip(compressing[name], compressing[base], seconds[base], strict=True)
+            (mine["all"] - theirs["all"]) / whole
+            for mine, theirs, whole in zip(clocks[name], clocks[base], seconds[base], strict=True)
         ]
-        share = spent[name]["all"] / sum(seconds[name])
+        spent = {stage: sum(of_block[stage] for of_block in clocks[name]) for stage in STAGES}
+        share = spent["all"] / sum(seconds[name])
         entry: dict[str, Any] = {
             "ms_per_step": [round(1e3 * s / INTERVAL, 3) for s in seconds[name]],
             "overhead_median": statistics.median(ratios),
@@ -75,9 +73,9 @@ def main() -> None:
             "added_by_compressions": statistics.median(added),
             "added_quartiles": statistics.quantiles(added, n=4)[::2],
             "compression_share": share,
-            "compression_ms_per_round": 1e3 * spent[name]["all"] / options.repeats,
-            "compression_us_per_token": 1e6 * spent[name]["all"] / options.repeats / INTERVAL / options.batch,
-            "stage_ms_per_round": {stage: 1e3 * spent[name][stage] / options.repeats for stage in STAGES[1:]},
+            "compression_ms_per_round": 1e3 * spent["all"] / options.repeats,
+            "compression_us_per_token": 1e6 * spent["all"] / options.repeats / INTERVAL / options.batch,
+            "stage_ms_per_round": {stage: 1e3 * spent[stage] / options.repeats for stage in STAGES[1:]},
         }
         methods[name] = entry
         low, high = entry["overhead_quartiles"]

@@ -279,7 +279,8 @@ def test_study_survives_json(model, tmp_path):
         ({"variants": [{"name": "random-split x", "method": "rkv"}]}, "kept for the control"),
         ({"random_count": 0}, "random_count must be positive"),
         ({"random_splits": -1}, "must not be negative"),
-        ({"baseline": "rvk"}, "none of the study's methods: add it, or choose one of .*rkv"),
+        ({"baseline": "rvk"}, "Did you mean 'rkv'"),
+        ({"baseline": "snapkv"}, "unknown baseline among the study's methods 'snapkv'"),
     ],
 )
 def test_wrong_studies(model, changes, message):

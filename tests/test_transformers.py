@@ -59,13 +59,18 @@ def test_multi_head_attention_and_one_token_prompt():
     assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=full_cache(model), **GREEDY), want)
 
 
+def two_more(ids, mask):
+    """The same prompts and two tokens more."""
+    return torch.cat([ids, ids[:, :2]], 1), torch.cat([mask, torch.ones_like(mask[:, :2])], 1)
+
+
 @pytest.mark.parametrize("budget", [24, 64])
 @pytest.mark.parametrize("backend", ["rows", "compiled"])
 def test_a_copied_cache_goes_on_as_the_original_would(backend, budget):
     """A prefilled prompt, used several times: ``copy.deepcopy(cache)``, as with transformers' own caches."""
     model = tiny_model()
     ids, mask = prompts((30, 21))
-    longer, longer_mask = torch.cat([ids, ids[:, :2]], 1), torch.cat([mask, torch.ones_like(mask[:, :2])], 1)
+    longer, longer_mask = two_more(ids, mask)
 
     def prefilled():
         cache = ra.Cache(model.config, compression("random", budget=budget), attention=backend)
@@ -94,7 +99,7 @@ def test_a_prompt_read_in_inference_mode_can_be_gone_on_with():
         cache = ra.Cache(model.config, compression("reasonalloc"))
         with mode():
             model(ids, attention_mask=mask, past_key_values=cache)
-        longer, longer_mask = torch.cat([ids, ids[:, :2]], 1), torch.cat([mask, torch.ones_like(mask[:, :2])], 1)
+        longer, longer_mask = two_more(ids, mask)
         outputs.append(model.generate(longer, attention_mask=longer_mask, past_key_values=cache, **GREEDY))
     assert torch.equal(*outputs)
 

@@ -16,7 +16,7 @@ from reasonalloc.eviction import rank_candidates, route_heads, select
 from reasonalloc.query_window import QueryWindow
 from reasonalloc.scoring.scorer import Observation
 from reasonalloc.scoring.window_attention import attention_weights, mean_over_queries
-from reasonalloc.storage.spans import HostInts
+from reasonalloc.storage.spans import HostInts, on_device
 from reasonalloc.storage.tokens import LayerTokens
 
 
@@ -93,9 +93,9 @@ class LayerCompressor:
                 f"scorer {type(scorer).__name__} returned shape {tuple(scores.shape)}, "
                 f"expected one score per token: {tuple(tokens.keys.shape[:3])}"
             )
-        spared = torch.from_numpy(protected).to(device)
+        spared = on_device(protected, device)
         candidates = rank_candidates(scores, tokens.valid, tokens.newest(newest), spared)
-        split = route_heads(self.head_allocator, candidates, torch.from_numpy(totals).to(device), newest)
+        split = route_heads(self.head_allocator, candidates, on_device(totals, device), newest)
         index, kept = select(candidates, split.budgets, self.compression.storage_order == "score")
         return Plan(index, kept, split, totals)
 

@@ -22,7 +22,7 @@ from reasonalloc.compressor import LayerCompressor
 from reasonalloc.query_window import Queries, QueryWindow
 from reasonalloc.recorder import Recorder, Routing
 from reasonalloc.storage import LayerTokens, RaggedSlab
-from reasonalloc.storage.spans import HostInts
+from reasonalloc.storage.spans import HostInts, on_device
 from reasonalloc.storage.tokens import drop_padding
 
 SPECULATED = 1024  # tokens of a forward pass that can be rolled back
@@ -370,6 +370,6 @@ def _chunk(key: Tensor, value: Tensor, new: NewTokens) -> LayerTokens:
     batch, heads, columns = key.shape[:3]
     if new.real is not None:
         key, value = drop_padding(key, new.real), drop_padding(value, new.real)
-    lengths = torch.from_numpy(new.counts).to(key.device)[:, None].expand(batch, heads)
+    lengths = on_device(new.counts, key.device)[:, None].expand(batch, heads)
     positions = torch.arange(columns, dtype=torch.int32, device=key.device).expand(batch, heads, columns)
     return LayerTokens(key, value, lengths, positions)

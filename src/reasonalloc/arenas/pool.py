@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -42,8 +41,8 @@ class ArenaPool:
         self.rows = memory.view(-1).view(layout.dtype).view(-1, layout.dim)
         shape = (len(memory), layout.heads)
         self.starts, self.lengths, self.capacities = (np.zeros(shape, dtype=np.int64) for _ in range(3))
-        self.starts_device = torch.from_numpy(self.starts).to(memory.device)  # on the CPU: the same memory
-        self.lengths_device = torch.from_numpy(self.lengths).to(memory.device)
+        self.starts_device = on_device(self.starts, memory.device)  # on the CPU: the same memory
+        self.lengths_device = on_device(self.lengths, memory.device)
         self.pushed = np.zeros(len(memory), dtype=np.int64)
         self.evicted, self.compressions, self.kept = 0, 0, 0.0
 

@@ -35,9 +35,7 @@ def attend_rows(
     for b, h, start, length in _rows(slab):
         of_head = slice(h * group, (h + 1) * group)
         keys, values = slab.keys[start : start + length], slab.values[start : start + length]
-        block = queries if hidden is None else max(1, _BLOCK_ENTRIES // max(group * length, 1))
-        for first in range(0, queries, block):
-            some = slice(first, first + block)
+        for some in _blocks(queries, group * length):
             rows = query[b, of_head, some].reshape(1, 1, -1, dim)
             mask = None if hidden is None else _visible(length, hidden[b, some]).repeat(group, 1)
             mixed = F.scaled_dot_product_attention(
@@ -64,14 +62,13 @@ def received_attention(
     for b, h, start, length in _rows(slab):
         rows = query[b, h * group : (h + 1) * group]
         keys = slab.keys[start : start + length]
-        block = max(1, _BLOCK_ENTRIES // max(group * length, 1))
-        for first in range(0, queries, block):
-            part = rows[:, first : first + block]
+        for some in _blocks(queries, group * length):
+            part = rows[:, some]
             logits = (part @ keys.T).float() * scaling
             if hidden is None:
                 weights = logits.softmax(-1)
             else:
-                own = hidden[b, first : first + block]
+                own = hidden[b, some]
                 weights = logits.masked_fill(~_visible(length, own.clamp(min=0)), float("-inf")).softmax(-1)
                 weights = weights.masked_fill((own < 0)[:, None], 0.0)
             slab.received[start : start + length] += weights.sum((0, 1))
@@ -81,6 +78,13 @@ def _rows(slab: Spans) -> Iterator[tuple[int, int, int, int]]:
     for b in range(slab.batch):
         for h in range(slab.heads):
             yield b, h, int(slab.starts[b, h]), int(slab.lengths[b, h])
+
+
+def _blocks(queries: int, entries: int) -> Iterator[slice]:
+    """As many queries at a time as a block holds, each with so many entries."""
+    block = max(1, _BLOCK_ENTRIES // max(entries, 1))
+    for first in range(0, queries, block):
+        yield slice(first, first + block)
 
 
 def _visible(length: int, hidden: Int[Tensor, "queries"]) -> Tensor:

@@ -20,7 +20,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reasonalloc.storage.spans import Spans
+from reasonalloc.storage.spans import Spans, on_device
 
 _CHUNK = 256  # slots of one program
 _STAGES = 2  # tiles in flight
@@ -52,8 +52,7 @@ class ChunkTable:
         first = np.concatenate([[0], counts.cumsum()])
         rows = np.repeat(np.arange(len(counts)), counts)
         offsets = (np.arange(first[-1]) - first[rows]) * chunk
-        tables = (torch.from_numpy(x.astype(np.int32)) for x in (rows, offsets, first))
-        on_rows, at, firsts = (table.to(slab.device, non_blocking=True) for table in tables)
+        on_rows, at, firsts = (on_device(x.astype(np.int32), slab.device) for x in (rows, offsets, first))
         return cls(on_rows, at, firsts, chunk)
 
 

@@ -134,10 +134,7 @@ class Study:
         if any(name.startswith(RANDOM) for name in methods):
             raise ValueError(f"method names that begin with {RANDOM!r} are kept for the control: {', '.join(methods)}")
         if self.baseline is not None and self.baseline not in methods:
-            raise ValueError(
-                f"the baseline {self.baseline!r} is none of the study's methods: add it, or choose one of "
-                + ", ".join(methods)
-            )
+            raise unknown_name("baseline among the study's methods", self.baseline, methods)
         if not self.budgets and any(variant.method != FULL for variant in self.variants):
             raise ValueError("a study needs at least one budget")
         if set(self.random_budgets or ()) - set(self.budgets):
