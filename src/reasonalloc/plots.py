@@ -44,9 +44,16 @@ def plot_budgets(recorder: Recorder, path: str | Path, sequence: int = 0) -> Non
     figure.colorbar(image, ax=over_time, label="tokens kept")
 
     last = budgets[-1]
-    index = range(layers)
-    over_layers.fill_between(index, last.min(1), last.max(1), alpha=0.25, step="mid", label="least to most of a head")
-    over_layers.step(index, last.mean(1), where="mid", label="mean of the layer's heads")
+    _stairs(
+        over_layers,
+        last.max(1),
+        baseline=last.min(1),
+        fill=True,
+        color="C0",
+        alpha=0.25,
+        label="least to most of a head",
+    )
+    _stairs(over_layers, last.mean(1), baseline=None, color="C0", linewidth=1.5, label="mean of the layer's heads")
     over_layers.axhline(float(last.mean()), color="grey", linestyle="--", linewidth=1, label="budget (mean)")
     over_layers.set_ylim(bottom=0)
     over_layers.set_xlabel("layer")
@@ -72,6 +79,7 @@ def plot_profile(profile: DemandProfile, stability: Stability, path: str | Path)
     wave.plot(layers, stability.wave, marker="o", markersize=3, label=f"mean over {len(profile.prompts)} prompts")
     wave.set(xlabel="layer", ylabel=f"tokens that hold {rho:.0%} of the attention", title="Demand over layers")
     wave.set_ylim(bottom=0)
+    _number(wave.xaxis)
     wave.legend(fontsize="small")
 
     from matplotlib.colors import LogNorm
@@ -81,6 +89,7 @@ def plot_profile(profile: DemandProfile, stability: Stability, path: str | Path)
     norm = LogNorm(least, max(float(demand.max()), 2 * least))
     image = heat.imshow(demand, aspect="auto", interpolation="nearest", origin="lower", cmap="viridis", norm=norm)
     heat.set(xlabel="query head", ylabel="layer", title="Demand over heads")
+    _number(heat.xaxis, heat.yaxis)
     figure.colorbar(image, ax=heat, label="tokens (logarithmic)")
 
     for axes in misses:
@@ -114,9 +123,7 @@ def plot_operator_study(rhos: Sequence[RhoEffect], choices: Sequence[Choice], bu
     figure = _figure(path, 12, 4.6)
     by_rho, by_exponent = figure.subplots(1, 2, sharey=True)
     for effect in rhos:
-        by_rho.step(
-            range(len(effect.choice.budgets)), effect.choice.budgets, where="mid", label=f"{effect.choice.rho:g}"
-        )
+        _stairs(by_rho, effect.choice.budgets, baseline=None, linewidth=1.5, label=f"{effect.choice.rho:g}")
     by_rho.set(xlabel="layer", ylabel="tokens per head", title=f"Budgets by rho (mean {budget})")
     bounds = list(dict.fromkeys((choice.lower, choice.upper) for choice in choices))
     styles = dict(zip(bounds, ("-", "--", "-.", ":") * len(bounds), strict=False))
@@ -133,10 +140,23 @@ def plot_operator_study(rhos: Sequence[RhoEffect], choices: Sequence[Choice], bu
     lines = "  ".join(f"{style} [{low:g}, {high:g}]" for (low, high), style in styles.items())
     by_exponent.set(xlabel="layer", title=f"Budgets by exponent and clip (line: {lines})")
     by_exponent.title.set_fontsize("medium")
+    _number(by_exponent.xaxis)
     for axes, title in ((by_rho, "rho"), (by_exponent, "exponent")):
         axes.legend(fontsize="small", title=title)
         axes.set_ylim(bottom=0)
     _save(figure, path)
+
+
+def _stairs(axes: Any, by_layer: Any, **style: Any) -> None:
+    """One value a layer, each as wide as its layer."""
+    axes.stairs(by_layer, [layer - 0.5 for layer in range(len(by_layer) + 1)], **style)
+    _number(axes.xaxis)
+
+
+def _number(*axes: Any) -> None:
+    """Layers and heads are counted: no ticks between them, however few there are."""
+    for axis in axes:
+        axis.get_major_locator().set_params(integer=True)
 
 
 def _quartiles(x: Any) -> Any:
