@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from common import SMOLLM2, save
+from common import SHAPES, save
 
 HERE = Path(__file__).parent
 PROFILE = HERE.parent / "profiles" / "smollm2-135m.json"
 STOCK = "stock"
 WHOLE = "whole"
 UNIFORM = "rkv"
+SHAPE = SHAPES["smollm2-135m"]
 
 
 class Worker:
@@ -37,7 +38,7 @@ class Worker:
         environment.pop("REASONALLOC", None)
         if asked is not None:
             environment["REASONALLOC"] = json.dumps(asked)
-        job = json.dumps({"vocabulary": SMOLLM2["vocab_size"], "options": options})
+        job = json.dumps({"vocabulary": SHAPE["vocab_size"], "options": options})
         self.process = subprocess.Popen(
             [sys.executable, HERE / "serving_worker.py", job],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -134,7 +135,7 @@ def gain_in_a_memory(options: argparse.Namespace, model: str) -> dict[str, Any]:
 
 
 def bytes_per_token() -> int:
-    return int(SMOLLM2["num_hidden_layers"] * SMOLLM2["num_key_value_heads"] * 2 * SMOLLM2["head_dim"] * 4)
+    return int(SHAPE["num_hidden_layers"] * SHAPE["num_key_value_heads"] * 2 * SHAPE["head_dim"] * 4)
 
 
 def main() -> None:
@@ -146,7 +147,7 @@ def main() -> None:
     for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=helps.get(name))
     options = parser.parse_args()
-    config = transformers.LlamaConfig(**SMOLLM2, rope_parameters={"rope_type": "default", "rope_theta": 100000.0})
+    config = transformers.LlamaConfig(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 100000.0})
     config.architectures = ["LlamaForCausalLM"]
     with tempfile.TemporaryDirectory() as model:
         config.save_pretrained(model)

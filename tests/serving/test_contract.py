@@ -5,8 +5,9 @@ import inspect
 import torch
 import vllm
 from packaging.version import Version
-from vllm.config import SchedulerConfig
+from vllm.config import ParallelConfig, SchedulerConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import ForwardContext
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -69,6 +70,8 @@ def test_the_seams_are_where_they_were():
     assert "is_prefilling" in batch, "who says when a prompt ends?"
     assert "seq_lens_cpu_upper_bound" in batch, "how long are prompts, without waiting for the device?"
     assert "prefill_schedule_interval" in SchedulerConfig.__dataclass_fields__, "may prompts pause by another name?"
+    assert isinstance(ParallelConfig.use_ubatching, property), "may batches be split by another name?"
+    assert "no_compile_layers" in inspect.signature(ForwardContext).parameters, "where are all layers?"
     assert "attention_backend" in EngineArgs.__dataclass_fields__, "how is the plugin's attention chosen on a GPU?"
     forward = list(inspect.signature(AttentionImpl.forward).parameters)
     assert forward[:8] == ["self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"]

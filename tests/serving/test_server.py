@@ -96,7 +96,7 @@ def test_chat_streams_and_metrics_tell_that_tokens_were_forgotten(server):
         parts = list(pieces(stream))
     assert sum(bool(part) for part in parts) > 100, "it did not stream"
     with chat(address, 200) as stream:
-        assert list(pieces(stream)) == parts
+        assert "".join(pieces(stream)) == "".join(parts)  # a busy machine cuts it elsewhere
     found = metrics(address)
     assert found["reasonalloc_evicted_tokens_total"] > 0
     assert found["reasonalloc_compressions_total"] > 0

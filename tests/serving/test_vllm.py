@@ -6,6 +6,7 @@ The model is the built-in reasoner, or the folder that REASONALLOC_TEST_MODEL na
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ HERE = Path(__file__).parent
 MODEL = os.environ.get("REASONALLOC_TEST_MODEL", str(HERE.parents[1] / "src/reasonalloc/reasoner/model"))
 WORDS = json.loads(Path(MODEL, "config.json").read_text())["vocab_size"]
 EAGER = {"enforce_eager": True}  # compiling takes longer than the tests
+# What is freed goes back to the system, and oneDNN does not keep a matrix product for every number of tokens, which is
+# 0.5 to 0.9 MB a request until 1,024 are kept: stock vLLM's growth, too.
+MEMORY_SHOWS = {"MALLOC_MMAP_THRESHOLD_": "65536", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 
 
 def run(tmp_path, asked, **job):
@@ -159,21 +163,22 @@ def test_a_load_with_clients_that_hang_up(tmp_path):
     asked = {"method": "reasonalloc-head", "budget": 48, "interval": 32}
     job = {"prompts": prompts(200, 5, 300, seed=4), "tokens": [choose.randint(20, 120) for _ in range(200)]}
     abort = {str(number): choose.randint(1, 15) for number in choose.sample(range(200), 20)}
-    ours = run(tmp_path, asked, **job, abort=abort, options={"num_gpu_blocks_override": 25, "max_num_seqs": 64})
+    few = {"num_gpu_blocks_override": 25, "max_num_seqs": 64}
+    ours = run(tmp_path, asked, **job, abort=abort, options=few, environment=MEMORY_SHOWS)
     alone = run(tmp_path, asked, **job, options={"max_num_seqs": 1})
     assert ours["free"][0] == ours["free"][-1] == 24
     assert min(ours["free"]) == 0
     right = [ours["tokens"][i] == alone["tokens"][i] for i in range(200) if str(i) not in abort]
     assert all(right), f"{right.count(False)} of {len(right)} differ"
-    # vLLM's own memory grows by 0.6 MB a request without the plugin, too.
-    stock = run(tmp_path, None, **job, abort=abort, options={"max_num_seqs": 24})
-    assert growth(ours) - growth(stock) < 16 << 20, f"{growth(ours)} bytes, stock vLLM {growth(stock)}"
+    assert growth(ours) < 8 << 20, f"{growth(ours)} bytes"
 
 
 def growth(result):
-    """Resident bytes at the end over those when a third of the requests had ended."""
-    resident = [bytes_ for finished, bytes_ in result["memory"] if finished >= len(result["tokens"]) // 3]
-    return max(resident) - resident[0]
+    """Resident bytes while the last third of the requests end, over those of the middle third: medians."""
+    third = len(result["tokens"]) // 3
+    middle = [bytes_ for finished, bytes_ in result["memory"] if third <= finished < 2 * third]
+    last = [bytes_ for finished, bytes_ in result["memory"] if finished >= 2 * third]
+    return statistics.median(last) - statistics.median(middle)
 
 
 @pytest.mark.parametrize(

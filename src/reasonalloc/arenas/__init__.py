@@ -5,7 +5,8 @@ remembers of the request lies in it. How large an arena is never changes; how he
 """
 
 from reasonalloc.arenas.layer import ArenaLayer
+from reasonalloc.arenas.layers import ArenaLayers
 from reasonalloc.arenas.layout import ArenaLayout
 from reasonalloc.arenas.pool import ArenaPool
 
-__all__ = ["ArenaLayer", "ArenaLayout", "ArenaPool"]
+__all__ = ["ArenaLayer", "ArenaLayers", "ArenaLayout", "ArenaPool"]

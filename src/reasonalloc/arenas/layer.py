@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from reasonalloc.arenas.places import Places
 from reasonalloc.arenas.pool import ArenaPool
 from reasonalloc.arenas.ring import QueryRing
 from reasonalloc.arenas.slab import ArenaSlab
-from reasonalloc.attention import choose_backend
+from reasonalloc.attention import AttentionBackend
 from reasonalloc.budgets import LayerBudgets
 from reasonalloc.compression import Compression
 from reasonalloc.layer_cache import LayerCache, NewTokens
@@ -38,15 +38,27 @@ class RequestCache(LayerCache):
         self.pool, self.index = pool, index
         super().__init__(layer, compression, budgets, backend)
 
-    def took_one(self) -> None:
-        """One token was appended to the arena and attended to, together with other requests'."""
-        assert self.slab is not None
-        self.decoding = True
-        self.slab.seen += 1
-        self.seen_columns += 1
-        self.steps += 1
-        if self.steps >= self.compression.interval:
-            self._compress()
+    @property
+    def steps(self) -> int:
+        """Tokens decoded since the last compression: the table's number."""
+        return int(self.pool.steps[self.index])
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self.pool.steps[self.index] = steps
+
+    @property
+    def seen_columns(self) -> int:
+        """A request has no padding: what the slab has seen."""
+        return int(self.pool.seen[self.index])
+
+    @seen_columns.setter
+    def seen_columns(self, columns: int) -> None:
+        pass  # the slab counts
+
+    def end_interval(self) -> None:
+        """An interval's tokens were appended to the arena and attended to, together with other requests'."""
+        self._compress()
 
     @property
     def is_home(self) -> bool:
@@ -57,6 +69,7 @@ class RequestCache(LayerCache):
     def end_prompt(self) -> None:
         """Compress the prompt, and bring what stays into the arena."""
         super().end_prompt()
+        self.decoding = True
         if not self.is_home:  # it was short enough to stay whole
             self.make_even()
 
@@ -88,6 +101,7 @@ class ArenaLayer:
     Attributes:
         requests: the cache in every arena in use, by the arena's number.
         staged: the arenas whose prompt lies in memory of its own, and for how many steps they have been absent.
+        places: of the tokens that the step decodes; ``ArenaLayers.begin_step`` sets it.
     """
 
     def __init__(
@@ -96,33 +110,26 @@ class ArenaLayer:
         compression: Compression,
         budgets: LayerBudgets,
         pool: ArenaPool,
-        backend: str = "auto",
-        patience: int = 1,
+        attention: AttentionBackend,
+        patience: int,
     ) -> None:
-        """
-        Args:
-            layer, compression, budgets: as for ``LayerCache``.
-            pool: the arenas.
-            backend: of attention.
-            patience: a request whose prompt is staged has ended if it is absent for so many steps in a row: one, or
-                as many as a pipeline has stages, whose requests take turns.
-        """
         self.layer, self.compression, self.budgets, self.pool = layer, compression, budgets, pool
-        self.patience = patience
+        self.attention, self.patience = attention, patience
         self.staged: dict[int, int] = {}
-        layout, device = pool.layout, pool.rows.device
-        self.attention = choose_backend(backend, device, layout.dtype, layout.dim, compression.tracks_received)
         self.requests: dict[int, RequestCache] = {}
+        self.places: Places | None = None
 
-    def begin_step(self, arenas: Collection[int]) -> None:
-        """Before a step of the requests in ``arenas``: give back the memory of prompts whose requests have ended.
-
-        The engine does not say that a request has ended; its prompt's memory would be held until its arena is lent
-        again.
-        """
+    def give_back(self, present: Collection[int]) -> None:
+        """Before a step of the requests in ``present``: end the prompts of requests that have ended themselves."""
         for arena, absent in list(self.staged.items()):
-            self.staged[arena] = 0 if arena in arenas else absent + 1
+            self.staged[arena] = 0 if arena in present else absent + 1
             if self.staged[arena] >= self.patience:
+                self._end_prompt(arena)
+
+    def end_prompts(self, decoding: Sequence[int]) -> None:
+        """Before a step in which these requests decode."""
+        for arena in decoding:
+            if self.requests[arena].in_prompt:
                 self._end_prompt(arena)
 
     def _end_prompt(self, arena: int) -> None:
@@ -163,25 +170,22 @@ class ArenaLayer:
         value: Float[Tensor, "batch heads dim"],
         scaling: float,
     ) -> Float[Tensor, "batch query_heads dim"]:
-        """One token of each of several requests, whose prompts have ended."""
-        for arena in arenas:
-            if self.requests[arena].in_prompt:
-                self._end_prompt(arena)
+        """One token of each of several requests, those that the step began with."""
         query, key, value = query[:, :, None], key[:, :, None], value[:, :, None]
-        caches = [self.requests[arena] for arena in arenas]
         if self.compression.tracks_received:  # accumulated attention lies in every arena by itself
-            new = NewTokens.all_real(1, 1)
+            caches, new = [self.requests[arena] for arena in arenas], NewTokens.all_real(1, 1)
             each = (
                 cache.attend(query[i : i + 1], key[i : i + 1], value[i : i + 1], new, scaling)
                 for i, cache in enumerate(caches)
             )
             return torch.cat(list(each))[:, :, 0]
-        index = np.asarray(arenas, dtype=np.int64)
-        for i in (self.pool.lengths[index] == self.pool.capacities[index]).any(1).nonzero()[0]:
-            caches[i].make_even()
-        spans = self.pool.append(index, key, value, query)
-        out = self.attention.attend(query, spans, scaling)
-        for cache in caches:
-            cache._scaling = scaling
-            cache.took_one()
+        places, pool = self.places, self.pool
+        assert places is not None
+        pool.keys.index_copy_(0, places.slots, key.reshape(-1, key.shape[-1]))
+        pool.values.index_copy_(0, places.slots, value.reshape(-1, value.shape[-1]))
+        if len(places.ring):
+            pool.rows.index_copy_(0, places.ring, query.reshape(-1, query.shape[-1]))
+        out = self.attention.attend(query, places.spans, scaling)
+        for arena in places.due:
+            self.requests[arena].end_interval()
         return out[:, :, 0]

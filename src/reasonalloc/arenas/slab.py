@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from reasonalloc.arenas.pool import ArenaPool
-from reasonalloc.storage import RaggedSlab
-from reasonalloc.storage.spans import HostInts
+from reasonalloc.storage import LayerTokens, RaggedSlab
+from reasonalloc.storage.spans import HostInts, on_device
 
 
 class ArenaSlab(RaggedSlab):
@@ -28,6 +28,20 @@ class ArenaSlab(RaggedSlab):
         """Whether the tokens lie in the arena."""
         return self.slots <= self.pool.layout.slots
 
+    @property
+    def seen(self) -> HostInts:
+        """Tokens of the request so far: the table's number, which steps of all layers count."""
+        return self.pool.seen[self.index : self.index + 1]
+
+    @seen.setter
+    def seen(self, seen: HostInts) -> None:
+        self.pool.seen[self.index] = seen[0]
+
+    def padded(self) -> LayerTokens:
+        """All live tokens, a padded copy."""
+        self.lengths_device = on_device(self.lengths, self.device)  # steps of all layers are counted on the host
+        return super().padded()
+
     def share_evenly(self) -> None:
         """Lay the spans out anew, all within the arena, its free slots in equal parts."""
         spare, odd = divmod(self.pool.layout.slots - int(self.lengths.sum()), self.heads)
@@ -38,7 +52,7 @@ class ArenaSlab(RaggedSlab):
         self.pool.place(self.index, starts[0], lengths[0], capacities[0])
         if capacities.sum() <= self.pool.layout.slots:  # what is counted in one place cannot differ in two
             self.lengths = self.pool.lengths[self.index : self.index + 1]
-            self.lengths_device = self.pool.lengths_device[self.index : self.index + 1]
+            self.lengths_device = on_device(self.lengths, self.device)
 
     def _resize(self, slots: int) -> None:
         layout = self.pool.layout

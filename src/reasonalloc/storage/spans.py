@@ -39,10 +39,16 @@ class Spans:
         starts: HostInts,
         lengths: HostInts,
         capacities: HostInts,
+        mirrored: tuple[Int[Tensor, "batch heads"], Int[Tensor, "batch heads"]] | None = None,
     ) -> None:
+        """``mirrored``: starts and lengths on the device, where they are there already."""
         self.device = keys.device
         self.keys, self.values, self.received = keys, values, received
-        self._place(starts, lengths, capacities)
+        if mirrored is None:
+            self._place(starts, lengths, capacities)
+        else:
+            self.starts, self.lengths, self.capacities = starts, lengths, capacities
+            self.starts_device, self.lengths_device = mirrored
 
     @property
     def batch(self) -> int:
@@ -77,8 +83,8 @@ class Spans:
 
     def _place(self, starts: HostInts, lengths: HostInts, capacities: HostInts) -> None:
         self.starts, self.lengths, self.capacities = starts, lengths, capacities
-        self.starts_device: Int[Tensor, "batch heads"] = on_device(starts, self.device)
-        self.lengths_device: Int[Tensor, "batch heads"] = on_device(lengths, self.device)
+        self.starts_device = on_device(starts, self.device)
+        self.lengths_device = on_device(lengths, self.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy (copy.deepcopy, pickle) has its own numbers, and its device's view must be of these."""

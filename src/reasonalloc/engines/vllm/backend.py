@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, MultipleOf
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from reasonalloc.arenas import ArenaLayer, ArenaPool
+from reasonalloc.arenas import ArenaLayer, ArenaLayers
 from reasonalloc.engines.transformers.support import UnsupportedModelError
 from reasonalloc.engines.vllm.metrics import LayerMetrics
 from reasonalloc.engines.vllm.model import ServedModel, layer_number
@@ -46,33 +46,27 @@ class Step:
 
     Attributes:
         arenas: of the requests that decode one token, their prompts being complete.
-        rows: where these tokens lie in the batch.
+        rows: where these tokens lie in the batch: a slice if no others are between them.
         chunks: all others.
     """
 
     arenas: list[int]
-    rows: Tensor
+    rows: Tensor | slice
     chunks: list[Chunk]
 
-    @cached_property  # every layer asks
+    @property
     def present(self) -> set[int]:
         """The arenas of all requests that take part."""
         return {*self.arenas, *(chunk.arena for chunk in self.chunks)}
 
-
-class StepBuilder(AttentionMetadataBuilder[Step]):
-    """Reads vLLM's description of a batch."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
-        """One ``Step`` for all layers of a group."""
-        batch = common_attn_metadata
+    @classmethod
+    def read(cls, batch: Any) -> Step:
+        """Off vLLM's description of a batch; waits for the device, where its block table lies."""
         bounds = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
         lengths = batch.seq_lens_cpu_upper_bound[: batch.num_reqs].tolist()  # of prompts it is exact
         in_prompt = batch.is_prefilling[: batch.num_reqs].tolist()
-        arenas = batch.block_table_tensor[: batch.num_reqs, 0].tolist()
+        table = batch.block_table_tensor
+        arenas = table[: batch.num_reqs, 0].tolist()
         decoding, rows, chunks = [], [], []
         for arena, start, stop, length, prompt in zip(arenas, bounds[:-1], bounds[1:], lengths, in_prompt, strict=True):
             if stop - start == 1 and not prompt:
@@ -80,10 +74,41 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
                 rows.append(start)
             elif stop > start:
                 chunks.append(Chunk(arena, slice(start, stop), stop - start == length))
-        return Step(decoding, torch.tensor(rows, dtype=torch.long, device=self.device), chunks)
+        if rows and rows[-1] - rows[0] + 1 == len(rows):
+            return cls(decoding, slice(rows[0], rows[-1] + 1), chunks)
+        return cls(decoding, torch.tensor(rows, dtype=torch.long, device=table.device), chunks)
 
 
-class ArenaAttention(AttentionImpl[Step]):
+class StepBuilder(AttentionMetadataBuilder[Any]):
+    """Hands vLLM's description of a batch on, unread: layers of unequal arenas have a builder each, one reads it."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """The description itself."""
+        return common_attn_metadata
+
+
+@dataclass
+class Running:
+    """What the layers of a process share.
+
+    Attributes:
+        arenas: of all of them.
+        step: the present one; the first layer reads it.
+    """
+
+    arenas: ArenaLayers
+    step: Step | None = None
+
+    def begin_step(self, batch: Any) -> None:
+        """Before the first layer."""
+        self.step = Step.read(batch)
+        self.arenas.begin_step(self.step.present, self.step.arenas)
+
+
+class ArenaAttention(AttentionImpl[Any]):
     """Attention of one layer."""
 
     def __init__(
@@ -125,6 +150,7 @@ class ArenaAttention(AttentionImpl[Step]):
         self.staged_tokens = config.model_config.max_model_len + config.scheduler_config.max_num_batched_tokens
         self.room: Tensor | None = None  # held while vLLM measures what the model takes beside its cache
         self.patience = config.parallel_config.pipeline_parallel_size
+        self.running: Running | None = None
         self.arenas: ArenaLayer | None = None
         self.metrics: LayerMetrics | None = None
 
@@ -135,44 +161,59 @@ class ArenaAttention(AttentionImpl[Step]):
         key: Float[Tensor, "tokens heads dim"],
         value: Float[Tensor, "tokens heads dim"],
         kv_cache: Tensor,
-        attn_metadata: Step | None,
+        attn_metadata: Any,
         output: Float[Tensor, "tokens query_heads dim"],
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """Attend, remember, and where it is time forget."""
-        step = attn_metadata
-        if step is None:  # vLLM measures its own memory, and then warms up
-            if kv_cache.numel():
-                self._arenas(layer, kv_cache)
-            else:
+        if attn_metadata is None:  # vLLM measures its own memory, and then warms up
+            if not kv_cache.numel():
                 self.room = torch.empty(2, self.staged_tokens, *key.shape[1:], dtype=key.dtype, device=key.device)
+            elif self.arenas is None:
+                self._open()
             return output
-        arenas = self._arenas(layer, kv_cache)
-        arenas.begin_step(step.present)
+        if self.arenas is None:
+            self._open()
+        assert self.running is not None
+        assert self.arenas is not None
+        assert self.metrics is not None
+        if self.arenas is self.running.arenas.layers[0]:
+            self.running.begin_step(attn_metadata)
+        step = self.running.step
+        assert step is not None
         for chunk in step.chunks:
             q, k, v = (x[chunk.tokens].transpose(0, 1) for x in (query, key, value))
-            output[chunk.tokens] = arenas.chunk(chunk.arena, q, k, v, self.scale, chunk.first).transpose(0, 1)
+            output[chunk.tokens] = self.arenas.chunk(chunk.arena, q, k, v, self.scale, chunk.first).transpose(0, 1)
         if step.arenas:
             rows = step.rows
-            output[rows] = arenas.decode(step.arenas, query[rows], key[rows], value[rows], self.scale)
-        assert self.metrics is not None
+            output[rows] = self.arenas.decode(step.arenas, query[rows], key[rows], value[rows], self.scale)
         self.metrics.update()
         return output
 
-    def _arenas(self, layer: Any, kv_cache: Tensor) -> ArenaLayer:
-        if self.arenas is None:
-            number = layer_number(layer.layer_name)
-            self.room = None
-            pool = ArenaPool(kv_cache, self.served.layout(number, kv_cache.dtype))
-            self.arenas = ArenaLayer(number, self.served.compression, self.served.budgets, pool, patience=self.patience)
-            self.metrics = LayerMetrics(number, pool, len(kv_cache) - _RESERVED)
-            if number == 0:
-                _logger.info(
-                    "reasonalloc: %d requests fit at once, each %d tokens per head and layer on average",
-                    len(kv_cache) - _RESERVED, self.served.compression.budget,
-                )  # fmt: skip
-        return self.arenas
+    def _open(self) -> None:
+        """Make arenas of the memory that vLLM has bound to the layers: of all of them, by the first that is asked."""
+        found = {
+            layer_number(name): attention
+            for name, attention in get_forward_context().no_compile_layers.items()
+            if isinstance(getattr(attention, "impl", None), ArenaAttention)
+        }
+        memory = {number: attention.kv_cache for number, attention in found.items()}
+        layouts = {number: self.served.layout(number, cache.dtype) for number, cache in memory.items()}
+        compression, budgets = self.served.compression, self.served.budgets
+        running = Running(ArenaLayers(compression, budgets, memory, layouts, patience=self.patience))
+        for arenas in running.arenas.layers:
+            found[arenas.layer].impl._take(running, arenas, len(memory[arenas.layer]) - _RESERVED)
+
+    def _take(self, running: Running, arenas: ArenaLayer, requests: int) -> None:
+        self.room = None
+        self.running, self.arenas = running, arenas
+        self.metrics = LayerMetrics(arenas.layer, arenas.pool, requests)
+        if arenas.layer == 0:
+            _logger.info(
+                "reasonalloc: %d requests fit at once, each %d tokens per head and layer on average",
+                requests, self.served.compression.budget,
+            )  # fmt: skip
 
 
 class ArenaBackend(AttentionBackend):

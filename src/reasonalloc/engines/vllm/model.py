@@ -93,6 +93,9 @@ def _refuse(vllm_config: Any) -> None:
         "a KV connector is on: leave --kv-transfer-config out (it would move blocks of tokens, not arenas)": (
             vllm_config.kv_transfer_config is not None
         ),
+        "batches are split: leave --enable-dbo and --ubatch-size out (a step is prepared once for all layers)": (
+            parallel.use_ubatching
+        ),
         "decode context parallelism is on: it splits tokens over ranks, arenas are whole": (
             getattr(parallel, "decode_context_parallel_size", 1) > 1
         ),
