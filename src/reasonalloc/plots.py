@@ -53,7 +53,7 @@ def plot_budgets(recorder: Recorder, path: str | Path, sequence: int = 0) -> Non
         alpha=0.25,
         label="least to most of a head",
     )
-    _stairs(over_layers, last.mean(1), baseline=None, color="C0", linewidth=1.5, label="mean of the layer's heads")
+    _stairs(over_layers, last.mean(1), color="C0", linewidth=1.5, label="mean of the layer's heads")
     over_layers.axhline(float(last.mean()), color="grey", linestyle="--", linewidth=1, label="budget (mean)")
     over_layers.set_ylim(bottom=0)
     over_layers.set_xlabel("layer")
@@ -123,7 +123,7 @@ def plot_operator_study(rhos: Sequence[RhoEffect], choices: Sequence[Choice], bu
     figure = _figure(path, 12, 4.6)
     by_rho, by_exponent = figure.subplots(1, 2, sharey=True)
     for effect in rhos:
-        _stairs(by_rho, effect.choice.budgets, baseline=None, linewidth=1.5, label=f"{effect.choice.rho:g}")
+        _stairs(by_rho, effect.choice.budgets, linewidth=1.5, label=f"{effect.choice.rho:g}")
     by_rho.set(xlabel="layer", ylabel="tokens per head", title=f"Budgets by rho (mean {budget})")
     bounds = list(dict.fromkeys((choice.lower, choice.upper) for choice in choices))
     styles = dict(zip(bounds, ("-", "--", "-.", ":") * len(bounds), strict=False))
@@ -147,9 +147,9 @@ def plot_operator_study(rhos: Sequence[RhoEffect], choices: Sequence[Choice], bu
     _save(figure, path)
 
 
-def _stairs(axes: Any, by_layer: Any, **style: Any) -> None:
-    """One value a layer, each as wide as its layer."""
-    axes.stairs(by_layer, [layer - 0.5 for layer in range(len(by_layer) + 1)], **style)
+def _stairs(axes: Any, by_layer: Any, baseline: Any = None, **style: Any) -> None:
+    """One value a layer, each as wide as its layer; down to ``baseline`` if there is one."""
+    axes.stairs(by_layer, [layer - 0.5 for layer in range(len(by_layer) + 1)], baseline=baseline, **style)
     _number(axes.xaxis)
 
 

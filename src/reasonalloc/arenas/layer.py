@@ -126,11 +126,10 @@ class ArenaLayer:
             if self.staged[arena] >= self.patience:
                 self._end_prompt(arena)
 
-    def end_prompts(self, decoding: Sequence[int]) -> None:
-        """Before a step in which these requests decode."""
-        for arena in decoding:
-            if self.requests[arena].in_prompt:
-                self._end_prompt(arena)
+    def end_prompts(self, arenas: Sequence[int]) -> None:
+        """Before the first step in which these requests decode."""
+        for arena in arenas:
+            self._end_prompt(arena)
 
     def _end_prompt(self, arena: int) -> None:
         self.requests[arena].end_prompt()

@@ -71,9 +71,10 @@ class ArenaLayers:
                 prompt's memory, where it lies outside the arena, would be held until the arena is lent again.
             decoding: those that decode one token, their prompts being complete.
         """
+        ended = [arena for arena in decoding if self.layers[0].requests[arena].in_prompt]  # and so in every layer
         for layer in self.layers:
             layer.give_back(present)
-            layer.end_prompts(decoding)
+            layer.end_prompts(ended)
         index = np.asarray(decoding, dtype=np.int64)
         if not self.compression.tracks_received and len(index):
             self._make_room(index)
@@ -93,8 +94,8 @@ class ArenaLayers:
         if self._queries:
             ring += table.pushed[:, index] % self._queries * self._query_heads
         ring_rows = ring[..., None] + np.arange(self._query_heads if self._queries else 0)
-        numbers = (starts + lengths, starts, lengths + 1, ring_rows)
-        flat = [x.reshape(len(starts), -1) for x in numbers]
+        new, lengths = starts + lengths, lengths + 1
+        flat = [x.reshape(len(starts), -1) for x in (new, starts, lengths, ring_rows)]
         slots, first, live, rows = on_device(np.concatenate(flat, 1), self.device).split(
             [x.shape[1] for x in flat], dim=1
         )
@@ -103,7 +104,5 @@ class ArenaLayers:
         due = index[table.steps[0, index] >= self.compression.interval].tolist()
         for i, layer in enumerate(self.layers):
             mirrored = first[i].view(starts.shape[1:]), live[i].view(starts.shape[1:])
-            spans = Spans(
-                layer.pool.keys, layer.pool.values, None, starts[i], lengths[i] + 1, capacities[i], mirrored
-            )  # fmt: skip
+            spans = Spans(layer.pool.keys, layer.pool.values, None, starts[i], lengths[i], capacities[i], mirrored)
             layer.places = Places(slots[i], rows[i], spans, due)

@@ -167,14 +167,13 @@ class ArenaAttention(AttentionImpl[Any]):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """Attend, remember, and where it is time forget."""
-        if attn_metadata is None:  # vLLM measures its own memory, and then warms up
-            if not kv_cache.numel():
-                self.room = torch.empty(2, self.staged_tokens, *key.shape[1:], dtype=key.dtype, device=key.device)
-            elif self.arenas is None:
-                self._open()
+        if not kv_cache.numel():  # vLLM measures its own memory
+            self.room = torch.empty(2, self.staged_tokens, *key.shape[1:], dtype=key.dtype, device=key.device)
             return output
         if self.arenas is None:
             self._open()
+        if attn_metadata is None:  # it warms up
+            return output
         assert self.running is not None
         assert self.arenas is not None
         assert self.metrics is not None
