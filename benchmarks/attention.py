@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from common import SHAPES, add_device, finish, save
 
-from reasonalloc.attention import AttentionBackend, choose_backend
-from reasonalloc.storage import RaggedSlab
+from reasonalloc.cache.attention import AttentionBackend, choose_backend
+from reasonalloc.cache.slab import RaggedSlab
 
 INTERVAL = 128
 COPIED = 1 << 28  # bytes, far more than any cache holds

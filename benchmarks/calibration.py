@@ -15,9 +15,8 @@ import torch
 from common import in_own_processes, save
 
 import reasonalloc as ra
-from reasonalloc.calibration import built_in_prompts
+from reasonalloc.calibration import built_in_prompts, calibrate
 from reasonalloc.calibration.probe import DemandProbe
-from reasonalloc.engines.transformers import calibration
 from reasonalloc.engines.transformers.loading import load
 
 
@@ -36,7 +35,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     with torch.no_grad():
         model(torch.ones(4, 100, dtype=torch.long), use_cache=False, logits_to_keep=1)
     if kind == "unwatched":
-        calibration.DemandProbe = Unwatched  # type: ignore[misc]
+        calibrate.DemandProbe = Unwatched  # type: ignore[misc]
     began = time.perf_counter()
     profile = ra.calibrate(model, tokenizer, built_in_prompts(), settings)
     return {

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import reasonalloc as ra
-from reasonalloc.engines.transformers.support import CACHE_ARGUMENT
+from reasonalloc.engines.models import CACHE_ARGUMENT
 from reasonalloc.files import write_atomically
 
 SMOLLM2 = {

@@ -17,9 +17,9 @@ from common import in_own_processes, random_model, save
 from resident import ENVIRONMENT, Peak, resident
 
 import reasonalloc as ra
+from reasonalloc.engines.models import CACHE_ARGUMENT
 from reasonalloc.engines.transformers.cache import kv_bytes
-from reasonalloc.engines.transformers.support import CACHE_ARGUMENT
-from reasonalloc.scoring import rkv
+from reasonalloc.policies.scoring import rkv
 
 
 def formula(config: Any, compression: ra.Compression, batch: int) -> int:

@@ -19,9 +19,9 @@ import torch
 from common import random_ids, random_model, save, seconds_per_step
 
 import reasonalloc as ra
-from reasonalloc import compressor
-from reasonalloc.engines.transformers.support import CACHE_ARGUMENT
-from reasonalloc.storage import RaggedSlab
+from reasonalloc.cache import compressor
+from reasonalloc.cache.slab import RaggedSlab
+from reasonalloc.engines.models import CACHE_ARGUMENT
 
 INTERVAL = 128
 STAGES = ("all", "gather", "score", "route", "select", "repack")

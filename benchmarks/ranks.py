@@ -18,12 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import reasonalloc as ra
-from reasonalloc.allocation import HeadAllocator
-from reasonalloc.allocation.heads import HeadSplit
-from reasonalloc.allocation.ranks import within_rank
 from reasonalloc.engines.transformers.loading import load
 from reasonalloc.evaluation.fidelity import make_trace, teacher_force
 from reasonalloc.evaluation.statistics import compare, correct, mean_value
+from reasonalloc.policies.allocation import HeadAllocator
+from reasonalloc.policies.allocation.heads import HeadSplit
+from reasonalloc.policies.allocation.ranks import within_rank
 from reasonalloc.tasks import TASKS
 
 RANKS, INTERVAL = 2, 32

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 
 import reasonalloc as ra
-from reasonalloc.allocation import MissGrid, PromptDemand
+from reasonalloc.policies.allocation import MissGrid, PromptDemand
 
 ARCHITECTURES = {
     "llama": (LlamaConfig, LlamaForCausalLM),

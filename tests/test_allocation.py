@@ -29,8 +29,8 @@ from reasonalloc import (
     WaveLayers,
     robustify,
 )
-from reasonalloc.allocation import HEAD_ALLOCATORS, LAYER_ALLOCATORS, attention_demand
-from reasonalloc.allocation.heads import pooled_counts
+from reasonalloc.policies.allocation import HEAD_ALLOCATORS, LAYER_ALLOCATORS, attention_demand
+from reasonalloc.policies.allocation.heads import pooled_counts
 
 LAYERS = ("uniform", "pyramid", "wave", "dynamic")
 HEADS = ("uniform", "threshold", "adakv")

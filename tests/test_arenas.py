@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import reasonalloc as ra
-from reasonalloc.allocation import ModelShape
-from reasonalloc.arenas import ArenaLayers, ArenaLayout, ArenaPool
-from reasonalloc.arenas.table import ArenaTable
-from reasonalloc.budgets import LayerBudgets
-from reasonalloc.layer_cache import LayerCache, NewTokens
+from reasonalloc.cache.arenas import ArenaLayers, ArenaLayout, ArenaPool
+from reasonalloc.cache.arenas.table import ArenaTable
+from reasonalloc.cache.layer_cache import LayerCache, NewTokens
+from reasonalloc.cache.totals import LayerBudgets
+from reasonalloc.policies.allocation import ModelShape
 
 LAYERS, HEADS, GROUP, DIM, ARENAS, SCALING = 2, 3, 2, 8, 4, 8**-0.5
 METHODS = ["rkv", "reasonalloc-head", "adakv-rkv", "h2o", "streaming", "vase", "random"]

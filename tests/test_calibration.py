@@ -17,8 +17,6 @@ from reference import tiny_model, tiny_profile, word_tokenizer
 from transformers import AttentionInterface, DynamicCache
 
 import reasonalloc as ra
-from reasonalloc.allocation import MissGrid, PromptDemand, marginal_gain, merge
-from reasonalloc.allocation.profile import HISTOGRAM_EDGES
 from reasonalloc.calibration import (
     CalibrationSettings,
     DemandProbe,
@@ -27,10 +25,12 @@ from reasonalloc.calibration import (
     built_in_prompts,
     read_prompts,
 )
-from reasonalloc.engines.transformers.calibration import calibrate
+from reasonalloc.calibration.calibrate import calibrate
+from reasonalloc.calibration.sensitivity import loss_sensitivity
 from reasonalloc.engines.transformers.loading import load
-from reasonalloc.engines.transformers.sensitivity import loss_sensitivity
 from reasonalloc.files import cache_folder
+from reasonalloc.policies.allocation import MissGrid, PromptDemand, marginal_gain, merge
+from reasonalloc.policies.allocation.profile import HISTOGRAM_EDGES
 
 LENGTHS = (21, 40, 9, 33, 27)
 BUDGETS = (24, 40, 64)

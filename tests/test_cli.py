@@ -9,7 +9,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from typer.testing import CliRunner
 
 import reasonalloc as ra
-from reasonalloc.cli import app
+from reasonalloc.cli.app import app
 
 PROMPT = " ".join(f"w{i}" for i in range(5, 60))
 

@@ -12,7 +12,7 @@ from tiny_reasoner import SMALL
 from typer.testing import CliRunner
 
 import reasonalloc as ra
-from reasonalloc.cli import app
+from reasonalloc.cli.app import app
 from reasonalloc.evaluation import statistics
 from reasonalloc.evaluation.answering import Answer, Sampling, answer
 from reasonalloc.evaluation.executors import Worker, fingerprint, run_local, shard

@@ -22,11 +22,11 @@ from reasonalloc import (
     PyramidLayers,
     Recorder,
 )
-from reasonalloc.allocation import HEAD_ALLOCATORS, HeadSplit
-from reasonalloc.budgets import LayerBudgets
-from reasonalloc.eviction import Candidates, rank_candidates, route_heads, select
+from reasonalloc.cache.recorder import Routing
+from reasonalloc.cache.selection import Candidates, rank_candidates, route_heads, select
+from reasonalloc.cache.totals import LayerBudgets
 from reasonalloc.files import write_atomically
-from reasonalloc.recorder import Routing
+from reasonalloc.policies.allocation import HEAD_ALLOCATORS, HeadSplit
 
 HEADS = ("uniform", "threshold", "adakv")
 SEEDS = range(30)

@@ -10,22 +10,14 @@ import reasonalloc
 ROOT = Path(reasonalloc.__file__).parent
 # Each part may import the parts before it, never one behind it.
 ORDER = [
-    ("registry", "files"),
+    ("files",),
+    ("policies",),
     ("tasks",),
-    ("allocation",),
-    ("storage",),
-    ("scoring",),
-    ("attention", "query_window", "eviction", "compression", "recorder"),
-    ("budgets",),
-    ("compressor",),
-    ("layer_cache",),
-    ("arenas",),
-    ("calibration",),
-    ("stats", "plots"),
-    ("engines", "reasoner"),
+    ("cache",),
+    ("engines",),
+    ("calibration", "reasoner"),
     ("evaluation",),
-    ("console",),
-    ("demo", "profile_commands", "evaluation_commands", "cli", "__init__", "__main__"),
+    ("cli", "__init__", "__main__"),
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -9,7 +9,7 @@ from reference import compression, prompts, tiny_model
 from transformers import DeepseekV2Config, Gemma2Config, GptOssConfig, MistralConfig, Qwen2Config, T5Config
 
 import reasonalloc as ra
-from reasonalloc.attention import choose_backend
+from reasonalloc.cache.attention import choose_backend
 
 
 @pytest.mark.parametrize(

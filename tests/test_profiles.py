@@ -10,12 +10,13 @@ from scipy.stats import wasserstein_distance
 from typer.testing import CliRunner
 
 import reasonalloc as ra
-from reasonalloc.allocation import MissGrid, PromptDemand
+from reasonalloc.calibration import auto as auto_profile
+from reasonalloc.calibration import calibrate as calibration
 from reasonalloc.calibration.compare import compare, wave_distance
 from reasonalloc.calibration.operator_study import operator_effects, rho_effects
 from reasonalloc.calibration.stability import bootstrap, bootstrap_miss_curves
-from reasonalloc.cli import app
-from reasonalloc.engines.transformers import auto_profile, calibration
+from reasonalloc.cli.app import app
+from reasonalloc.policies.allocation import MissGrid, PromptDemand
 
 LAYERS = 6
 SHAPE = ra.ModelShape(LAYERS, 2, 4, 8)

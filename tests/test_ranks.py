@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reasonalloc.allocation import HEAD_ALLOCATORS, ThresholdHeads, UniformHeads
-from reasonalloc.allocation.ranks import GatheredHeads
+from reasonalloc.policies.allocation import HEAD_ALLOCATORS, ThresholdHeads, UniformHeads
+from reasonalloc.policies.allocation.ranks import GatheredHeads
 
 WINDOW = 2
 

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reasonalloc
-from reasonalloc.attention import BACKENDS, attend_rows, received_attention
-from reasonalloc.eviction import rank_candidates, select
-from reasonalloc.scoring import (
+from reasonalloc.cache.attention import BACKENDS, attend_rows, received_attention
+from reasonalloc.cache.selection import rank_candidates, select
+from reasonalloc.cache.slab import RaggedSlab
+from reasonalloc.policies.scoring import (
     H2O,
     RKV,
     SCORERS,
@@ -31,8 +32,8 @@ from reasonalloc.scoring import (
     StreamingLLM,
     VaSE,
 )
-from reasonalloc.scoring.rkv import counted_similarity
-from reasonalloc.storage import LayerTokens, RaggedSlab
+from reasonalloc.policies.scoring.rkv import counted_similarity
+from reasonalloc.policies.scoring.tokens import LayerTokens
 
 # Long and short heads, a head with fewer tokens than its sequence has queries, and an empty sequence.
 LENGTHS = [[17, 9], [12, 14], [3, 11], [2, 1], [0, 0]]
@@ -326,7 +327,7 @@ def test_rkv_blocks(monkeypatch, rows_at_once):
     seen = observe(70, keys=keys_with_duplicates(6))
     whole = RKV().score(seen)
     entries_of_a_row = whole.numel()  # a row of every (sequence, head): batch * heads * n
-    monkeypatch.setattr("reasonalloc.scoring.rkv._BLOCK_ENTRIES", {"cpu": rows_at_once * entries_of_a_row})
+    monkeypatch.setattr("reasonalloc.policies.scoring.rkv._BLOCK_ENTRIES", {"cpu": rows_at_once * entries_of_a_row})
     got = RKV().score(seen)
     assert_scores(got, seen, ref_rkv)
     valid = seen.tokens.valid
@@ -338,8 +339,8 @@ def test_rkv_blocks(monkeypatch, rows_at_once):
 def test_rkv_looks_through_the_newest_keys_first(monkeypatch, newest, entries):
     """However many keys are asked at a time, and however few queries ask them, it is the newest similar one."""
     seen = observe(75, keys=keys_with_duplicates(9))
-    monkeypatch.setattr("reasonalloc.scoring.rkv.NEWEST", newest)
-    monkeypatch.setattr("reasonalloc.scoring.rkv._BLOCK_ENTRIES", {"cpu": entries})
+    monkeypatch.setattr("reasonalloc.policies.scoring.rkv.NEWEST", newest)
+    monkeypatch.setattr("reasonalloc.policies.scoring.rkv._BLOCK_ENTRIES", {"cpu": entries})
     assert_scores(RKV(weight=0.0).score(seen), seen, lambda row: ref_rkv(row, 0.0))
 
 
@@ -946,7 +947,7 @@ def test_one_query_rows(dtype, group):
 @GROUPS
 def test_one_query_compiled(dtype, group, track):
     pytest.importorskip("numba")
-    from reasonalloc.attention.compiled import attend_compiled
+    from reasonalloc.cache.attention.compiled import attend_compiled
 
     slab, tokens = make_slab(dtype, track)
     query = randn(820, 3, 2 * group, 1, 6).to(dtype)
@@ -1012,7 +1013,7 @@ def test_chunk_that_sees_everything():
 @pytest.mark.parametrize("hidden", [None, HIDDEN], ids=["all seen", "hidden"])
 @pytest.mark.parametrize("entries", [1, 50])
 def test_attention_in_blocks_of_queries(monkeypatch, entries, hidden):
-    monkeypatch.setattr("reasonalloc.attention.rows._BLOCK_ENTRIES", entries)
+    monkeypatch.setattr("reasonalloc.cache.attention.rows._BLOCK_ENTRIES", entries)
     slab, tokens = make_slab(torch.float32, lengths=CHUNK_LENGTHS)
     query = randn(870, 3, 4, 5, 6).float()
     out, added = ref_attend(query, tokens, 0.6, hidden)

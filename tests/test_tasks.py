@@ -7,7 +7,7 @@ from collections import deque
 import pytest
 from typer.testing import CliRunner
 
-from reasonalloc.cli import app
+from reasonalloc.cli.app import app
 from reasonalloc.tasks import TASKS, Maps, Programs, Search, split_of
 
 FAMILIES = {"maps": (4, 16, 48), "programs": (4, 20, 60), "search": (5, 24, 80)}

@@ -17,8 +17,8 @@ from reference import (
 from transformers import DynamicCache
 
 import reasonalloc as ra
-from reasonalloc.engines.transformers.support import CACHE_ARGUMENT
-from reasonalloc.storage import RaggedSlab
+from reasonalloc.cache.slab import RaggedSlab
+from reasonalloc.engines.models import CACHE_ARGUMENT
 
 METHODS = [name for name in ra.METHODS if name != "full"]
 DRAWN = {"random", "vase", "vase-queryfree"}  # their draws depend on the batch, by design
@@ -311,7 +311,7 @@ def test_rejected_tokens_leave_no_trace(method):
 @pytest.mark.parametrize("method", ["rkv", "h2o"])
 def test_of_a_long_speculative_pass_only_the_last_queries_are_held(method, monkeypatch):
     """A prompt is such a pass in assisted decoding. What can be rolled back is as right as ever."""
-    monkeypatch.setattr("reasonalloc.layer_cache.SPECULATED", 16)
+    monkeypatch.setattr("reasonalloc.cache.layer_cache.SPECULATED", 16)
     model = tiny_model(dtype=torch.float64)
     text = torch.randint(2, 97, (1, 120), generator=torch.Generator().manual_seed(4))
     outputs = []

@@ -11,9 +11,10 @@ from test_scorers import GROUPS, assert_output, assert_received, make_slab, rand
 
 pytest.importorskip("triton")
 
-from reasonalloc.attention import triton_decode
-from reasonalloc.attention.triton_decode import ChunkTable, TritonDecode
-from reasonalloc.storage import LayerTokens, RaggedSlab
+from reasonalloc.cache.attention import triton_decode
+from reasonalloc.cache.attention.triton_decode import ChunkTable, TritonDecode
+from reasonalloc.cache.slab import RaggedSlab
+from reasonalloc.policies.scoring.tokens import LayerTokens
 
 HALF = {torch.float16: 4e-3, torch.bfloat16: 2e-2}
 COMPILE = """
@@ -21,7 +22,7 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from reasonalloc.attention import triton_decode
+from reasonalloc.cache.attention import triton_decode
 
 dtype, dim = sys.argv[1], int(sys.argv[2])
 tile = triton_decode.tile_of(dim, dim, {"bf16": 2, "fp32": 4}[dtype])

@@ -3,7 +3,13 @@
 Importing the package registers the attention implementation "reasonalloc" with transformers.
 """
 
-from reasonalloc.allocation import (
+from reasonalloc.cache.recorder import Recorder
+from reasonalloc.cache.stats import CacheStats
+from reasonalloc.calibration import CalibrationSettings, ProbePrompt
+from reasonalloc.calibration.calibrate import calibrate
+from reasonalloc.engines.models import UnsupportedModelError
+from reasonalloc.engines.transformers import Cache, drop_finished
+from reasonalloc.policies.allocation import (
     DemandProfile,
     DynamicLayers,
     HeadAllocator,
@@ -20,15 +26,10 @@ from reasonalloc.allocation import (
     WaveLayers,
     robustify,
 )
-from reasonalloc.allocation.heads import HEAD_ALLOCATORS, AdaKVHeads
-from reasonalloc.allocation.layers import LAYER_ALLOCATORS
-from reasonalloc.calibration import CalibrationSettings, ProbePrompt
-from reasonalloc.compression import METHODS, Compression
-from reasonalloc.engines.transformers import Cache, calibrate, drop_finished
-from reasonalloc.engines.transformers.support import UnsupportedModelError
-from reasonalloc.recorder import Recorder
-from reasonalloc.scoring import RKV, SCORERS, Observation, Scorer, register_scorer
-from reasonalloc.stats import CacheStats
+from reasonalloc.policies.allocation.heads import HEAD_ALLOCATORS, AdaKVHeads
+from reasonalloc.policies.allocation.layers import LAYER_ALLOCATORS
+from reasonalloc.policies.compression import METHODS, Compression
+from reasonalloc.policies.scoring import RKV, SCORERS, Observation, Scorer, register_scorer
 
 __version__ = "0.1.0"
 

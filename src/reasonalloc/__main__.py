@@ -1,6 +1,6 @@
 """``python -m reasonalloc``: the command line, for launchers such as torchrun."""
 
-from reasonalloc.cli import app
+from reasonalloc.cli.app import app
 
 if __name__ == "__main__":
     app()

@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, UniformTypeKVCacheSpecs
 
-from reasonalloc.arenas import ArenaLayout
+from reasonalloc.cache.arenas import ArenaLayout
 from reasonalloc.engines.vllm.spec import ArenaSpec
 
 LONGEST = 4096

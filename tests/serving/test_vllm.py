@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from reasonalloc.allocation import HeadAllocator, apportion
-from reasonalloc.allocation.heads import HeadSplit
+from reasonalloc.policies.allocation import HeadAllocator, apportion
+from reasonalloc.policies.allocation.heads import HeadSplit
 
 HERE = Path(__file__).parent
 MODEL = os.environ.get("REASONALLOC_TEST_MODEL", str(HERE.parents[1] / "src/reasonalloc/reasoner/model"))

@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import wasserstein_distance
 
-from reasonalloc.allocation import DemandProfile
-from reasonalloc.allocation.profile import Floats
+from reasonalloc.policies.allocation import DemandProfile
+from reasonalloc.policies.allocation.profile import Floats
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from reasonalloc.allocation.profile import MissGrid
-from reasonalloc.compression import Compression
-from reasonalloc.eviction import rank_candidates, select
-from reasonalloc.query_window import Queries
-from reasonalloc.scoring.scorer import Observation
-from reasonalloc.storage.tokens import LayerTokens
+from reasonalloc.cache.query_window import Queries
+from reasonalloc.cache.selection import rank_candidates, select
+from reasonalloc.policies.allocation.profile import MissGrid
+from reasonalloc.policies.compression import Compression
+from reasonalloc.policies.scoring.scorer import Observation
+from reasonalloc.policies.scoring.tokens import LayerTokens
 
 
 class MissSimulation:

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.stats import spearmanr
 
-from reasonalloc.allocation import DemandProfile, WaveLayers
-from reasonalloc.allocation.profile import Floats
 from reasonalloc.calibration.compare import wave_distance
+from reasonalloc.policies.allocation import DemandProfile, WaveLayers
+from reasonalloc.policies.allocation.profile import Floats
 
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 BOUNDS = ((0.5, 1.5), (0.25, 2.0), (0.1, 4.0), (0.0, 1e9))

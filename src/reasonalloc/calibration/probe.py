@@ -16,14 +16,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from reasonalloc.allocation import ModelShape, PromptDemand
-from reasonalloc.allocation.demand import attention_demands
-from reasonalloc.allocation.profile import HISTOGRAM_EDGES, MissGrid, check_rhos
+from reasonalloc.cache.query_window import Queries, QueryWindow
 from reasonalloc.calibration.miss_simulation import MissSimulation
-from reasonalloc.query_window import Queries, QueryWindow
-from reasonalloc.scoring.scorer import Observation
-from reasonalloc.scoring.window_attention import attention_weights, visible
-from reasonalloc.storage.tokens import LayerTokens
+from reasonalloc.policies.allocation import ModelShape, PromptDemand
+from reasonalloc.policies.allocation.demand import attention_demands
+from reasonalloc.policies.allocation.profile import HISTOGRAM_EDGES, MissGrid, check_rhos
+from reasonalloc.policies.scoring.scorer import Observation
+from reasonalloc.policies.scoring.tokens import LayerTokens
+from reasonalloc.policies.scoring.window_attention import attention_weights, visible
 
 
 @dataclass(frozen=True)

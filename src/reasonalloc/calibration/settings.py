@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reasonalloc.allocation.profile import PAPER_RHO, MissGrid, check_rhos
 from reasonalloc.calibration.probe import ProbeSettings
-from reasonalloc.compression import Compression
+from reasonalloc.policies.allocation.profile import PAPER_RHO, MissGrid, check_rhos
+from reasonalloc.policies.compression import Compression
 
 SENSITIVITY_WINDOW = 16
 BLOCK = 32  # decoded tokens that are looked at together

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from reasonalloc.allocation import DemandProfile, MissCurveLayers, WaveLayers, marginal_gain
-from reasonalloc.allocation.apportion import smooth
-from reasonalloc.allocation.layers import split_over_layers
-from reasonalloc.allocation.profile import Floats
+from reasonalloc.policies.allocation import DemandProfile, MissCurveLayers, WaveLayers, marginal_gain
+from reasonalloc.policies.allocation.apportion import smooth
+from reasonalloc.policies.allocation.layers import split_over_layers
+from reasonalloc.policies.allocation.profile import Floats
 
 WIDEST = 0.10  # relative width of a band above which more prompts are advised
 

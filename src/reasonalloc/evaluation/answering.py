@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import transformers
 
-from reasonalloc.compression import Compression
+from reasonalloc.cache.recorder import Recorder
+from reasonalloc.engines.models import CACHE_ARGUMENT
 from reasonalloc.engines.transformers.cache import Cache
 from reasonalloc.engines.transformers.generation import OnStep, drop_finished
 from reasonalloc.engines.transformers.loading import encode, ranks
-from reasonalloc.engines.transformers.support import CACHE_ARGUMENT
 from reasonalloc.evaluation.footprint import Footprint
-from reasonalloc.recorder import Recorder
+from reasonalloc.policies.compression import Compression
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from reasonalloc.allocation import DemandProfile
-from reasonalloc.compression import AUTO_PROFILE
-from reasonalloc.engines.transformers.auto_profile import auto_profile
+from reasonalloc.calibration.auto import auto_profile
 from reasonalloc.engines.transformers.loading import load, quiet, ranks
 from reasonalloc.evaluation.answering import answer
 from reasonalloc.evaluation.fidelity import Reading, make_trace, read_alike
 from reasonalloc.evaluation.questions import FIDELITY
 from reasonalloc.evaluation.store import Result, Store
 from reasonalloc.evaluation.study import Batch, Study, digest
+from reasonalloc.policies.allocation import DemandProfile
+from reasonalloc.policies.compression import AUTO_PROFILE
 
 _ATTEMPTS = 3
 # Settings of a configuration that depend on where and how it was loaded, not on what the model computes.

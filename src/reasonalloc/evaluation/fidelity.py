@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reasonalloc.compression import Compression
+from reasonalloc.engines.models import CACHE_ARGUMENT
 from reasonalloc.engines.transformers.cache import Cache
 from reasonalloc.engines.transformers.loading import ranks
-from reasonalloc.engines.transformers.support import CACHE_ARGUMENT
 from reasonalloc.evaluation.footprint import Footprint
+from reasonalloc.policies.compression import Compression
 
 
 @dataclass(frozen=True)

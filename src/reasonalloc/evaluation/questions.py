@@ -10,8 +10,8 @@ from typing import Any
 
 from reasonalloc.evaluation.recall import recall_question, recall_text
 from reasonalloc.files import read_json_lines
+from reasonalloc.policies.registry import unknown_name
 from reasonalloc.reasoner.text import ANSWER
-from reasonalloc.registry import unknown_name
 from reasonalloc.tasks import TASKS, Problem, Split
 
 MATH_PROMPT = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."

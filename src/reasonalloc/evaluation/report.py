@@ -402,7 +402,7 @@ def write_report(findings: Findings, folder: Path) -> list[Path]:
     """report.html, report.md, report.csv; with matplotlib, a PNG for each task that was asked with budgets."""
     pictures: dict[str, bytes] = {}
     try:
-        from reasonalloc.plots import draw_curves
+        from reasonalloc.evaluation.plots import draw_curves
 
         for task in findings.tasks():
             if any(cell.budget is not None for cell in findings.of(task)):

@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from reasonalloc.allocation import DemandProfile
 from reasonalloc.evaluation.answering import Answer
 from reasonalloc.evaluation.fidelity import Reading
 from reasonalloc.evaluation.grading import Grade, grader, grader_version
 from reasonalloc.evaluation.questions import FIDELITY, Question, QuestionSet
 from reasonalloc.evaluation.study import Batch, Study, Unit
 from reasonalloc.files import write_atomically, write_once
+from reasonalloc.policies.allocation import DemandProfile
 
 Result = Answer | Reading
 

@@ -10,11 +10,11 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from reasonalloc.allocation import DemandProfile
-from reasonalloc.compression import AUTO_PROFILE, METHODS, Compression
 from reasonalloc.evaluation.answering import Sampling
 from reasonalloc.evaluation.questions import FIDELITY, Question, QuestionSet, load_questions, load_texts
-from reasonalloc.registry import unknown_name
+from reasonalloc.policies.allocation import DemandProfile
+from reasonalloc.policies.compression import AUTO_PROFILE, METHODS, Compression
+from reasonalloc.policies.registry import unknown_name
 from reasonalloc.tasks import Split
 
 FULL = "full"

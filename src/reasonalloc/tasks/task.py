@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-from reasonalloc.registry import Registry
+from reasonalloc.policies.registry import Registry
 
 Split = Literal["train", "test"]
 _TEST_SHARE = 8  # one question in so many belongs to the test split

@@ -1,8 +1,7 @@
-"""The adapter to Hugging Face transformers: attention and mask functions, cache, generation loop, calibration."""
+"""The adapter to Hugging Face transformers: attention and mask functions, cache, generation loop."""
 
 from reasonalloc.engines.transformers.attention import ATTENTION_NAME
 from reasonalloc.engines.transformers.cache import Cache
-from reasonalloc.engines.transformers.calibration import calibrate
 from reasonalloc.engines.transformers.generation import drop_finished
 
-__all__ = ["ATTENTION_NAME", "Cache", "calibrate", "drop_finished"]
+__all__ = ["ATTENTION_NAME", "Cache", "drop_finished"]

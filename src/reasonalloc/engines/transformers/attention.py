@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from reasonalloc.engines.transformers.support import ATTENTION_NAME, UnsupportedModelError
+from reasonalloc.engines.models import ATTENTION_NAME, UnsupportedModelError
 
 if TYPE_CHECKING:
     from reasonalloc.engines.transformers.cache import RaggedLayer

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 from transformers import cache_utils
 
-from reasonalloc.allocation import HEAD_ALLOCATORS, LAYER_ALLOCATORS
-from reasonalloc.budgets import LayerBudgets, check_ranks
-from reasonalloc.compression import AUTO_PROFILE, Compression
+from reasonalloc.cache.layer_cache import LayerCache, NewTokens, Probe
+from reasonalloc.cache.recorder import Recorder
+from reasonalloc.cache.stats import CacheStats, collect
+from reasonalloc.cache.totals import LayerBudgets, check_ranks
+from reasonalloc.engines.models import ATTENTION_NAME, architecture, check_states, model_shape
 from reasonalloc.engines.transformers.attention import tag
-from reasonalloc.engines.transformers.support import ATTENTION_NAME, architecture, check_states, model_shape
-from reasonalloc.layer_cache import LayerCache, NewTokens, Probe
-from reasonalloc.recorder import Recorder
-from reasonalloc.scoring import SCORERS
-from reasonalloc.stats import CacheStats, collect
+from reasonalloc.policies.allocation import HEAD_ALLOCATORS, LAYER_ALLOCATORS
+from reasonalloc.policies.compression import AUTO_PROFILE, Compression
+from reasonalloc.policies.registry import profile_source
+from reasonalloc.policies.scoring import SCORERS
 
 
 class _ForwardPass:
@@ -172,9 +173,8 @@ class Cache(cache_utils.Cache):
         whole = model_shape(config)
         self.shape = whole.split(tensor_parallel)
         if compression.profile == AUTO_PROFILE:
-            from reasonalloc.engines.transformers.auto_profile import auto_profile  # which itself uses this class
-
-            compression = compression.replace(profile=auto_profile(config, compression))
+            source = profile_source(AUTO_PROFILE)
+            compression = compression.replace(profile=source(config, compression))
         self.compression = compression
         if compression.demand_profile is not None:
             compression.demand_profile.check(whole, architecture(config))

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reasonalloc.engines.transformers.support import ATTENTION_NAME
+from reasonalloc.engines.models import ATTENTION_NAME
 
 BUILT_IN = "reasonalloc/reasoner"  # the small reasoner that comes with this package
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

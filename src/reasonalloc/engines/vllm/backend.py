@@ -15,8 +15,8 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from reasonalloc.arenas import ArenaLayer, ArenaLayers
-from reasonalloc.engines.transformers.support import UnsupportedModelError
+from reasonalloc.cache.arenas import ArenaLayer, ArenaLayers
+from reasonalloc.engines.models import UnsupportedModelError
 from reasonalloc.engines.vllm.metrics import LayerMetrics
 from reasonalloc.engines.vllm.model import ServedModel, layer_number
 from reasonalloc.engines.vllm.settings import settings

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge
 
-from reasonalloc.arenas import ArenaPool
+from reasonalloc.cache.arenas import ArenaPool
 
 _EVICTED = Counter("reasonalloc_evicted_tokens", "Tokens forgotten, over heads.", ["layer"])
 _COMPRESSIONS = Counter("reasonalloc_compressions", "Rounds in which a request's layer forgot tokens.", ["layer"])

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from reasonalloc.allocation import HeadAllocator, ModelShape
-from reasonalloc.allocation.ranks import GatheredHeads
-from reasonalloc.arenas import ArenaLayout
-from reasonalloc.budgets import LayerBudgets, check_ranks
-from reasonalloc.compression import Compression
-from reasonalloc.engines.transformers.support import UnsupportedModelError, architecture, model_shape
+from reasonalloc.cache.arenas import ArenaLayout
+from reasonalloc.cache.totals import LayerBudgets, check_ranks
+from reasonalloc.engines.models import UnsupportedModelError, architecture, model_shape
 from reasonalloc.engines.vllm.settings import Settings
+from reasonalloc.policies.allocation import HeadAllocator, ModelShape
+from reasonalloc.policies.allocation.ranks import GatheredHeads
+from reasonalloc.policies.compression import Compression
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def arena_spec(attention: Any, vllm_config: Any) -> Any:
     """
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    from reasonalloc.engines.transformers.support import UnsupportedModelError
+    from reasonalloc.engines.models import UnsupportedModelError
     from reasonalloc.engines.vllm.backend import ArenaBackend
     from reasonalloc.engines.vllm.model import ServedModel, layer_number
     from reasonalloc.engines.vllm.spec import ArenaSpec

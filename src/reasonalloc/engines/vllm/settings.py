@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from reasonalloc.allocation import DynamicLayers
-from reasonalloc.compression import AUTO_PROFILE, Compression
+from reasonalloc.policies.allocation import DynamicLayers
+from reasonalloc.policies.compression import AUTO_PROFILE, Compression
 
 VARIABLE = "REASONALLOC"
 EXAMPLE = """'{"method": "reasonalloc", "budget": 1024, "profile": "wave.json"}'"""

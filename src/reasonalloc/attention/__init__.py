@@ -1,6 +1,0 @@
-"""Attention of new queries over a ragged slab. Several backends, one contract, chosen once per cache."""
-
-from reasonalloc.attention.backend import BACKENDS, AttentionBackend, check_backend, choose_backend
-from reasonalloc.attention.rows import attend_rows, received_attention
-
-__all__ = ["BACKENDS", "AttentionBackend", "attend_rows", "check_backend", "choose_backend", "received_attention"]

@@ -1,0 +1,92 @@
+"""Selection: from scores and head budgets to the tokens that stay. Moving them is the storage's part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from reasonalloc.policies.allocation import HeadAllocator, HeadSplit
+from reasonalloc.policies.allocation.apportion import apportion
+
+_LARGEST = torch.finfo(torch.float32).max / 2
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Tokens of one layer as the routing sees them.
+
+    Attributes:
+        scores: float32; +inf for the window, -inf for what is absent or protected on top of the budget.
+        lengths: tokens per head that count against the budget.
+        protected: leading tokens of each head that stay on top of the budget.
+    """
+
+    scores: Float[Tensor, "batch heads tokens"]
+    lengths: Int[Tensor, "batch heads"]
+    protected: Int[Tensor, "batch"]
+
+
+def rank_candidates(
+    scores: Float[Tensor, "batch heads tokens"],
+    valid: Bool[Tensor, "batch heads tokens"],
+    newest: Bool[Tensor, "batch heads tokens"],
+    protected: Int[Tensor, "batch"],
+) -> Candidates:
+    """Put the scorer's numbers in the form that allocators and ``select`` read."""
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    outside = index < protected[:, None, None]
+    scores = scores.float().nan_to_num(nan=-_LARGEST, posinf=_LARGEST, neginf=-_LARGEST).clamp(-_LARGEST, _LARGEST)
+    scores = scores.masked_fill(newest, float("inf")).masked_fill(~valid | outside, float("-inf"))
+    return Candidates(scores, (valid & ~outside).sum(-1), protected)
+
+
+def route_heads(
+    allocator: HeadAllocator, candidates: Candidates, total: Int[Tensor, "batch"], window: int
+) -> HeadSplit:
+    """Head budgets that sum to ``total`` for every sequence, also where the layer is not full yet.
+
+    A sequence that holds no more than ``total`` keeps everything; what it does not use is shared out evenly.
+    """
+    lengths = candidates.lengths
+    over = lengths.sum(-1) > total
+    # Rows that fit are given a solvable problem instead (their own length); its answer is then not used.
+    target = torch.minimum(total, lengths.sum(-1))
+    split = allocator.allocate(candidates.scores, lengths, target, window)
+    spare = (total - lengths.sum(-1)).clamp(min=0)
+    room = torch.ones_like(lengths, dtype=torch.float64)
+    even = lengths + apportion(room, spare, torch.zeros_like(room), room * spare[:, None])
+    return HeadSplit(torch.where(over[:, None], split.budgets, even), split.threshold)
+
+
+def select(
+    candidates: Candidates, budgets: Int[Tensor, "batch heads"], by_score: bool
+) -> tuple[Int[Tensor, "batch heads kept"], Int[Tensor, "batch heads"]]:
+    """Indices of the tokens that stay, and how many per head.
+
+    Each head keeps its protected tokens, its window, and its best-scored tokens up to the budget; of equal
+    scores the earlier stored token wins. Survivors keep their order, or with ``by_score`` stand in descending
+    order of score behind the protected and before the window.
+    """
+    scores = candidates.scores
+    index = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
+    outside = index < candidates.protected[:, None, None]
+    kept = torch.minimum(budgets, candidates.lengths) + candidates.protected[:, None]
+    # Protected tokens first: inside a head they and the window rank above all scores.
+    order = scores.masked_fill(outside, float("inf")).argsort(dim=-1, descending=True, stable=True)
+    if by_score:
+        order = _window_last(order, scores, candidates.protected, kept)
+    else:
+        order = order.masked_fill(index >= kept[..., None], scores.shape[-1]).sort(-1).values
+    return order.clamp(max=max(scores.shape[-1] - 1, 0))[..., : int(kept.max())], kept
+
+
+def _window_last(order: Tensor, scores: Tensor, protected: Tensor, kept: Tensor) -> Tensor:
+    """Move the window, which ranks right behind the protected tokens, to the end of the survivors."""
+    at = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    forced = torch.isposinf(scores).sum(-1, keepdim=True)
+    is_window = (at >= protected[:, None, None]) & (at < protected[:, None, None] + forced)
+    place = torch.where(is_window, at + order.shape[-1], at).masked_fill(at >= kept[..., None], 3 * order.shape[-1])
+    return order.gather(-1, place.argsort(-1))

@@ -1,0 +1,214 @@
+"""The demonstration: the built-in reasoner thinks in four caches, and what that costs in memory and right answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from reasonalloc.cache.recorder import Recorder
+from reasonalloc.engines.transformers.loading import BUILT_IN, load, quiet
+from reasonalloc.evaluation.answering import Answer, Sampling, answer
+from reasonalloc.evaluation.grading import Grade, grader
+from reasonalloc.evaluation.questions import Question, load_questions
+from reasonalloc.files import write_atomically
+from reasonalloc.policies.compression import AUTO_PROFILE, Compression
+
+METHODS = ("full", "rkv", "pyramid-rkv", "reasonalloc")
+TASKS = ("maps:12", "programs:24", "search:28")
+EACH = 8  # problems of every task
+LONGEST = 500  # tokens of one answer; a mistaken search could go on for ever
+EXCERPT = 16  # words shown before and after the place where the texts part
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A problem and how it is graded."""
+
+    task: str
+    grader: str
+    question: Question
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one method did with all problems."""
+
+    method: str
+    answers: list[Answer]
+    grades: list[Grade]
+    seconds: float
+
+    @property
+    def right(self) -> int:
+        """Problems with a wholly right answer."""
+        return sum(grade.correct for grade in self.grades)
+
+    @property
+    def kv_bytes(self) -> float:
+        """Bytes of one problem's keys and values at their largest, mean over problems."""
+        return sum(found.kv_bytes for found in self.answers) / len(self.answers)
+
+
+def run(budget: int, interval: int, output: Path, console: Console) -> None:
+    """Let every method answer the same problems; print tables, and write texts, figures, record and picture."""
+    compressions = {name: _compression(name, budget, interval) for name in METHODS}  # a wrong setting fails here
+    quiet()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # two threads of one core only wait for each other
+    network, tokenizer = load(BUILT_IN, "float32", "cpu")
+    asked = problems()
+    console.print(
+        f"{len(asked)} problems ({', '.join(TASKS)}), greedy, with the built-in reasoner; beside the question {budget} "
+        f"tokens per head stay, all others are evicted every {interval} tokens",
+        highlight=False,
+    )
+    runs = []
+    columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("longest {task.fields[step]} tokens"), console=console) as progress:
+        for name, compression in compressions.items():
+            bar = progress.add_task(name, total=len(asked), step=0)
+            began = time.perf_counter()
+            answers = answer(
+                network,
+                tokenizer,
+                [item.question.prompt for item in asked],
+                compression,
+                Sampling(0.0, 1.0, LONGEST),
+                on_step=_Bar(progress, bar, len(asked)),
+            )
+            progress.update(bar, completed=len(asked))
+            grades = [
+                grader(item.grader)(item.question.reference, found.text)
+                for item, found in zip(asked, answers, strict=True)
+            ]
+            runs.append(Run(name, answers, grades, time.perf_counter() - began))
+    recorder = Recorder()  # of one problem: sequences leave the batch above as they finish
+    prompts = [asked[-1].question.prompt]
+    answer(network, tokenizer, prompts, compressions[METHODS[-1]], Sampling(0.0, 1.0, LONGEST), recorder=recorder)
+    _save(asked, runs, recorder, output)
+    console.print(_table(asked, runs))
+    console.print(_parting(asked, runs), highlight=False)
+    console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}", highlight=False)
+
+
+def problems() -> list[Asked]:
+    """The first problems of each task, never seen in training."""
+    sets = [load_questions(task, count=EACH) for task in TASKS]
+    return [Asked(found.name, found.grader, question) for found in sets for question in found.questions]
+
+
+def _compression(name: str, budget: int, interval: int) -> Compression:
+    if name == "full":
+        return Compression.method(name)
+    profile = {"profile": AUTO_PROFILE} if name == "reasonalloc" else {}
+    return Compression.method(name, budget, interval=interval, prompt="protect", **profile)
+
+
+class _Bar:
+    """Moves a method's progress bar as its sequences finish."""
+
+    def __init__(self, progress: Progress, bar: Any, total: int) -> None:
+        self.progress, self.bar, self.total, self.step = progress, bar, total, 0
+
+    def __call__(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
+        self.step += 1
+        if self.step % 16 == 0:
+            self.progress.update(self.bar, completed=self.total - len(rows), step=self.step)
+
+
+def _table(asked: list[Asked], runs: list[Run]) -> Table:
+    table = Table(
+        title="The same problems, four ways to cache",
+        caption="maps, programs, search: wholly right answers. values: share of right values.\n"
+        "kept: tokens per KV head, question included, mean over decoding steps.\n"
+        "KV kB: a problem's keys and values at their largest, mean.",
+        caption_justify="left",
+    )
+    table.add_column("method")
+    for heading in (*(task.partition(":")[0] for task in TASKS), "values", "kept", "KV kB", "of full"):
+        table.add_column(heading, justify="right")
+    for item in runs:
+        each = [
+            sum(grade.correct for where, grade in zip(asked, item.grades, strict=True) if where.task == task)
+            for task in TASKS
+        ]
+        kept = sum(found.kept_tokens for found in item.answers) / len(item.answers)
+        table.add_row(
+            item.method,
+            *(f"{count}/{EACH}" for count in each),
+            f"{sum(grade.score for grade in item.grades) / len(asked):.0%}",
+            f"{kept:.0f}",
+            f"{item.kv_bytes / 1e3:.0f}",
+            f"{item.kv_bytes / runs[0].kv_bytes:.0%}",
+        )
+    return table
+
+
+def _parting(asked: list[Asked], runs: list[Run]) -> Table | str:
+    """One problem on which the methods part: their texts around the first word that differs from the full cache's."""
+    found: list[tuple[tuple[bool, int], int]] = []
+    for i in range(len(asked)):
+        verdicts = [one.grades[i].correct for one in runs]
+        if verdicts[0] and not all(verdicts):  # rather one that ReasonAlloc solves, and on which most texts differ
+            found.append(((verdicts[-1], len({one.answers[i].text for one in runs})), -i))
+    if found:
+        i = -max(found)[1]
+        return _side_by_side(asked[i], i, runs)
+    return "All methods give the same verdicts on these problems."
+
+
+def _side_by_side(item: Asked, i: int, runs: list[Run]) -> Table:
+    words = {one.method: one.answers[i].text.split() for one in runs}
+    full = words[runs[0].method]
+    parts = {name: _first_difference(text, full) for name, text in words.items()}
+    table = Table(
+        title=f"Where they part: {item.task}, problem {item.question.id}, {len(full)} words in full", show_lines=True
+    )
+    table.add_column("method", no_wrap=True)
+    table.add_column("same\nwords", justify="right")
+    table.add_column("verdict")
+    table.add_column("text around the first other word")
+    for one in runs:
+        at, text = parts[one.method], words[one.method]
+        around = Text("... " + " ".join(text[max(0, at - EXCERPT) : at]) + " ")
+        around.append(" ".join(text[at : at + EXCERPT]) or "(the end)", style="bold red" if at < len(full) else "")
+        verdict = "right" if one.grades[i].correct else "wrong" if one.answers[i].finished else "no end"
+        table.add_row(one.method, str(at), verdict, around)
+    return table
+
+
+def _first_difference(text: list[str], full: list[str]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(text, full, strict=False)) if a != b), min(len(text), len(full)))
+
+
+def _save(asked: list[Asked], runs: list[Run], recorder: Recorder, output: Path) -> None:
+    texts = [
+        {
+            "task": item.task,
+            "question": item.question.prompt,
+            "answers": {
+                one.method: {**asdict(one.answers[i]), "right": one.grades[i].correct, "score": one.grades[i].score}
+                for one in runs
+            },
+        }
+        for i, item in enumerate(asked)
+    ]
+    figures = {one.method: {"right": one.right, "kv_bytes": one.kv_bytes, "seconds": one.seconds} for one in runs}
+    write_atomically(output / "texts.json", json.dumps(texts, indent=1).encode())
+    write_atomically(output / "figures.json", json.dumps(figures, indent=1).encode())
+    if recorder.routings:
+        recorder.save(output / "routing.json")
+        with suppress(ImportError):  # the picture is an extra
+            from reasonalloc.evaluation.plots import plot_budgets
+
+            plot_budgets(recorder, output / "budgets.png")

@@ -1,0 +1,284 @@
+"""The commands of evaluation: ``reasonalloc eval``, ``report`` and ``problems``."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from reasonalloc.cli.console import clear_errors, console, errors
+
+if TYPE_CHECKING:
+    from reasonalloc.evaluation.store import Result, Store
+    from reasonalloc.evaluation.study import Batch, Study
+
+DEFAULT_METHODS = "full,rkv,pyramid-rkv,reasonalloc"
+
+
+def evaluate(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results; run again to go on.")],
+    study: Annotated[
+        Path | None, typer.Option(help="A study as JSON; --model and --data say where they lie here.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the study that the folder holds.")] = False,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Local folder, .gguf file, or hub id.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="math500, aime24, aime25, gsm8k, maps:48, programs:56, search:56, recall:32; repeatable."),
+    ] = None,
+    fidelity: Annotated[
+        list[str] | None,
+        typer.Option(help="Read given solutions of a task with each cache instead of answering; repeatable."),
+    ] = None,
+    least_words: Annotated[int, typer.Option(min=0, help="With --fidelity: pass over shorter texts.")] = 0,
+    methods: Annotated[str, typer.Option(help="Names, with commas; see `reasonalloc methods`.")] = DEFAULT_METHODS,
+    budgets: Annotated[str, typer.Option(help="Tokens per KV head, with commas.")] = "128,256,512",
+    baseline: Annotated[str | None, typer.Option(help="What methods are compared with; rkv if it is there.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each question.")] = 8,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.6,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, or text.")] = 32768,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Only so many questions of each task; of generated ones 100 otherwise.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="JSON lines with the questions, instead of the hub.")] = None,
+    question_field: Annotated[str | None, typer.Option(help="In --data; the known set's, or 'question'.")] = None,
+    answer_field: Annotated[str | None, typer.Option(help="In --data; the known set's, or 'answer'.")] = None,
+    text_field: Annotated[
+        str | None, typer.Option(help="In --data, with --fidelity; the known set's, or 'solution'.")
+    ] = None,
+    profile: Annotated[str | None, typer.Option(help="Demand profile (JSON), or 'auto'.")] = None,
+    interval: Annotated[int, typer.Option(min=1, help="Decoded tokens between two compressions.")] = 128,
+    protect_prompt: Annotated[bool, typer.Option(help="Keep the prompt, on top of the budget.")] = False,
+    random_splits: Annotated[int, typer.Option(min=0, help="Random splits of each budget, as a control.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Answers decoded together.")] = 16,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    shard: Annotated[str | None, typer.Option(help="i/n: do every n-th batch from the i-th on (0/4 ... 3/4).")] = None,
+    tensor_parallel: Annotated[
+        bool,
+        typer.Option("--tensor-parallel", help="Share the model: torchrun --nproc-per-node N -m reasonalloc eval ..."),
+    ] = False,
+    ray_workers: Annotated[int, typer.Option(min=0, help="Use so many Ray actors.")] = 0,
+    ray_gpus: Annotated[float, typer.Option(min=0, help="GPUs of one Ray actor.")] = 1.0,
+) -> None:
+    """Let methods answer questions at several budgets; stop at any time and run again to go on."""
+    with clear_errors():
+        from reasonalloc.evaluation.store import Store
+        from reasonalloc.evaluation.study import Study
+
+        if resume or study:
+            _refuse(context, _WITH_RESUME if resume else _WITH_STUDY)
+        store = Store(output)
+        if resume:
+            wanted = store.study()
+        elif study is not None:
+            wanted = Study.load(study).located(model, data)
+        else:
+            if model is None or not (task or fidelity):
+                raise ValueError("name a --model and at least one --task or --fidelity, or a --study, or --resume")
+            tasks = _tasks(
+                task or [], fidelity or [], data, question_field, answer_field, text_field, count, least_words
+            )
+            wanted = Study.from_dict(
+                {
+                    "model": model,
+                    "tasks": tasks,
+                    "variants": [name.strip() for name in methods.split(",")],
+                    "budgets": numbers(budgets, "--budgets"),
+                    "baseline": baseline,
+                    "samples": samples,
+                    "sampling": {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens},
+                    "common": {
+                        "interval": interval,
+                        **({"profile": profile} if profile else {}),
+                        **({"prompt": "protect"} if protect_prompt else {}),
+                    },
+                    "random_splits": random_splits,
+                    "dtype": dtype,
+                    "seed": seed,
+                    "batch": batch,
+                }
+            )
+        if shard and ray_workers:
+            raise ValueError("--shard and --ray-workers are two ways to share the work: choose one")
+        if tensor_parallel and ray_workers:
+            raise ValueError("--tensor-parallel works in torchrun's processes, --ray-workers start their own: choose")
+        _run(store, wanted, device, None if shard is None else _shard(shard), ray_workers, ray_gpus, tensor_parallel)
+        console.print(f"{output}: done. `reasonalloc report {output}` says what was found", highlight=False)
+
+
+def _run(
+    store: Store,
+    study: Study,
+    device: str,
+    part: tuple[int, int] | None,
+    ray_workers: int,
+    ray_gpus: float,
+    tensor_parallel: bool,
+) -> None:
+    from reasonalloc.evaluation.executors import Worker, run_local, run_ray, shard
+    from reasonalloc.evaluation.grading import grader, grader_version
+    from reasonalloc.evaluation.questions import FIDELITY
+
+    store.check(study)
+    if tensor_parallel:
+        from reasonalloc.cache.totals import check_ranks
+
+        for cell in study.cells:
+            check_ranks(cell.compression)
+    if part is not None:
+        shard([], *part)  # a wrong one fails before anything is loaded
+    sets = store.sets() or study.load_questions()
+    for found in sets:
+        if found.grader != FIDELITY:
+            grader(found.grader)
+            grader_version(found.grader)  # what is missing for grading is said now, not after hours
+    with errors.status(f"loading {study.model}"):
+        worker = Worker(study, "cpu" if ray_workers else device, tensor_parallel)  # the GPUs are the actors'
+    profile = store.profile() or worker.auto_profile(study)
+    store.begin(study, worker.fingerprint, sets, profile)
+    plan = store.plan()
+    batches = plan if part is None else shard(plan, *part)
+    with _Watch(store, batches, hidden=not worker.writes) as watch:
+        if ray_workers:
+            run_ray(study, store, plan, ray_workers, ray_gpus, watch.done, device)
+        else:
+            run_local(worker, store, batches, watch.done)
+
+
+def problems(
+    tasks: Annotated[list[str], typer.Argument(help="TASK:DIFFICULTY, for instance maps:48.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file (.jsonl).")],
+    count: Annotated[int, typer.Option(min=1, help="Problems of each.")] = 8,
+    split: Annotated[str, typer.Option(help="train or test; they never share a question.")] = "train",
+) -> None:
+    """Write problems of the built-in tasks as JSON lines: task, id, prompt, thought (a worked solution), answer."""
+    with clear_errors():
+        from reasonalloc.evaluation.questions import sized
+        from reasonalloc.files import write_atomically
+        from reasonalloc.tasks import TASKS
+
+        lines = []
+        for wanted in tasks:
+            name, size = sized(wanted)
+            made = [TASKS.create(name).problem(seed, size, split) for seed in range(count)]  # type: ignore[arg-type]
+            lines += [
+                {"task": wanted, "id": f"{split} {seed}", "prompt": problem.question, "thought": problem.thought}
+                | {"answer": problem.answer}
+                for seed, problem in enumerate(made)
+            ]
+        write_atomically(output, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        console.print(f"wrote {len(lines)} problems to {output}", highlight=False)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Of `reasonalloc eval`.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Its folder; FOLDER/report otherwise.")] = None,
+    metric: Annotated[
+        str, typer.Option(help="What is compared: accuracy (all of an answer right) or score (share of it).")
+    ] = "accuracy",
+) -> None:
+    """Grade the answers; write report.html, report.md, report.csv and pictures. Needs neither model nor hub."""
+    with clear_errors():
+        from reasonalloc.evaluation.report import ACCURACY, SCORE, collect, markdown, write_report
+        from reasonalloc.evaluation.store import Store
+
+        if metric not in ("accuracy", "score"):
+            raise ValueError(f"the metric is accuracy or score, got {metric!r}")
+        store = Store(folder)
+        findings = collect(store, store.study(), store.plan(), SCORE if metric == "score" else ACCURACY)
+        if not findings.tasks():
+            raise ValueError(f"{folder} has no finished problem yet")
+        paths = write_report(findings, output or folder / "report")
+        console.print(markdown(findings), highlight=False, markup=False, soft_wrap=True)
+        console.print(f"wrote {', '.join(map(str, paths))}", highlight=False, soft_wrap=True)
+
+
+_ANYWHERE = {"tensor_parallel", "output", "device", "shard", "ray_workers", "ray_gpus"}
+_WITH_RESUME = {*_ANYWHERE, "resume"}
+_WITH_STUDY = {*_ANYWHERE, "study", "model", "data"}
+
+
+def _refuse(context: typer.Context, allowed: set[str]) -> None:
+    """Options beside a study that would change nothing are an error."""
+    given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+    wrong = [f"--{name.replace('_', '-')}" for name in given if name not in allowed]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} would have no effect: the study says all that decides the results")
+
+
+def _tasks(
+    answer: list[str],
+    read: list[str],
+    data: Path | None,
+    question_field: str | None,
+    answer_field: str | None,
+    text_field: str | None,
+    count: int | None,
+    least_words: int,
+) -> list[dict[str, Any]]:
+    if data is not None and len({*answer, *read}) > 1:
+        raise ValueError(f"--data is one set of questions, got several: {', '.join([*answer, *read])}; use a --study")
+    source = {"data": None if data is None else str(data), "question_field": question_field, "count": count}
+    written = [{"name": name, **source, "answer_field": answer_field} for name in answer]
+    texts = {"answer_field": text_field, "fidelity": True, "least_words": least_words}
+    return [*written, *({"name": name, **source, **texts} for name in read)]
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """Whole numbers with commas between them."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} takes whole numbers with commas between them, got {text!r}") from None
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, of = text.partition("/")
+    if not index.isdigit() or not of.isdigit():
+        raise ValueError(f"--shard is i/n, for instance 0/4, got {text!r}")
+    return int(index), int(of)
+
+
+class _Watch:
+    """The live table: answers done, tokens a second, accuracy so far of each method. Grades are not kept."""
+
+    def __init__(self, store: Store, batches: list[Batch], hidden: bool = False) -> None:
+        self.right: dict[str, list[bool]] = defaultdict(list)
+        self.tokens, self.seconds = 0, 0.0
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, TextColumn("{task.fields[so_far]}"), console=errors, disable=hidden)
+        units = sum(map(len, batches))
+        finished = units - sum(len(batch) for batch in batches if store.missing(batch))
+        self.task = self.progress.add_task("answers", total=units, completed=finished, so_far="")
+
+    def __enter__(self) -> _Watch:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.progress.stop()
+
+    def done(self, batch: Batch, results: list[Result], seconds: float) -> None:
+        """Count a finished batch."""
+        from reasonalloc.evaluation.answering import Answer
+        from reasonalloc.evaluation.grading import grader
+
+        for unit, found in zip(batch, results, strict=True):
+            if isinstance(found, Answer):
+                with suppress(Exception):  # whatever an answer does to its grader, the run goes on
+                    right = grader(unit.grader)(unit.question.reference, found.text).correct
+                    self.right[unit.cell.method].append(right)
+        self.tokens += sum(found.tokens for found in results)
+        self.seconds += seconds
+        so_far = ", ".join(f"{name} {sum(x) / len(x):.0%}" for name, x in list(self.right.items())[:5])
+        speed = f"{self.tokens / self.seconds:.0f} tokens/s"
+        self.progress.update(self.task, advance=len(batch), so_far=f"{speed}; {so_far}")

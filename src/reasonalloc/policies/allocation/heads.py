@@ -1,0 +1,171 @@
+"""Head allocators: how a layer's total is split over its key/value heads, per sequence, at every routing.
+
+All work on whole batches on the device, and all return budgets that sum to the layer's total exactly.
+Scores arrive *pooled-ready*: a higher score means "keep", on one scale for all heads of the layer (scorers see to
+that); tokens of the recent window have score +inf, absent tokens -inf.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reasonalloc.policies.allocation.apportion import apportion, check_operator, smooth
+from reasonalloc.policies.allocation.demand import descending
+from reasonalloc.policies.allocation.profile import DemandProfile
+from reasonalloc.policies.allocation.shape import ModelShape
+from reasonalloc.policies.registry import Registry
+
+
+@dataclass(frozen=True)
+class HeadSplit:
+    """Budgets per head, and the pooled threshold that they came from where there is one."""
+
+    budgets: Int[Tensor, "batch heads"]
+    threshold: Float[Tensor, "batch"] | None = None
+
+
+class HeadAllocator(ABC):
+    """Splits a layer's tokens over its heads. Implementations are frozen dataclasses of their settings."""
+
+    needs_profile: bool = False
+
+    @property
+    def calibrate_options(self) -> str:
+        """What `reasonalloc calibrate` must be told beside the model, for a profile that serves this allocator."""
+        return ""
+
+    def for_layer(
+        self, layer: int, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
+    ) -> HeadAllocator:
+        """The allocator of one layer: itself, unless layers are treated differently.
+
+        Args:
+            layer: index of the layer.
+            shape, budget, window, profile: as for ``LayerAllocator.allocate``.
+        """
+        return self
+
+    @abstractmethod
+    def allocate(
+        self,
+        scores: Float[Tensor, "batch heads tokens"],
+        lengths: Int[Tensor, "batch heads"],
+        total: Int[Tensor, "batch"],
+        window: int,
+    ) -> HeadSplit:
+        """Split ``total`` over the heads of each sequence.
+
+        Args:
+            scores: utility of each token, see the module's text.
+            lengths: tokens that each head holds; no head is given more than it holds.
+            total: the layer's budget per sequence; ``lengths.sum(-1) > total`` is assumed.
+            window: recent tokens that every head keeps.
+        """
+
+
+HEAD_ALLOCATORS: Registry[HeadAllocator] = Registry("head allocator", "reasonalloc.heads")
+
+
+def pooled_counts(
+    scores: Float[Tensor, "batch heads tokens"], k: Int[Tensor, "batch"]
+) -> tuple[Int[Tensor, "batch heads"], Float[Tensor, "batch"]]:
+    """Per head, how many of its tokens reach the layer's ``k``-th largest score, and that score."""
+    ranked = descending(scores.flatten(1))
+    threshold = ranked.gather(-1, (k[:, None] - 1).clamp(0, ranked.shape[-1] - 1)).squeeze(-1)
+    return (scores >= threshold[:, None, None]).sum(-1), threshold
+
+
+def share_out(
+    weights: Float[Tensor, "batch heads"], lengths: Int[Tensor, "batch heads"], total: Int[Tensor, "batch"], window: int
+) -> HeadSplit:
+    """Shares in proportion to ``weights``: every head at least its window, none more than it holds."""
+    held = lengths.to(torch.float64)
+    return HeadSplit(apportion(weights, total, held.clamp(max=window), held))
+
+
+@HEAD_ALLOCATORS.register("uniform")
+@dataclass(frozen=True)
+class UniformHeads(HeadAllocator):
+    """Every head of a layer the same."""
+
+    def allocate(
+        self,
+        scores: Float[Tensor, "batch heads tokens"],
+        lengths: Int[Tensor, "batch heads"],
+        total: Int[Tensor, "batch"],
+        window: int,
+    ) -> HeadSplit:
+        """Equal shares; a head that holds less than its share leaves the rest to the others."""
+        return share_out(torch.ones_like(lengths), lengths, total, window)
+
+
+@HEAD_ALLOCATORS.register("threshold")
+@dataclass(frozen=True)
+class ThresholdHeads(HeadAllocator):
+    """ReasonAlloc's global threshold (section 4, Algorithm 1).
+
+    A head's raw demand is the number of its tokens among the layer's ``total`` best scores (the window counts:
+    a budget includes it); R(.) with exponent beta and bounds [lower, upper] x mean makes budgets of the demands.
+    Ours: the floor never falls under the window, and no head is given more tokens than it holds.
+    """
+
+    exponent: float = 0.5
+    lower: float = 0.25
+    upper: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_operator(self.exponent, self.lower, self.upper)
+
+    def allocate(
+        self,
+        scores: Float[Tensor, "batch heads tokens"],
+        lengths: Int[Tensor, "batch heads"],
+        total: Int[Tensor, "batch"],
+        window: int,
+    ) -> HeadSplit:
+        """R(counts above the threshold; total)."""
+        demand, threshold = pooled_counts(scores, total)
+        mean = (total.to(torch.float64) / lengths.shape[-1])[:, None]
+        held = lengths.to(torch.float64)
+        low = torch.minimum((self.lower * mean).clamp(min=window), held)
+        high = torch.maximum(torch.minimum(self.upper * mean, held), low)
+        # A head far over its upper bound (after the layer's total shrank) must not make the split infeasible.
+        high = high.where(high.sum(-1, keepdim=True) >= total[:, None], held)
+        budgets = apportion(smooth(demand, self.exponent), total, low, high)
+        return HeadSplit(budgets, threshold)
+
+
+@HEAD_ALLOCATORS.register("adakv")
+@dataclass(frozen=True)
+class AdaKVHeads(HeadAllocator):
+    """AdaKV (arXiv 2407.11550): a head's share of the layer's top scores, blended with an equal safeguard share.
+
+    Deviation: the original rounds each head by itself and misses the total; ours is exact.
+    """
+
+    safeguard: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.safeguard <= 1:
+            raise ValueError(f"safeguard must be in [0, 1], got {self.safeguard}")
+
+    def allocate(
+        self,
+        scores: Float[Tensor, "batch heads tokens"],
+        lengths: Int[Tensor, "batch heads"],
+        total: Int[Tensor, "batch"],
+        window: int,
+    ) -> HeadSplit:
+        """Window, plus ``(1 - safeguard) * count + safeguard * equal share`` of what the windows leave."""
+        counts, threshold = pooled_counts(scores, total)
+        recent = lengths.clamp(max=window)
+        rest = total - recent.sum(-1)
+        free = (lengths - recent).to(torch.float64)
+        own, equal = (counts - recent).to(torch.float64), rest.to(torch.float64)[:, None] / lengths.shape[-1]
+        wish = (1 - self.safeguard) * own + self.safeguard * equal
+        return HeadSplit(recent + apportion(wish, rest, torch.zeros_like(free), free), threshold)

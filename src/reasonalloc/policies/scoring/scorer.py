@@ -1,0 +1,72 @@
+"""What a token scorer is, what it may look at, and where scorers are registered."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from reasonalloc.policies.registry import Registry
+from reasonalloc.policies.scoring.tokens import LayerTokens
+
+
+@dataclass(frozen=True)
+class Observation:
+    """All that a scorer may look at when one layer is compressed.
+
+    Attributes:
+        tokens: the layer's cached tokens.
+        queries: the last queries after rotary embedding, oldest first, as many as the scorer asked for (fewer
+            early in a sequence, see ``real_queries``); None if it asked for none.
+        real_queries: which of the queries exist; False marks padding.
+        scaling: factor of the attention logits, usually ``dim ** -0.5``.
+        window: newest tokens of each head that are kept whatever their score.
+        budget: the layer's tokens per head, averaged over heads, for each sequence.
+        generator: the cache's own source of random numbers, on the tokens' device.
+    """
+
+    tokens: LayerTokens
+    queries: Float[Tensor, "batch query_heads queries dim"] | None
+    real_queries: Bool[Tensor, "batch queries"] | None
+    scaling: float
+    window: int
+    budget: Float[Tensor, "batch"]
+    generator: torch.Generator
+
+
+class Scorer(ABC):
+    """Decides *which* tokens of a head are worth keeping; budgets decide how many.
+
+    Subclass as a frozen dataclass of the method's settings, implement ``score``, and register the class:
+
+        @reasonalloc.register_scorer("mine")
+        @dataclass(frozen=True)
+        class Mine(reasonalloc.Scorer):
+            def score(self, seen: Observation) -> Tensor: ...
+
+    Class attributes say what must be observed between compressions:
+
+    Attributes:
+        window: newest tokens of each head that are kept by default.
+        observed_queries: how many of the last queries ``score`` reads.
+        needs_received: whether ``tokens.received`` (attention since arrival) must be tracked.
+    """
+
+    window: int = 8
+    observed_queries: int = 0
+    needs_received: bool = False
+
+    @abstractmethod
+    def score(self, seen: Observation) -> Float[Tensor, "batch heads tokens"]:
+        """Utility of each token, higher is better, float32; entries of absent tokens are ignored.
+
+        Inside one head only the order matters. Allocators that pool the heads of a layer compare values too, so
+        they should mean the same in heads of different length. Window tokens are kept anyway.
+        """
+
+
+SCORERS: Registry[Scorer] = Registry("token scorer", "reasonalloc.scorers")
+register_scorer = SCORERS.register
