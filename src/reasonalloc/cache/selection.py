@@ -16,7 +16,7 @@ _LARGEST = torch.finfo(torch.float32).max / 2
 
 @dataclass(frozen=True)
 class Candidates:
-    """Tokens of one layer as the routing sees them.
+    """Tokens of some rows as the routing sees them.
 
     Attributes:
         scores: float32; +inf for the window, -inf for what is absent or protected on top of the budget.
@@ -63,10 +63,10 @@ def route_heads(
 
 def select(
     candidates: Candidates, budgets: Int[Tensor, "batch heads"], by_score: bool
-) -> tuple[Int[Tensor, "batch heads kept"], Int[Tensor, "batch heads"]]:
+) -> tuple[Int[Tensor, "batch heads tokens"], Int[Tensor, "batch heads"]]:
     """Indices of the tokens that stay, and how many per head.
 
-    Each head keeps its protected tokens, its window, and its best-scored tokens up to the budget; of equal
+    Entries of the indices at or past those numbers mean nothing. Each head keeps its protected tokens, its window, and its best-scored tokens up to the budget; of equal
     scores the earlier stored token wins. Survivors keep their order, or with ``by_score`` stand in descending
     order of score behind the protected and before the window.
     """
@@ -80,7 +80,7 @@ def select(
         order = _window_last(order, scores, candidates.protected, kept)
     else:
         order = order.masked_fill(index >= kept[..., None], scores.shape[-1]).sort(-1).values
-    return order.clamp(max=max(scores.shape[-1] - 1, 0))[..., : int(kept.max())], kept
+    return order.clamp(max=max(scores.shape[-1] - 1, 0)), kept
 
 
 def _window_last(order: Tensor, scores: Tensor, protected: Tensor, kept: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from reasonalloc.cache.layer_cache import LayerCache
-from reasonalloc.cache.totals import LayerBudgets
+from reasonalloc.cache.ragged import RaggedCache
 
 
 @dataclass(frozen=True)
@@ -75,21 +74,21 @@ def _size(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
-def collect(layers: list[LayerCache], budgets: LayerBudgets | None, method: dict[str, str]) -> CacheStats:
-    """The statistics of a cache made of these layers."""
-    slabs = [layer.slab for layer in layers if layer.slab is not None]
-    full = len(slabs) == len(layers)
-    batch = slabs[0].batch if full else 0
+def collect(ragged: RaggedCache, method: dict[str, str]) -> CacheStats:
+    """The statistics of a cache."""
+    table, pools, totals = ragged.table, ragged.pools, ragged.totals
+    layers = np.arange(table.layers)
+    rounds = ragged.round
     return CacheStats(
-        seen=layers[0].seen_columns,
-        batch=batch,
-        kv_bytes=sum(slab.kv_bytes for slab in slabs),
-        index_bytes=sum(slab.index_bytes for slab in slabs),
-        query_bytes=sum(layer.window.nbytes for layer in layers),
-        kept=[slab.lengths.tolist() for slab in slabs],
-        budgets=None if budgets is None else [budgets.totals(i, batch).tolist() for i in range(len(layers))],
-        evicted=sum(layer.evicted for layer in layers),
-        compressions=max(layer.compressions for layer in layers),
+        seen=ragged.columns,
+        batch=table.rows,
+        kv_bytes=sum(pool.kv_bytes for pool in pools),
+        index_bytes=sum(pool.index_bytes for pool in pools),
+        query_bytes=sum(pool.queries.nbytes for pool in pools),
+        kept=table.lengths.tolist() if table.rows else [],
+        budgets=None if totals is None else totals.of(layers, ragged.rows).tolist(),
+        evicted=0 if rounds is None else int(rounds.evicted.sum()),
+        compressions=0 if rounds is None else int(rounds.rounds.max()),
         method=method,
-        backend="" if layers[0].backend is None else layers[0].backend.name,
+        backend="" if ragged.backend is None else ragged.backend.name,
     )

@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reasonalloc.cache.spans import HostInts
+from reasonalloc.cache.table import HostInts
 from reasonalloc.policies.allocation import DynamicLayers, ModelShape
 from reasonalloc.policies.allocation.offline_heads import OfflineBudgets
 from reasonalloc.policies.compression import Compression
 
 
-class LayerBudgets:
-    """Tokens per layer and sequence, summing to ``layers * heads * budget`` for each sequence at any time.
+class LayerTotals:
+    """Tokens of every layer and row, summing to ``layers * heads * budget`` for each row at any time.
 
-    Layers run one after another. The first layer opens a routing round; with a dynamic allocator the totals of a
-    round come from the demands that all layers reported in the rounds before.
+    Layers run one after another. The first layer opens a round; with a dynamic allocator the totals of a round come
+    from the demands that all layers reported in the rounds before.
+
+    Attributes:
+        dynamic: the allocator, if it measures demand while decoding.
     """
 
     def __init__(self, compression: Compression, shape: ModelShape) -> None:
@@ -28,48 +32,48 @@ class LayerBudgets:
         self.shape = shape
         self.budget = compression.budget
         allocator = compression.layer_allocator
-        self._fixed = allocator.allocate(
-            shape, self.budget, compression.kept_window, compression.demand_profile
-        ).numpy()
+        with torch.device("cpu"):  # whatever the caller's default device is
+            fixed = allocator.allocate(shape, self.budget, compression.kept_window, compression.demand_profile)
+        self._fixed = fixed.numpy()
         self.dynamic = allocator if isinstance(allocator, DynamicLayers) else None
         self.reset()
 
     def reset(self) -> None:
         """Forget all measured demand."""
-        self._average: Float[Tensor, "batch layers"] | None = None
+        self._average: Float[Tensor, "rows layers"] | None = None
         self._reported: set[int] = set()
         self._totals: HostInts | None = None
 
-    def totals(self, layer: int, batch: int) -> HostInts:
-        """The layer's tokens over all heads, for each sequence."""
+    def of(self, layers: HostInts, rows: HostInts) -> HostInts:
+        """Tokens over all heads, ``[layers, rows]``."""
         if self._totals is None:
-            return np.full(batch, self._fixed[layer], dtype=np.int64)
-        return self._totals[:, layer].copy()
+            return np.repeat(self._fixed[layers][:, None], len(rows), axis=1)
+        return self._totals[rows][:, layers].T
 
     def open_round(self) -> None:
-        """Before the first layer of a routing round: re-split by what all layers have reported."""
+        """Before the first layer of a round: re-split by what all layers have reported."""
         if self.dynamic is None or self._average is None or len(self._reported) < self.shape.layers:
             return
         split = self.dynamic.split(self._average, self.shape, self.budget, self.compression.kept_window)
         self._totals = split.cpu().numpy()
 
-    def report(self, layer: int, demand: Float[Tensor, "batch"]) -> None:
-        """A layer's measured demand in the current round, per sequence."""
+    def report(self, layers: HostInts, demand: npt.NDArray[np.float64]) -> None:
+        """The measured demand of some layers in the current round, ``[layers, rows]``, of all rows."""
         assert self.dynamic is not None
-        demand = demand.to(torch.float64).cpu()
         if self._average is None:
-            self._average = demand.new_zeros(len(demand), self.shape.layers)
-        keep = self.dynamic.decay if layer in self._reported else 0.0
-        self._average[:, layer] = keep * self._average[:, layer] + (1 - keep) * demand
-        self._reported.add(layer)
+            self._average = torch.zeros(demand.shape[1], self.shape.layers, dtype=torch.float64, device="cpu")
+        for layer, of_layer in zip(layers.tolist(), torch.from_numpy(demand), strict=True):
+            keep = self.dynamic.decay if layer in self._reported else 0.0
+            self._average[:, layer] = keep * self._average[:, layer] + (1 - keep) * of_layer
+            self._reported.add(layer)
 
-    def select_sequences(self, indices: Sequence[int]) -> None:
-        """Keep, repeat and reorder sequences."""
-        rows = list(indices)
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep, repeat and reorder rows."""
+        index = list(rows)
         if self._average is not None:
-            self._average = self._average[rows]
+            self._average = self._average[index]
         if self._totals is not None:
-            self._totals = self._totals[rows]
+            self._totals = self._totals[index]
 
 
 def check_ranks(compression: Compression) -> None:

@@ -214,8 +214,7 @@ def _generate(
         logits = model(ids, position_ids=position, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits
         position = position + 1
         meter.advance((step + 1) * len(prompts))
-    for layer in cache.layer_caches:
-        layer.flush()
+    cache.ragged.flush()
     return answers
 
 

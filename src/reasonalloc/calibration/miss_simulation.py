@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from reasonalloc.cache.query_window import Queries
+from reasonalloc.cache.queries import Queries
 from reasonalloc.cache.selection import rank_candidates, select
 from reasonalloc.policies.allocation.profile import MissGrid
 from reasonalloc.policies.compression import Compression

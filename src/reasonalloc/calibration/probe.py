@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from reasonalloc.cache.query_window import Queries, QueryWindow
+from reasonalloc.cache.queries import Queries
 from reasonalloc.calibration.miss_simulation import MissSimulation
 from reasonalloc.policies.allocation import ModelShape, PromptDemand
 from reasonalloc.policies.allocation.demand import attention_demands
@@ -70,20 +70,18 @@ class DemandProbe:
         self._sums: np.ndarray[Any, Any] | None = None  # made with the rest by the first call, which knows the batch
         self._alive = np.zeros(0, dtype=np.int64)
 
-    def observe(self, layer: int, tokens: LayerTokens, window: QueryWindow, scaling: float, steps: int) -> None:
+    def observe(self, layer: int, tokens: LayerTokens, queries: Queries, scaling: float, steps: int) -> None:
         """Take in what a layer has seen since the last call.
 
         Args:
             layer: its index.
             tokens: its full cache.
-            window: its last queries.
+            queries: its last queries.
             scaling: factor of the attention logits.
             steps: decoded tokens since the last call; 0 right after the prompt.
         """
         if self._sums is None:
             self._start(len(tokens.keys))
-        queries = window.read()
-        assert queries is not None
         if steps:
             weights, rows = self._attention(tokens, queries.last(steps), scaling)
             rows = rows & self._before_end(layer, steps).to(rows.device)

@@ -23,13 +23,12 @@ class Footprint:
 
     def look(self, cache: Cache, sequences: list[int]) -> None:
         """Look at a cache that holds these sequences, in this order."""
-        slabs = [layer.slab for layer in cache.layer_caches if layer.slab is not None]
-        lengths = np.stack([slab.lengths for slab in slabs])
-        if cache.budgets is None:
-            per_token = [slab.kv_bytes // slab.slots for slab in slabs]
-            held = np.einsum("lsh,l->s", lengths, per_token)
+        lengths, pools = cache.ragged.table.lengths, cache.ragged.pools
+        if cache.compression.budget is None:
+            per_token = pools[0].kv_bytes // len(pools[0].keys)
+            held = lengths.sum((0, 2)) * per_token
         else:
-            held = np.full(len(sequences), sum(slab.kv_bytes for slab in slabs) // len(sequences))
+            held = np.full(len(sequences), sum(pool.kv_bytes for pool in pools) // len(sequences))
         for sequence, tokens, size in zip(sequences, lengths.mean((0, 2)).tolist(), held.tolist(), strict=True):
             self.kept[sequence].append(tokens)
             self.kv_bytes[sequence] = max(self.kv_bytes[sequence], size)

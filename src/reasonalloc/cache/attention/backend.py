@@ -20,22 +20,22 @@ _WIDEST, _AMPERE = 256, (8, 0)  # what torch's flash attention serves
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """Attention of one query per sequence over a slab.
+    """Attention of one query per row over its span.
 
     Attributes:
         name: "rows" (plain torch), "compiled" (numba, CPU), "varlen" (CUDA, torch's) or "triton" (CUDA, ours).
-        attend: ``(query [batch, query_heads, 1, dim], slab, scaling) -> [batch, query_heads, 1, value_dim]``.
-            If the slab tracks received attention, it is added there.
+        attend: ``(query [batch, query_heads, 1, dim], spans, scaling) -> [batch, query_heads, 1, value_dim]``.
+            If received attention is tracked, it is added there.
     """
 
     name: str
     attend: Attend
 
 
-def _rows(query: Tensor, slab: Spans, scaling: float) -> Tensor:
-    if slab.received is not None:
-        received_attention(query, slab, scaling)
-    return attend_rows(query, slab, scaling)
+def _rows(query: Tensor, spans: Spans, scaling: float) -> Tensor:
+    if spans.received is not None:
+        received_attention(query, spans, scaling)
+    return attend_rows(query, spans, scaling)
 
 
 def _make_rows() -> Attend:

@@ -1,4 +1,4 @@
-"""One-query attention over a ragged slab on the CPU, compiled by numba (extra ``reasonalloc[cpu]``).
+"""One-query attention over ragged spans on the CPU, compiled by numba (extra ``reasonalloc[cpu]``).
 
 Each (sequence, head) row reads its own span once, whatever its length: no padding, no gather, no call per row.
 That makes unequal heads cost what equal heads of the same total cost. Sums are in float32.
@@ -100,7 +100,7 @@ def _exp(x: Any) -> Any:
 
 @numba.njit(nogil=True, fastmath=_FAST, error_model="numpy", cache=True)  # a NaN comes out as one
 def _attend(
-    first: int, last: int, query: Any, keys: Any, values: Any, starts: Any, lengths: Any, received: Any, out: Any
+    first: int, last: int, query: Any, keys: Any, values: Any, starts: Any, lengths: Any, received: Any, places: Any, out: Any
 ) -> None:
     """Rows ``first`` to ``last``. Tokens are taken four at a time, so that what is common stays in registers."""
     group, dim = query.shape[1:]
@@ -159,25 +159,26 @@ def _attend(
         if received.shape[0] > 0:
             for g in range(group):
                 for t in range(length):
-                    received[start + t] += weights[g, t]
+                    received[places[r] + t] += weights[g, t]
 
 
 def attend_compiled(
-    query: Float[Tensor, "batch query_heads 1 dim"], slab: Spans, scaling: float
+    query: Float[Tensor, "batch query_heads 1 dim"], spans: Spans, scaling: float
 ) -> Float[Tensor, "batch query_heads 1 value_dim"]:
-    """Attention of one query per sequence over all tokens of its rows; adds to ``slab.received`` if it is tracked."""
-    rows, width = slab.batch * slab.heads, slab.values.shape[1]
-    out = torch.empty(rows, query.shape[1] // slab.heads, width)
+    """Attention of one query per sequence over all tokens of its rows; adds to ``spans.received`` if it is tracked."""
+    rows, width = spans.rows * spans.heads, spans.values.shape[1]
+    out = torch.empty(rows, query.shape[1] // spans.heads, width)
     arguments = (
         (query.float() * scaling).reshape(rows, -1, query.shape[-1]).numpy(),
-        _array(slab.keys),
-        _array(slab.values),
-        slab.starts.reshape(-1),
-        slab.lengths.reshape(-1),
-        _NOTHING if slab.received is None else slab.received.numpy(),
+        _array(spans.keys),
+        _array(spans.values),
+        spans.starts.reshape(-1),
+        spans.lengths.reshape(-1),
+        _NOTHING if spans.received is None else spans.received.numpy(),
+        spans.received_starts.reshape(-1),
         out.numpy(),
     )
-    bounds = _equal_work(slab.lengths, min(torch.get_num_threads(), rows))
+    bounds = _equal_work(spans.lengths, min(torch.get_num_threads(), rows))
     if len(bounds) == 2:
         _attend(0, rows, *arguments)
     else:

@@ -1,4 +1,4 @@
-"""Plain torch attention over a ragged slab: one small call per (sequence, head), on views of its span.
+"""Plain torch attention over ragged spans: one small call per (sequence, head), on views of its span.
 
 Nothing is gathered, padded or copied. It is the reference for the other backends, and the only one for several
 queries at once (chunks of a prompt, a new turn, speculative tokens), where each call has real work to do.
@@ -20,7 +20,7 @@ _BLOCK_ENTRIES = 1 << 24  # of a mask, or of attention weights where they are ne
 
 def attend_rows(
     query: Float[Tensor, "batch query_heads queries dim"],
-    slab: Spans,
+    spans: Spans,
     scaling: float,
     hidden: Int[Tensor, "batch queries"] | None = None,
 ) -> Float[Tensor, "batch query_heads queries value_dim"]:
@@ -30,11 +30,11 @@ def attend_rows(
     than a block of queries.
     """
     batch, query_heads, queries, dim = query.shape
-    group = query_heads // slab.heads
-    out = query.new_empty(batch, query_heads, queries, slab.values.shape[-1])
-    for b, h, start, length in _rows(slab):
+    group = query_heads // spans.heads
+    out = query.new_empty(batch, query_heads, queries, spans.values.shape[-1])
+    for b, h, start, _, length in _rows(spans):
         of_head = slice(h * group, (h + 1) * group)
-        keys, values = slab.keys[start : start + length], slab.values[start : start + length]
+        keys, values = spans.keys[start : start + length], spans.values[start : start + length]
         for some in _blocks(queries, group * length):
             rows = query[b, of_head, some].reshape(1, 1, -1, dim)
             mask = None if hidden is None else _visible(length, hidden[b, some]).repeat(group, 1)
@@ -47,21 +47,21 @@ def attend_rows(
 
 def received_attention(
     query: Float[Tensor, "batch query_heads queries dim"],
-    slab: Spans,
+    spans: Spans,
     scaling: float,
     hidden: Int[Tensor, "batch queries"] | None = None,
 ) -> None:
-    """Add to ``slab.received`` the attention that each token gets from these queries, summed over query heads.
+    """Add to ``spans.received`` the attention that each token gets from these queries, summed over query heads.
 
     Padding queries (those that would see nothing new: ``hidden`` beyond the new tokens) must be marked by
     ``hidden`` = -1. The weights are never held for more than a block of queries.
     """
-    assert slab.received is not None
+    assert spans.received is not None
     query_heads, queries = query.shape[1:3]
-    group = query_heads // slab.heads
-    for b, h, start, length in _rows(slab):
+    group = query_heads // spans.heads
+    for b, h, start, place, length in _rows(spans):
         rows = query[b, h * group : (h + 1) * group]
-        keys = slab.keys[start : start + length]
+        keys = spans.keys[start : start + length]
         for some in _blocks(queries, group * length):
             part = rows[:, some]
             logits = (part @ keys.T).float() * scaling
@@ -71,13 +71,13 @@ def received_attention(
                 own = hidden[b, some]
                 weights = logits.masked_fill(~_visible(length, own.clamp(min=0)), float("-inf")).softmax(-1)
                 weights = weights.masked_fill((own < 0)[:, None], 0.0)
-            slab.received[start : start + length] += weights.sum((0, 1))
+            spans.received[place : place + length] += weights.sum((0, 1))
 
 
-def _rows(slab: Spans) -> Iterator[tuple[int, int, int, int]]:
-    for b in range(slab.batch):
-        for h in range(slab.heads):
-            yield b, h, int(slab.starts[b, h]), int(slab.lengths[b, h])
+def _rows(spans: Spans) -> Iterator[tuple[int, int, int, int, int]]:
+    for b in range(spans.rows):
+        for h in range(spans.heads):
+            yield b, h, int(spans.starts[b, h]), int(spans.received_starts[b, h]), int(spans.lengths[b, h])
 
 
 def _blocks(queries: int, entries: int) -> Iterator[slice]:

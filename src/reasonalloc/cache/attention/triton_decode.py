@@ -1,4 +1,4 @@
-"""One-query attention over a ragged slab on CUDA, by Triton kernels of our own: split-K flash decoding, any lengths.
+"""One-query attention over ragged spans on CUDA, by Triton kernels of our own: split-K flash decoding, any lengths.
 
 A (sequence, KV head) row is cut into chunks of equally many slots, and every chunk is a program: rows of very unequal
 length keep all multiprocessors busy. Chunks cover a span's *capacity*, so their table changes only when a routing moves
@@ -12,6 +12,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reasonalloc.cache.spans import Spans, on_device
+from reasonalloc.cache.spans import Spans
+from reasonalloc.cache.table import on_device
 
 _CHUNK = 256  # slots of one program
 _STAGES = 2  # tiles in flight
@@ -46,49 +48,49 @@ class ChunkTable:
     chunk: int
 
     @classmethod
-    def of(cls, slab: Spans, chunk: int) -> ChunkTable:
+    def of(cls, spans: Spans, chunk: int) -> ChunkTable:
         """From the host's mirror of the spans; copied to the device without waiting for it."""
-        counts = np.maximum(-(-slab.capacities.reshape(-1) // chunk), 1)
+        counts = np.maximum(-(-spans.capacities.reshape(-1) // chunk), 1)
         first = np.concatenate([[0], counts.cumsum()])
         rows = np.repeat(np.arange(len(counts)), counts)
         offsets = (np.arange(first[-1]) - first[rows]) * chunk
-        on_rows, at, firsts = (on_device(x.astype(np.int32), slab.device) for x in (rows, offsets, first))
+        on_rows, at, firsts = (on_device(x.astype(np.int32), spans.keys.device) for x in (rows, offsets, first))
         return cls(on_rows, at, firsts, chunk)
 
 
 class TritonDecode:
-    """The backend of one layer; remembers the chunk table until the slab's spans change."""
+    """The backend; remembers the chunk table of every layer's spans for as long as these stay where they are."""
 
     def __init__(self) -> None:
-        self._spans: Tensor | None = None
-        self._table: ChunkTable | None = None
+        self._tables: WeakKeyDictionary[Spans, ChunkTable] = WeakKeyDictionary()
 
     def __call__(
-        self, query: Float[Tensor, "batch query_heads 1 dim"], slab: Spans, scaling: float
+        self, query: Float[Tensor, "batch query_heads 1 dim"], spans: Spans, scaling: float
     ) -> Float[Tensor, "batch query_heads 1 value_dim"]:
-        """Attention of one query per sequence over all tokens of its rows; adds to ``slab.received`` if tracked."""
-        if self._table is None or self._spans is not slab.starts_device:  # a layout makes new ones
-            self._spans, self._table = slab.starts_device, ChunkTable.of(slab, _CHUNK)
-        return attend_chunks(query, slab, scaling, self._table)
+        """Attention of one query per sequence over all tokens of its rows; adds to ``spans.received`` if tracked."""
+        table = self._tables.get(spans)
+        if table is None:
+            table = self._tables[spans] = ChunkTable.of(spans, _CHUNK)
+        return attend_chunks(query, spans, scaling, table)
 
 
 def attend_chunks(
-    query: Float[Tensor, "batch query_heads 1 dim"], slab: Spans, scaling: float, table: ChunkTable
+    query: Float[Tensor, "batch query_heads 1 dim"], spans: Spans, scaling: float, table: ChunkTable
 ) -> Float[Tensor, "batch query_heads 1 value_dim"]:
     """As ``TritonDecode``, with a table at hand.
 
     Raises:
         ValueError: heads so wide that not even a small tile of them fits into shared memory.
     """
-    rows, chunks = slab.batch * slab.heads, len(table.rows)
-    group, dim, value_dim = query.shape[1] // slab.heads, query.shape[-1], slab.values.shape[-1]
+    rows, chunks = spans.rows * spans.heads, len(table.rows)
+    group, dim, value_dim = query.shape[1] // spans.heads, query.shape[-1], spans.values.shape[-1]
     float32: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     partial = torch.empty(chunks, group, value_dim, **float32)
     largest, total = torch.empty(2, chunks, group, **float32)
     log_sums = torch.empty(rows, group, **float32)
     out = torch.empty(*query.shape[:3], value_dim, dtype=query.dtype, device=query.device)
     query = query.contiguous()
-    starts, lengths = slab.starts_device.flatten(), slab.lengths_device.flatten()
+    starts, lengths = spans.starts_device.flatten(), spans.lengths_device.flatten()
     sizes = {
         "group": group,
         "dim": dim,
@@ -106,15 +108,16 @@ def attend_chunks(
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
         _attend_chunk[(chunks,)](
-            query, slab.keys, slab.values, starts, lengths, table.rows, table.offsets, partial, largest, total, scaling,
+            query, spans.keys, spans.values, starts, lengths, table.rows, table.offsets, partial, largest, total, scaling,
             **sizes, **wide, **tiles,
         )  # fmt: skip
         _join_chunks[(rows, group)](
             partial, largest, total, table.first, out, log_sums, group=group, value_dim=value_dim, **wide
         )
-        if slab.received is not None:
+        if spans.received is not None:
             _receive_chunk[(chunks,)](
-                query, slab.keys, starts, lengths, table.rows, table.offsets, log_sums, slab.received, scaling,
+                query, spans.keys, starts, lengths, table.rows, table.offsets, log_sums, spans.received,
+                spans.received_starts_device.flatten(), scaling,
                 **{name: size for name, size in sizes.items() if name != "value_dim"}, **tiles,
             )  # fmt: skip
     return out
@@ -228,7 +231,7 @@ def _join_chunks(
 
 @triton.jit
 def _receive_chunk(
-    query, keys, starts, lengths, rows, offsets, log_sums, received, scaling,
+    query, keys, starts, lengths, rows, offsets, log_sums, received, places, scaling,
     group: tl.constexpr, dim: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDEN: tl.constexpr,
     CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -245,5 +248,6 @@ def _receive_chunk(
         slot = start + t
         logits = _logits(asked, keys, slot, live, scaling, dim, DIM, WIDEN)
         weights = tl.where(in_group[:, None], tl.exp(logits - log_sum[:, None]), 0.0)
-        old = tl.load(received + slot, mask=live, other=0.0)
-        tl.store(received + slot, old + tl.sum(weights, 0), mask=live)
+        place = tl.load(places + row) + t
+        old = tl.load(received + place, mask=live, other=0.0)
+        tl.store(received + place, old + tl.sum(weights, 0), mask=live)

@@ -1,4 +1,4 @@
-"""One-query attention over a ragged slab on CUDA, by torch's variable-length flash attention.
+"""One-query attention over ragged spans on CUDA, by torch's variable-length flash attention.
 
 A (sequence, KV head) row is one "sequence" of the kernel: its keys are the span ``cu_seq_k[r]`` onwards of which
 ``seqused_k[r]`` are live, and the query heads of its group are the kernel's non-causal query rows. Nothing is padded.
@@ -28,25 +28,25 @@ def kernel() -> Any | None:
 
 
 def attend_varlen(
-    query: Float[Tensor, "batch query_heads 1 dim"], slab: Spans, scaling: float
+    query: Float[Tensor, "batch query_heads 1 dim"], spans: Spans, scaling: float
 ) -> Float[Tensor, "batch query_heads 1 value_dim"]:
     """Attention of one query per sequence over all tokens of its rows."""
-    rows = slab.batch * slab.heads
-    group = query.shape[1] // slab.heads
-    starts = slab.starts_device.flatten()
-    ends = torch.cat([starts, starts.new_full((1,), slab.slots)]).to(torch.int32)
+    rows = spans.rows * spans.heads
+    group = query.shape[1] // spans.heads
+    starts = spans.starts_device.flatten()
+    ends = torch.cat([starts, starts.new_full((1,), len(spans.keys))]).to(torch.int32)
     queries = torch.arange(rows + 1, device=query.device, dtype=torch.int32) * group
     varlen_attn = kernel()
     assert varlen_attn is not None
     out = varlen_attn(
         query.reshape(rows * group, 1, query.shape[-1]),
-        slab.keys[:, None],
-        slab.values[:, None],
+        spans.keys[:, None],
+        spans.values[:, None],
         queries,
         ends,
         group,
-        int(slab.capacities.max()),
+        int(spans.capacities.max()),
         scale=scaling,
-        seqused_k=slab.lengths_device.flatten().to(torch.int32),
+        seqused_k=spans.lengths_device.flatten().to(torch.int32),
     )
-    return out.view(*query.shape[:3], slab.values.shape[1])
+    return out.view(*query.shape[:3], spans.values.shape[1])

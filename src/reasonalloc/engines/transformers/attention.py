@@ -54,13 +54,35 @@ def attention_forward(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # What a cache keeps must be ordinary tensors, which can be written in place later, outside an inference mode.
     with torch.inference_mode(False), torch.no_grad():
-        new = layer.new_tokens(attention_mask, query.shape[0], query.shape[2])
-        if layer.cache.slab is None and new.columns > 1:
+        chunk = layer.begin(attention_mask, query, kwargs.get("position_ids"))
+        if chunk is not None and layer.ragged.is_new(chunk):
             out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
-            layer.cache.prefill(query, key, value, new, scaling)
-            return out, None
-        out = layer.cache.attend(query, key, value, new, scaling)
-        return out.transpose(1, 2).contiguous(), None
+            layer.ragged.take(layer.index, chunk, query, key, value, scaling)
+        elif chunk is not None:
+            out = layer.ragged.attend(layer.index, chunk, query, key, value, scaling).transpose(1, 2).contiguous()
+        else:
+            out = layer.ragged.decode(layer.index, query, key, value, scaling).transpose(1, 2).contiguous()
+        layer.ragged.end_layer(layer.index)
+    if torch.is_grad_enabled() and query.requires_grad:
+        out = _NoGradient.apply(query, out)
+    return out, None
+
+
+class _NoGradient(torch.autograd.Function):
+    """Attention over a ragged cache, where gradients are enabled: using it is right, asking for a gradient is not."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, out: Tensor) -> Tensor:
+        """The output itself."""
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Refused: a gradient that stopped here would be wrong without a word."""
+        raise RuntimeError(
+            "a ragged cache has no gradients, because what it forgot is gone: train without it (cache=None, "
+            "use_cache=False), and run the model under torch.no_grad() where no gradient is wanted"
+        )
 
 
 AttentionInterface.register(ATTENTION_NAME, attention_forward)

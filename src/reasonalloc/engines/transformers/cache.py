@@ -4,118 +4,155 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import cache_utils
 
-from reasonalloc.cache.layer_cache import LayerCache, NewTokens, Probe
+from reasonalloc.cache.ragged import Probe, RaggedCache
 from reasonalloc.cache.recorder import Recorder
 from reasonalloc.cache.stats import CacheStats, collect
-from reasonalloc.cache.totals import LayerBudgets, check_ranks
-from reasonalloc.engines.models import ATTENTION_NAME, architecture, check_states, model_shape
+from reasonalloc.cache.step import Chunk
+from reasonalloc.cache.totals import check_ranks
+from reasonalloc.engines.models import ATTENTION_NAME, UnsupportedModelError, architecture, check_states, model_shape
 from reasonalloc.engines.transformers.attention import tag
+from reasonalloc.engines.transformers.continuation import Continuation
 from reasonalloc.policies.allocation import HEAD_ALLOCATORS, LAYER_ALLOCATORS
 from reasonalloc.policies.compression import AUTO_PROFILE, Compression
 from reasonalloc.policies.registry import profile_source
 from reasonalloc.policies.scoring import SCORERS
 
 
-class _ForwardPass:
-    """What all layers of one forward pass share: which of the new tokens are real. Computed once, by the first."""
+class _Pass:
+    """What all layers of one forward pass share: prepared once, by the first."""
 
-    def __init__(self) -> None:
-        self._mask: Tensor | None = None
-        self._new: NewTokens | None = None
+    def __init__(self, ragged: RaggedCache) -> None:
+        self.ragged = ragged
+        self.continuation = Continuation()
+        self.chunk: Chunk | None = None
 
-    def new_tokens(self, mask: Tensor | None, batch: int, columns: int) -> NewTokens:
-        if mask is None:
-            self.forget()
-            return NewTokens.all_real(batch, columns)
-        if mask is not self._mask or self._new is None:
-            if mask.dtype != torch.bool:
-                raise ValueError("a ragged cache reads boolean attention masks only; pass a 2-D padding mask")
-            # The last query sees every real new token; whatever it does not see of them is padding.
-            self._new = NewTokens.masked(mask[:, 0, -1, -columns:].expand(batch, -1))
-            self._mask = mask
-        return self._new
-
-    def forget(self) -> None:
-        """Let go of the mask: a chunk's has ``chunk * length`` entries."""
-        self._mask = self._new = None
+    def begin(self, mask: Tensor | None, batch: int, columns: int, positions: object) -> None:
+        """Before the first layer: what comes, and whether it goes on with what is cached."""
+        ragged, seen = self.ragged, self.ragged.columns
+        rows = np.arange(batch)
+        if seen and batch != ragged.table.rows:
+            raise ValueError(
+                f"the cache holds {ragged.table.rows} sequences, and {batch} come: go on with the same batch, or pass a "
+                "new cache, or call reset() on this one"
+            )
+        chunk = self.continuation.read(mask, rows, columns, seen)
+        if columns > 1:
+            text = self.continuation.check_text(seen, columns)
+            if seen:
+                self.continuation.check_positions(positions, chunk, ragged.table.seen, seen)
+            ragged.prompt_columns = text
+        decodes = columns == 1 and chunk.real is None and seen > 0 and not ragged.holding
+        self.chunk = None if decodes else chunk
+        ragged.begin(rows if decodes else (), () if decodes else (chunk,), columns)
 
 
 class RaggedLayer(cache_utils.CacheLayerMixin):
-    """transformers' view of one ``LayerCache``: the storage is ragged, the length it reports is logical."""
+    """transformers' view of one layer of a ``RaggedCache``: storage is ragged, the length it reports is logical."""
 
     is_sliding = False
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, cache: LayerCache, forward_pass: _ForwardPass, kv_heads: int) -> None:
+    def __init__(self, index: int, forward_pass: _Pass) -> None:
         super().__init__()
-        self.cache = cache
-        self.kv_heads = kv_heads
+        self.index = index
         self.forward_pass = forward_pass
         self.pending = False
 
-    def new_tokens(self, mask: Tensor | None, batch: int, columns: int) -> NewTokens:
-        """Which tokens of this pass are real. Marks the update as consumed."""
+    @property
+    def ragged(self) -> RaggedCache:
+        """The cache of all layers."""
+        return self.forward_pass.ragged
+
+    def begin(self, mask: Tensor | None, query: Tensor, positions: object) -> Chunk | None:
+        """This layer attends now: the chunk that it brings, or None where every row decodes one token.
+
+        Raises:
+            UnsupportedModelError: nothing was stored since the layer last attended.
+            RuntimeError: the layers do not come in their order.
+        """
+        if not self.pending:
+            raise UnsupportedModelError(
+                f"layer {self.index} attends twice to the same keys: a ragged cache stores them when they are attended "
+                "to, once for every update"
+            )
         self.pending = False
-        return self.forward_pass.new_tokens(mask, batch, columns)
+        if self.index == 0:
+            self.forward_pass.begin(mask, query.shape[0], query.shape[2], positions)
+        elif self.index != self.ragged.step.done:
+            raise RuntimeError(
+                f"layer {self.index} attends after {self.ragged.step.done} layers: layers must come in their order; "
+                "call reset() on the cache, or make a new one"
+            )
+        return self.forward_pass.chunk
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Check what the model wants stored; slots are made by the first attention call."""
-        check_states(key_states, self.kv_heads)
+        check_states(key_states, self.ragged.shape.kv_heads)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Tag the new keys with this layer; the attention function stores them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if not key_states.shape[2]:
+            raise ValueError(
+                f"there are no new tokens: the text is not longer than the {self.ragged.columns} tokens that the cache "
+                "has seen, so it is another text; pass a new cache, or call reset() on this one"
+            )
         self.pending = True
         return tag(key_states, self), value_states
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding and evicted ones included: positions and prompt slicing depend on it."""
-        return self.cache.seen_columns
+        return self.ragged.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks are logical, too."""
-        return self.cache.seen_columns + query_length, 0
+        return self.ragged.columns + query_length, 0
 
     def get_max_length(self) -> int:
         """No limit."""
         return -1
 
     def reset(self) -> None:
-        """Empty the layer."""
-        self.cache.reset()
+        """A new text: the cache of all layers is emptied by ``Cache.reset``."""
         self.pending = False
         self.is_initialized = False
 
     @property
     def record_past(self) -> bool:
         """Whether tokens are held back from eviction until ``crop``."""
-        return self.cache.holding
+        return self.ragged.holding
 
     @record_past.setter
     def record_past(self, value: bool) -> None:
-        self.cache.holding = value
+        self.ragged.holding = value
 
     @property
     def is_croppable(self) -> bool:
         """Whether the newest tokens can be taken back: while they are held back from eviction."""
-        return self.cache.holding
+        return self.ragged.holding
 
     def activate_past_recording(self) -> None:
         """Assisted decoding: wait with eviction until ``crop``."""
-        self.cache.hold()
+        self.ragged.hold()
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest ``-tokens_to_remove`` tokens (0 or negative, as in transformers)."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes 0 or the negative number of tokens to remove, got {tokens_to_remove}")
-        self.cache.rollback(-tokens_to_remove)
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Take back the newest ``-tokens_to_remove`` tokens (0 or negative, as in transformers), of all layers.
+
+        transformers asks every layer; the first one does it for all.
+        """
+        remove = int(tokens_to_remove)  # assisted decoding counts on the device
+        if remove > 0:
+            raise ValueError(f"crop takes 0 or the negative number of tokens to remove, got {remove}")
+        if self.index == 0:
+            self.ragged.rollback(-remove)
 
     def offload(self) -> None:
         """Not supported: a compressed cache is small."""
@@ -147,6 +184,7 @@ class Cache(cache_utils.Cache):
         recorder: Recorder | None = None,
         probe: Probe | None = None,
         tensor_parallel: int = 1,
+        layers_at_once: int | None = None,
     ) -> None:
         """
         Args:
@@ -160,6 +198,8 @@ class Cache(cache_utils.Cache):
                 routes among them alone, with the same budget per head as every other: nothing is communicated, and
                 budget does not move from one rank's heads to another's. With layers="dynamic" each rank measures
                 its own heads' demand.
+            layers_at_once: layers that are compressed as one batch; their keys are copied for the moment. None: one
+                on a CPU, which takes least memory; eight elsewhere.
 
         Raises:
             UnsupportedModelError: the model's attention is not supported, see ``support.model_shape``.
@@ -180,18 +220,11 @@ class Cache(cache_utils.Cache):
             compression.demand_profile.check(whole, architecture(config))
         if tensor_parallel > 1:
             check_ranks(compression)
-        self.recorder = recorder
-        self.budgets = None if compression.budget is None else LayerBudgets(compression, self.shape)
-        self._forward_pass = _ForwardPass()
-        caches = [
-            LayerCache(i, compression, self.budgets, attention, recorder, probe) for i in range(self.shape.layers)
-        ]
-        super().__init__(layers=[RaggedLayer(cache, self._forward_pass, self.shape.kv_heads) for cache in caches])
-
-    @property
-    def layer_caches(self) -> list[LayerCache]:
-        """The engine-neutral caches of the layers."""
-        return [layer.cache for layer in self.layers]
+        self.ragged = RaggedCache(
+            compression, self.shape, attention=attention, layers_at_once=layers_at_once, recorder=recorder, probe=probe
+        )
+        self._pass = _Pass(self.ragged)
+        super().__init__(layers=[RaggedLayer(index, self._pass) for index in range(self.shape.layers)])
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -201,7 +234,13 @@ class Cache(cache_utils.Cache):
         Raises:
             RuntimeError: an earlier layer's states were never attended to through this package.
         """
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"the model has a layer {layer_idx}, the cache was made for {len(self.layers)} layers: "
+                "make it from this model's config"
+            )
         if self.layers[layer_idx - 1].pending or self.layers[layer_idx].pending:
+            self._forget_pending()
             raise RuntimeError(
                 "the model's attention does not read the ragged cache: load the model with "
                 f"attn_implementation={ATTENTION_NAME!r}, or call model.set_attn_implementation({ATTENTION_NAME!r})"
@@ -211,17 +250,14 @@ class Cache(cache_utils.Cache):
     def reset(self) -> None:
         """Empty the cache; it can then serve a new batch."""
         super().reset()
-        self._forward_pass.forget()
-        if self.budgets is not None:
-            self.budgets.reset()
+        self.ragged.reset()
+        self._pass.continuation = Continuation()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given sequences, in that order; an index may be repeated."""
         rows = indices.nonzero().flatten().tolist() if indices.dtype == torch.bool else indices.tolist()
-        for layer in self.layer_caches:
-            layer.select_sequences(rows)
-        if self.budgets is not None:
-            self.budgets.select_sequences(rows)
+        self._pass.continuation.select(rows)
+        self.ragged.select(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give each beam the history of the beam that it continues."""
@@ -229,9 +265,11 @@ class Cache(cache_utils.Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence ``repeats`` times."""
-        slab = self.layer_caches[0].slab
-        if slab is not None:
-            self.batch_select_indices(torch.arange(slab.batch).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(self.ragged.table.rows).repeat_interleave(repeats))
+
+    def _forget_pending(self) -> None:
+        for layer in self.layers:
+            layer.pending = False
 
     def stats(self) -> CacheStats:
         """Bytes, kept tokens per layer and head, evictions."""
@@ -245,7 +283,7 @@ class Cache(cache_utils.Cache):
                 "heads": HEAD_ALLOCATORS.name_of(compression.head_allocator),
             }
         )
-        return collect(self.layer_caches, self.budgets, method)
+        return collect(self.ragged, method)
 
 
 def kv_bytes(cache: Any) -> int:

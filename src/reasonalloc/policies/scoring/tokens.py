@@ -1,37 +1,66 @@
-"""One layer's cached tokens in padded form: what scorers read and what a compression selects from."""
+"""Cached tokens in padded form: what scorers read and what a round selects from."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+Source = Tensor | Callable[[], Tensor]
 
-@dataclass(frozen=True)
+
 class LayerTokens:
-    """Tokens of every (sequence, head) of one layer, left-aligned and padded at the end.
+    """Tokens of every (sequence, head), left-aligned and padded at the end.
 
-    The last stored tokens of a head are always the newest ones. Entries at or past ``lengths`` are undefined.
+    The batch may hold the sequences of several layers, one layer behind the other: what a scorer does with one
+    sequence must not depend on the others. The last tokens of a head are always the newest ones. Entries at or past
+    ``lengths`` are undefined. Keys and values are gathered when they are first asked for: a scorer that looks at
+    neither costs no copy of the cache.
 
     Attributes:
-        keys, values: after rotary embedding, in the model's dtype.
-        lengths: tokens that each head holds.
-        positions: each token's index in its sequence, padding not counted.
-        received: attention that each token received since it arrived (float32), or None if nobody asked.
+        lengths: ``[batch, heads]``, tokens that each head holds.
+        positions: ``[batch, heads, tokens]``, each token's index in its sequence, padding not counted.
+        received: ``[batch, heads, tokens]`` float32, attention that each token received since it arrived, or None if
+            nobody asked.
     """
 
-    keys: Float[Tensor, "batch heads tokens dim"]
-    values: Float[Tensor, "batch heads tokens value_dim"]
-    lengths: Int[Tensor, "batch heads"]
-    positions: Int[Tensor, "batch heads tokens"]
-    received: Float[Tensor, "batch heads tokens"] | None = None
+    def __init__(
+        self,
+        keys: Source,
+        values: Source,
+        lengths: Int[Tensor, "batch heads"],
+        positions: Int[Tensor, "batch heads tokens"],
+        received: Float[Tensor, "batch heads tokens"] | None = None,
+    ) -> None:
+        """``keys``, ``values``: tensors, or functions that gather them."""
+        self._keys, self._values = keys, values
+        self.lengths, self.positions, self.received = lengths, positions, received
+
+    @property
+    def keys(self) -> Float[Tensor, "batch heads tokens dim"]:
+        """After rotary embedding, in the model's dtype."""
+        if not isinstance(self._keys, Tensor):
+            self._keys = self._keys()
+        return self._keys
+
+    @property
+    def values(self) -> Float[Tensor, "batch heads tokens value_dim"]:
+        """In the model's dtype."""
+        if not isinstance(self._values, Tensor):
+            self._values = self._values()
+        return self._values
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        return self.positions.device
 
     @property
     def index(self) -> Int[Tensor, "tokens"]:
         """0, 1, 2, ... along the token axis."""
-        return torch.arange(self.keys.shape[2], device=self.keys.device)
+        return torch.arange(self.positions.shape[2], device=self.device)
 
     @property
     def valid(self) -> Bool[Tensor, "batch heads tokens"]:
@@ -42,21 +71,23 @@ class LayerTokens:
         """Which entries are among a head's last ``window`` tokens."""
         return self.valid & (self.index >= self.lengths[..., None] - window)
 
-    def places(self, index: Int[Tensor, "batch heads some"]) -> Int[Tensor, "batch heads some"]:
-        """Where the tokens at ``index`` of each head lie in ``keys.flatten(0, 2)``."""
-        batch, heads = index.shape[:2]
-        rows = torch.arange(batch * heads, device=index.device).view(batch, heads, 1)
-        return rows * self.keys.shape[2] + index
+    def without_states(self) -> LayerTokens:
+        """The same tokens, their keys and values let go of."""
+        gone = self.positions.new_empty(0)
+        return LayerTokens(gone, gone, self.lengths, self.positions, self.received)
 
     def gather(self, index: Int[Tensor, "batch heads kept"], lengths: Int[Tensor, "batch heads"]) -> LayerTokens:
         """The tokens at ``index`` (any token of the head past ``lengths``), a copy."""
-        places = self.places(index).flatten()
+        rows = torch.arange(index.shape[0] * index.shape[1], device=index.device).view(*index.shape[:2], 1)
+        places = (rows * self.positions.shape[2] + index).flatten()
 
         def pick(x: Tensor) -> Tensor:  # whole tokens: on a CPU far faster than a gather of their channels
             return x.flatten(0, 2).index_select(0, places).view(*index.shape, *x.shape[3:])
 
         received = None if self.received is None else pick(self.received)
-        return LayerTokens(pick(self.keys), pick(self.values), lengths, pick(self.positions), received)
+        return LayerTokens(
+            lambda: pick(self.keys), lambda: pick(self.values), lengths, pick(self.positions), received
+        )
 
 
 def drop_padding(x: Tensor, real: Bool[Tensor, "batch tokens"]) -> Tensor:

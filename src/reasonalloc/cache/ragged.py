@@ -1,0 +1,591 @@
+"""The ragged cache of a model: its rows, its steps and its rounds. Knows no engine.
+
+An engine calls, in every forward pass,
+
+    begin      before the first layer: which rows decode one token, which bring a chunk
+    decode     in each layer, for the rows that decode
+    take       in each layer, for a chunk of rows that were empty: the engine itself attends, densely
+    attend     in each layer, for any other chunk
+    end_layer  at the end of each layer; after the last one the rows that are due are compressed
+
+and says when rows come and go (``select``, ``free``) and when tokens are only speculated (``hold``, ``rollback``).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reasonalloc.cache.arena import ArenaLayout
+from reasonalloc.cache.attention import (
+    AttentionBackend,
+    attend_rows,
+    check_backend,
+    choose_backend,
+    received_attention,
+)
+from reasonalloc.cache.pool import Pool, Survivors
+from reasonalloc.cache.prompt import Prompt, PromptTokens
+from reasonalloc.cache.queries import Queries
+from reasonalloc.cache.recorder import Recorder
+from reasonalloc.cache.round import Held, PoolTokens, Round
+from reasonalloc.cache.spans import Spans
+from reasonalloc.cache.step import Chunk, Decode, Step
+from reasonalloc.cache.table import HostInts, Phase, Table
+from reasonalloc.cache.totals import LayerTotals
+from reasonalloc.policies.allocation import ModelShape
+from reasonalloc.policies.compression import Compression
+from reasonalloc.policies.scoring.tokens import LayerTokens
+
+SPECULATED = 1024  # tokens of a forward pass that can be rolled back
+
+
+class Probe(Protocol):
+    """Watches a full cache: once per interval, and right after the prompt, it may look at all that a layer holds.
+
+    Attributes:
+        observed_queries: how many of the last queries it reads.
+        needs_received: whether the attention received by every token must be accumulated for it.
+    """
+
+    observed_queries: int
+    needs_received: bool
+
+    def observe(self, layer: int, tokens: LayerTokens, queries: Queries, scaling: float, steps: int) -> None:
+        """What the layer holds now; ``steps`` tokens were decoded since the last call."""
+
+
+@dataclass
+class _Speculation:
+    """A chunk whose tokens may be taken back: what it was, and its queries, layer by layer."""
+
+    chunk: Chunk
+    queries: list[Queries]
+
+
+class RaggedCache:
+    """Keys and values of a model's layers, in ragged storage under one ``Compression``.
+
+    Its memory is its own, made by the first tokens of a batch (all rows come at once, and leave by ``select``), or
+    lent by an engine in equal arenas, one row each (``lend``).
+
+    Attributes:
+        compression, shape: as given.
+        totals: the layers' totals; None keeps everything.
+        table: the numbers of all rows; of a batch there are none before the first tokens.
+        pools: the memory, in the order of the layers.
+        round: carries out rounds; None keeps everything.
+        step: the present forward pass, or the last one.
+        columns: tokens that a batch has seen, padding and evicted ones included.
+        prompt_columns: tokens of the text that the engine says is the prompt, where it knows; a first chunk may hold
+            speculated tokens beside it.
+    """
+
+    def __init__(
+        self,
+        compression: Compression,
+        shape: ModelShape,
+        *,
+        attention: str = "auto",
+        layers_at_once: int | None = None,
+        recorder: Recorder | None = None,
+        probe: Probe | None = None,
+    ) -> None:
+        """
+        Args:
+            compression: what to keep.
+            shape: of the model, or of this process's part of it.
+            attention: backend for decoding, see ``attention``.
+            layers_at_once: layers that share a pool, and so a batch of a round, which takes their keys' size beside
+                the cache. None: one on a CPU, eight elsewhere.
+            recorder: gets every routing.
+            probe: watches a full cache.
+
+        Raises:
+            ValueError: there is no such backend.
+        """
+        check_backend(attention)
+        self.compression, self.shape, self.recorder, self.probe = compression, shape, recorder, probe
+        self._attention, self._at_once = attention, layers_at_once
+        self.totals = None if compression.budget is None else LayerTotals(compression, shape)
+        watched = probe is not None and probe.needs_received
+        self._tracks_received = compression.tracks_received or watched
+        self._window = compression.observed_queries if probe is None else probe.observed_queries
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, memory included; not for lent memory."""
+        self._start(Table(self.shape.layers, 0, self.shape.kv_heads), [], np.arange(self.shape.layers))
+        if self.totals is not None:
+            self.totals.reset()
+
+    def lend(self, memory: Mapping[int, Tensor], layouts: Mapping[int, ArenaLayout]) -> None:
+        """Live in an engine's memory from now on: one row for each arena.
+
+        Args:
+            memory: of every layer that this process runs, by the layer's number: ``[arenas, ...]``, contiguous. Layers
+                whose memory lies one behind the other share pools.
+            layouts: likewise; equally many heads.
+
+        Raises:
+            ValueError: the compression's memory has no bound, or the memory does not fit the layouts.
+        """
+        if self.compression.unbounded:
+            raise ValueError(f"arenas have a fixed size: {self.compression.unbounded}")
+        numbers = sorted(memory)
+        table = Table(len(numbers), len(memory[numbers[0]]), self.shape.kv_heads)
+        table.streams[:] = 0  # what a request draws must not depend on the arena that it got
+        pools = []
+        for group in _neighbours(numbers, memory, layouts, self._layers_at_once(memory[numbers[0]].device)):
+            layers = [numbers.index(number) for number in group]
+            pools.append(Pool.lent(table, layers, _joined([memory[n] for n in group]), layouts[group[0]]))
+        self._start(table, pools, np.array(numbers))
+        layout = layouts[numbers[0]]
+        self._choose(memory[numbers[0]].device, layout.dtype, layout.dim)
+
+    def _start(self, table: Table, pools: list[Pool], numbers: HostInts) -> None:
+        self.table, self.pools = table, pools
+        self.round = (
+            None if self.totals is None else Round(self.compression, table, self.totals, numbers, self.recorder)
+        )
+        self.step = Step(None, (), table.layers)
+        self.backend: AttentionBackend | None = None
+        self.columns = 0
+        self.prompt_columns: int | None = None
+        self.prompts: dict[int, Prompt] = {}  # by their first row
+        self.holding = False
+        self._speculation: _Speculation | None = None
+        self._decode: Decode | None = None
+        self._scaling = 1.0
+
+    # ---- rows ----
+
+    @property
+    def rows(self) -> HostInts:
+        """All rows of the table."""
+        return np.arange(self.table.rows)
+
+    def free(self, rows: Sequence[int]) -> None:
+        """These requests have ended: their arenas are empty, and what of their prompts lies elsewhere is let go of."""
+        gone = np.asarray(rows, dtype=np.int64)
+        self.table.clear(gone)
+        for row in gone.tolist():
+            self.prompts.pop(row, None)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep, repeat and reorder the rows of a batch (beams, several samples, finished rows).
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        if list(rows) == list(range(self.table.rows)):
+            return
+        wrong = [row for row in rows if not 0 <= row < self.table.rows]
+        if wrong:
+            raise IndexError(f"the cache holds {self.table.rows} sequences, there is no sequence {wrong[0]}")
+        old = copy.copy(self.table)
+        self.table.select(rows)
+        for pool in self.pools:
+            pool.select(rows, old)
+        for prompt in self.prompts.values():
+            prompt.select(rows)
+        if self.totals is not None:
+            self.totals.select(rows)
+        self._decode = None
+
+    # ---- a forward pass ----
+
+    def begin(self, decoding: Sequence[int] | HostInts, chunks: Sequence[Chunk] = (), columns: int = 1) -> Step:
+        """Before the first layer of a pass.
+
+        Args:
+            decoding: rows that decode one token. Their prompts have ended.
+            chunks: what other rows bring.
+            columns: tokens that the pass adds to a batch, padding included.
+
+        Raises:
+            RuntimeError: the last pass was broken off between two layers, and the layers do not agree any more.
+        """
+        if self.step.done < self.table.layers and self.table.rows:
+            raise RuntimeError(
+                f"the last forward pass ended after {self.step.done} of {self.table.layers} layers: it was interrupted, "
+                "or the cache was made for another model; reset() the cache, or make a new one"
+            )
+        if self._speculation is not None:  # nobody rolled back: the speculation is over
+            self.rollback(0)
+            self.holding = False
+        index = np.asarray(decoding, dtype=np.int64)
+        if len(index):
+            self.end_prompts([row for row in index.tolist() if row in self.prompts])
+        for chunk in chunks:
+            self._begin_chunk(chunk)
+        self.columns += columns
+        decode = self._prepare(index) if len(index) else None
+        self.step = Step(decode, chunks)
+        return self.step
+
+    def decode(
+        self,
+        layer: int,
+        query: Float[Tensor, "rows query_heads 1 dim"],
+        key: Float[Tensor, "rows heads 1 dim"],
+        value: Float[Tensor, "rows heads 1 value_dim"],
+        scaling: float,
+    ) -> Float[Tensor, "rows query_heads 1 value_dim"]:
+        """Append the token of each row that decodes, and attend to all that is cached of it."""
+        self._scaling = scaling
+        assert self.step.decode is not None
+        return self.step.decode.layer(layer, query, key, value, scaling)
+
+    def is_new(self, chunk: Chunk) -> bool:
+        """Whether these are their rows' first tokens, so that the engine attends by itself and calls ``take``."""
+        prompt = self.prompts.get(int(chunk.rows[0]))
+        return prompt is not None and bool((prompt.counts == chunk.counts).all())
+
+    def take(
+        self,
+        layer: int,
+        chunk: Chunk,
+        query: Float[Tensor, "rows query_heads queries dim"],
+        key: Float[Tensor, "rows heads queries dim"],
+        value: Float[Tensor, "rows heads queries value_dim"],
+        scaling: float,
+    ) -> None:
+        """Take in a chunk of rows that were empty.
+
+        Unless it is held or goes on, it is compressed as soon as the last layer of its pool has it: at no time does
+        more than a pool's prompt lie beside its compressed form.
+        """
+        self._scaling = scaling
+        if not self.pools:
+            self._open(query, key, value)
+        self.prompts[int(chunk.rows[0])].add(layer, key, value, chunk)
+        self._watch(layer, chunk, Queries(query, chunk.real))
+
+    def attend(
+        self,
+        layer: int,
+        chunk: Chunk,
+        query: Float[Tensor, "rows query_heads queries dim"],
+        key: Float[Tensor, "rows heads queries dim"],
+        value: Float[Tensor, "rows heads queries value_dim"],
+        scaling: float,
+    ) -> Float[Tensor, "rows query_heads queries value_dim"]:
+        """Append a chunk to what is cached of its rows, and attend to all of it, causally."""
+        self._scaling = scaling
+        prompt = self.prompts.get(int(chunk.rows[0]))
+        if prompt is not None:
+            prompt.add(layer, key, value, chunk)
+            spans = prompt.spans(layer)
+        else:
+            self._extend(layer, chunk, key, value)
+            spans = self._spans(layer, chunk.rows)
+        out = attend_rows(query, spans, scaling, chunk.hidden(query.device).clamp(min=0))
+        self._watch(layer, chunk, Queries(query, chunk.real))
+        return out
+
+    def end_layer(self, layer: int) -> None:
+        """A layer has run. At the end of a pool its chunks are compressed, at the end of the pass the rows due."""
+        self.step.done += 1
+        pool = self._pool(layer)
+        if layer == pool.layers[-1] and not self.holding:
+            for chunk in self.step.chunks:
+                if chunk.ends_prompt and chunk.columns > 1:
+                    self._compress_chunk(pool, chunk.rows)
+                elif chunk.ends_prompt and int(chunk.rows[0]) in self.prompts:
+                    self._compress_chunk(pool, chunk.rows)
+        if self.step.done == self.table.layers:
+            self._end_step()
+
+    def end_prompts(self, rows: Sequence[int]) -> None:
+        """All of these rows' prompts was taken in: compress them, and bring what stays into the pools."""
+        for row in rows:
+            prompt = self.prompts[row]
+            for pool in self.pools:
+                self._compress_chunk(pool, prompt.rows)
+            self._settle_rows(prompt.rows, 1)
+
+    # ---- speculation ----
+
+    def hold(self) -> None:
+        """From now on the tokens of each pass are speculative: observe and compress after ``rollback``."""
+        self.holding = True
+
+    def rollback(self, columns: int) -> None:
+        """Forget the newest ``columns`` tokens and settle what was postponed for the others.
+
+        Raises:
+            ValueError: more tokens than the last pass added (older ones may be evicted), or than SPECULATED.
+        """
+        if self._speculation is None:
+            if columns:
+                raise ValueError(f"cannot roll back {columns} tokens of a compressed cache, only the last 0")
+            return
+        speculation = self._speculation
+        chunk = speculation.chunk
+        known = min(chunk.columns, SPECULATED)
+        if not 0 <= columns <= known:
+            raise ValueError(f"cannot roll back {columns} tokens of a compressed cache, only the last {known}")
+        if columns and chunk.real is not None:
+            raise ValueError("cannot roll back a padded chunk: decode speculatively with batch size 1")
+        self._speculation = None
+        kept = chunk.without_last(columns) if columns else chunk
+        first = self.prompts.get(int(chunk.rows[0]))
+        self.table.seen[chunk.rows] -= columns
+        self.table.pushed[chunk.rows] -= columns
+        self.columns -= columns
+        if first is not None:
+            first.counts = first.counts - columns
+        else:
+            for pool in self.pools:
+                pool.truncate(chunk.rows, columns)
+        for layer, queries in enumerate(speculation.queries):
+            self._observe(layer, kept, queries.without_last(columns) if columns else queries)
+        self._decode = None
+        if first is not None:
+            own = kept.counts if self.prompt_columns is None else np.minimum(kept.counts, self.prompt_columns)
+            self._protect(chunk.rows, own)
+            for pool in self.pools:
+                self._compress_chunk(pool, chunk.rows)
+            self._settle_rows(chunk.rows, 0)
+            self.table.phases[chunk.rows] = Phase.DECODING
+            return
+        self.table.phases[chunk.rows] = Phase.DECODING
+        self.table.steps[chunk.rows] += kept.columns
+        self._compress_due(chunk.rows)
+
+    # ---- what a scorer or a test sees ----
+
+    def tokens(self, layer: int) -> LayerTokens:
+        """What a layer holds of all rows, padded: a copy where keys or values are asked for."""
+        pool = self._pool(layer)
+        one = copy.copy(pool)
+        one.layers = np.array([layer])
+        one.shift = pool.shift[pool.local(layer)][None]
+        return PoolTokens(one, self.rows).tokens()
+
+    def flush(self) -> None:
+        """Show the probe what was decoded since the last interval ended."""
+        if self.probe is not None and self.table.rows and self.table.steps[0]:
+            for pool in self.pools:
+                self._show(pool)
+            self.table.steps[:] = 0
+
+    # ---- taking tokens in ----
+
+    def _layers_at_once(self, device: torch.device) -> int:
+        if self._at_once is not None:
+            return self._at_once
+        return 1 if device.type == "cpu" or self.totals is None else 8
+
+    def _open(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Make the pools of a batch: nothing is known of it before its first tokens."""
+        self._choose(key.device, key.dtype, max(key.shape[-1], value.shape[-1]))
+        size, layers = self._layers_at_once(key.device), self.table.layers
+        groups = [range(first, min(first + size, layers)) for first in range(0, layers, size)]
+        like = (key, value, self._window, query.shape[1], self._tracks_received)
+        self.pools = [Pool.owned(self.table, group, *like) for group in groups]
+
+    def _choose(self, device: torch.device, dtype: torch.dtype, dim: int) -> None:
+        self.backend = choose_backend(self._attention, device, dtype, dim, self._tracks_received)
+
+    def _begin_chunk(self, chunk: Chunk) -> None:
+        rows = chunk.rows
+        if not self.table.rows:  # of a batch, all rows come with the first chunk
+            self.table.open(self.table.layers, len(rows), self.table.heads)
+        if (self.table.phases[rows] == Phase.EMPTY).all():
+            self.prompts[int(rows[0])] = Prompt(rows, self.table.layers, self._tracks_received)
+            self.table.phases[rows] = Phase.PROMPT
+        prompt = self.prompts.get(int(rows[0]))
+        if prompt is not None:
+            prompt.counts = prompt.counts + chunk.counts
+        self.table.seen[rows] += chunk.counts
+        self.table.pushed[rows] += chunk.counts
+        in_prompt = bool((self.table.phases[rows] != Phase.DECODING).all())
+        if in_prompt and not self.holding and (chunk.columns > 1 or prompt is not None):
+            self._protect(rows, self.table.protected[rows] + chunk.counts)
+
+    def _protect(self, rows: HostInts, tokens: HostInts) -> None:
+        """So many leading tokens of these rows are a prompt's."""
+        if self.compression.prompt == "protect":
+            self.table.protected[rows] = tokens
+
+    def _prepare(self, rows: HostInts) -> Decode:
+        if self.totals is None and (self.table.lengths >= self.table.capacities).any():
+            for pool in self.pools:
+                self._make_room(pool, np.ones(1, dtype=np.int64))
+        decode = self._decode
+        if decode is None or not np.array_equal(decode.rows, rows):
+            assert self.backend is not None
+            self._decode = decode = Decode(self.table, self.pools, rows, self.backend)
+        self.table.phases[rows] = Phase.DECODING
+        decode.advance()
+        return decode
+
+    def _pool(self, layer: int) -> Pool:
+        return next(pool for pool in self.pools if layer in pool.layers)
+
+    def _spans(self, layer: int, rows: HostInts) -> Spans:
+        pool, table = self._pool(layer), self.table
+        of = (layer, rows)
+        return Spans.of(
+            pool.keys, pool.values, pool.received,
+            table.starts[of], table.lengths[of], table.capacities[of], pool.shift[pool.local(layer), rows],
+        )  # fmt: skip
+
+    def _extend(self, layer: int, chunk: Chunk, key: Tensor, value: Tensor) -> None:
+        pool = self._pool(layer)
+        if layer == pool.layers[0]:
+            self._make_room(pool, chunk.counts)
+        tokens = Prompt(chunk.rows, 1, False)
+        tokens.add(0, key, value, chunk)
+        keys, values, _ = tokens.of(0)
+        pool.extend(layer, chunk.rows, keys, values, chunk.counts)
+        self._decode = None
+
+    def _make_room(self, pool: Pool, counts: HostInts) -> None:
+        """Enlarge a batch's spans if they cannot take so many tokens; of a full cache by a quarter, to copy rarely."""
+        table = self.table
+        lengths, capacities = table.lengths[pool.layers], table.capacities[pool.layers]
+        needed = lengths + counts[:, None]
+        if (needed <= capacities).all():
+            return
+        if self.totals is None:
+            needed = needed + lengths // 4 + self.compression.interval
+        pool.grow(np.maximum(capacities, needed))
+        self._decode = None
+
+    # ---- observing ----
+
+    def _watch(self, layer: int, chunk: Chunk, queries: Queries) -> None:
+        """Observe a chunk's queries now, or once it is known which of them stay."""
+        if not self.holding:
+            self._observe(layer, chunk, queries)
+            return
+        if self._speculation is None:
+            self._speculation = _Speculation(chunk, [])
+        # A whole prompt's queries, of all layers, would be larger than the cache.
+        some = queries if self._tracks_received else queries.last(self._window + SPECULATED)
+        self._speculation.queries.append(Queries(some.states.clone(), some.real) if some is not queries else some)
+
+    def _observe(self, layer: int, chunk: Chunk, queries: Queries) -> None:
+        pool = self._pool(layer)
+        counts = np.minimum(chunk.counts, len(queries))
+        pushed = self.table.pushed[chunk.rows] - counts
+        pool.queries.push(pool.local(layer), chunk.rows, queries, counts, pushed)
+        if self._tracks_received:
+            prompt = self.prompts.get(int(chunk.rows[0]))
+            spans = self._spans(layer, chunk.rows) if prompt is None else prompt.spans(layer)
+            received_attention(queries.states, spans, self._scaling, chunk.hidden(queries.states.device))
+
+    def _show(self, pool: Pool) -> None:
+        """Let the probe look at a pool's layers, of all rows."""
+        assert self.probe is not None
+        rows, table = self.rows, self.table
+        for g, layer in enumerate(pool.layers.tolist()):
+            count = int(min(pool.queries.size, table.pushed.max()))
+            queries = pool.queries.read(np.array([g]), rows, table.pushed, count)
+            self.probe.observe(layer, self.tokens(layer), queries, self._scaling, int(table.steps[0]))
+
+    # ---- compressing ----
+
+    def _end_step(self) -> None:
+        for chunk in self.step.chunks:
+            if self.holding or not chunk.ends_prompt:
+                continue
+            if chunk.columns == 1 and int(chunk.rows[0]) not in self.prompts:
+                self.table.steps[chunk.rows] += 1  # a decoding step in which some rows only padded
+                self.table.phases[chunk.rows] = Phase.DECODING
+                self._compress_due(chunk.rows)
+            else:
+                self._settle_rows(chunk.rows, int(chunk.columns == 1))
+        if self.step.decode is not None:
+            self._compress_due(self.step.decode.rows)
+
+    def _settle_rows(self, rows: HostInts, steps: int) -> None:
+        """A chunk is in the pools: the interval begins anew."""
+        self.prompts.pop(int(rows[0]), None)
+        self.table.steps[rows] = steps
+
+    def _compress_due(self, rows: HostInts) -> None:
+        """One round of the rows that have decoded an interval, in all layers where one of them is over its total."""
+        due = rows[self.table.steps[rows] >= self.compression.interval]
+        if not len(due):
+            return
+        if self.probe is not None:
+            for pool in self.pools:
+                self._show(pool)
+        self.table.steps[due] = 0
+        if self.round is None:
+            return
+        assert self.totals is not None
+        self.totals.open_round()
+        parts: list[Held] = [PoolTokens(pool, due) for pool in self.pools]
+        self._run([part for part in parts if self.round.is_due(part.pool.layers, due, part.lengths)])
+
+    def _compress_chunk(self, pool: Pool, rows: HostInts) -> None:
+        """After a chunk: one round of its rows in one pool; a prompt is brought into the pool."""
+        prompt = self.prompts.get(int(rows[0]))
+        held: Held = PoolTokens(pool, rows) if prompt is None else PromptTokens(prompt, pool)
+        if self.totals is not None and self.round is not None:
+            if pool is self.pools[0]:
+                self.totals.open_round()
+            if self.round.is_due(pool.layers, rows, held.lengths):
+                self._run([held])
+            elif isinstance(held, PromptTokens):
+                protected = self.table.protected[rows][:, None]
+                self._store(held, self.round.first_capacities(pool.layers, rows) + protected)
+        elif isinstance(held, PromptTokens):
+            self._store(held, held.lengths + held.lengths // 4 + self.compression.interval)
+        if prompt is not None:
+            prompt.let_go(pool.layers)
+        if self.probe is not None:
+            self._show(pool)
+
+    def _run(self, parts: list[Held]) -> None:
+        if parts:
+            assert self.round is not None
+            self.round.run(parts, self._scaling, self.columns)
+            self._decode = None
+
+    def _store(self, held: PromptTokens, capacities: HostInts) -> None:
+        """Bring a whole prompt into its pool."""
+        keys, values, first = held.source()
+        received = held.tokens().received
+        held.pool.rewrite(held.rows, Survivors(keys, values, first, held.lengths, received=received), capacities)
+        self._decode = None
+
+
+def _neighbours(
+    numbers: list[int], memory: Mapping[int, Tensor], layouts: Mapping[int, ArenaLayout], most: int
+) -> list[list[int]]:
+    """Layers in groups of at most ``most`` whose memory lies one behind the other, and is laid out alike."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        last = groups[-1][-1] if groups else None
+        if (
+            last is not None
+            and len(groups[-1]) < most
+            and layouts[last] == layouts[number]
+            and memory[last].data_ptr() + memory[last].nbytes == memory[number].data_ptr()
+            and memory[last].untyped_storage().data_ptr() == memory[number].untyped_storage().data_ptr()
+        ):
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return groups
+
+
+def _joined(memory: list[Tensor]) -> Tensor:
+    """Memory that lies one behind the other, as one tensor."""
+    first = memory[0]
+    if len(memory) == 1:
+        return first
+    return torch.as_strided(first, (len(memory), *first.shape), (first.numel(), *first.stride()))

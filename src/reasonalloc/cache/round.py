@@ -1,0 +1,282 @@
+"""A round: what the rows that are due forget, in all layers, as one plan.
+
+    score    every pool's tokens, one padded batch a pool: layers x rows
+    split    pooled counts and R(.), once for all layers and rows
+    select   which tokens stay, likewise
+    copy     the new numbers to the host, in one piece
+    move     every pool's survivors, whole tokens, in place
+
+Up to the copy nothing waits for the device. A pool's layers share a batch, so the number of operations depends on the
+number of pools, not of layers or rows; its copy of the keys is what a round takes beside the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reasonalloc.cache.pool import Pool, Survivors
+from reasonalloc.cache.queries import Queries
+from reasonalloc.cache.recorder import Recorder, Routing
+from reasonalloc.cache.selection import Candidates, rank_candidates, route_heads, select
+from reasonalloc.cache.table import HostInts, Table, on_device
+from reasonalloc.cache.totals import LayerTotals
+from reasonalloc.policies.allocation import HeadAllocator, attention_demand
+from reasonalloc.policies.compression import Compression
+from reasonalloc.policies.scoring.noise import Noise
+from reasonalloc.policies.scoring.scorer import Observation
+from reasonalloc.policies.scoring.tokens import LayerTokens
+from reasonalloc.policies.scoring.window_attention import attention_weights, mean_over_queries
+
+
+class Held(Protocol):
+    """Where the tokens of a round's rows lie: in a pool, or, a prompt that has just ended, beside it.
+
+    Attributes:
+        pool: where the survivors go; its layers are the batch.
+        rows: which rows.
+        lengths: ``[layers, rows, heads]``, tokens of each span.
+    """
+
+    pool: Pool
+    rows: HostInts
+    lengths: HostInts
+
+    def tokens(self) -> LayerTokens:
+        """All of them, batch layer-major."""
+
+    def source(self) -> tuple[Tensor, Tensor, HostInts]:
+        """Keys ``[source, dim]``, values, and where in them each span begins: ``[layers, rows, heads]``."""
+
+
+class PoolTokens:
+    """Tokens that lie in the pool itself."""
+
+    def __init__(self, pool: Pool, rows: HostInts) -> None:
+        self.pool, self.rows = pool, rows
+        self.lengths = pool.table.lengths[pool.layers[:, None], rows]
+
+    def tokens(self) -> LayerTokens:
+        """Gathered from the pool; keys and values when they are asked for."""
+        pool, layers, rows = self.pool, self.pool.layers, self.rows
+        width = int(self.lengths.max(initial=0))
+        slots = pool.slots_of(layers, rows, width)
+        places = pool.places_of(layers, rows, slots)
+
+        def pick(memory: Tensor) -> Tensor:
+            return memory.index_select(0, slots.flatten()).view(*slots.shape, memory.shape[1])
+
+        return LayerTokens(
+            lambda: pick(pool.keys),
+            lambda: pick(pool.values),
+            on_device(self.lengths.reshape(slots.shape[:2]), slots.device),
+            pool.positions_of(layers, rows, places),
+            None if pool.received is None else pool.received[places],
+        )
+
+    def source(self) -> tuple[Tensor, Tensor, HostInts]:
+        """The pool's memory and the table's starts."""
+        return self.pool.keys, self.pool.values, self.pool.table.starts[self.pool.layers[:, None], self.rows]
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """One pool's part of the batch after scoring."""
+
+    held: Held
+    tokens: LayerTokens
+    scores: Float[Tensor, "batch heads tokens"]
+
+
+class Round:
+    """Carries out rounds for one cache.
+
+    Attributes:
+        numbers: ``[layers]``, the model's number of each of the table's layers: a pipeline's stage has some of them.
+        evicted: ``[layers]``, tokens forgotten so far, over all rows and heads.
+        rounds: ``[layers]``, rounds in which at least one token was forgotten.
+    """
+
+    def __init__(
+        self,
+        compression: Compression,
+        table: Table,
+        totals: LayerTotals,
+        numbers: HostInts,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.compression, self.table, self.totals, self.recorder = compression, table, totals, recorder
+        self.numbers = numbers
+        self.evicted, self.rounds = (np.zeros(len(numbers), dtype=np.int64) for _ in range(2))
+        self._allocators: dict[tuple[int, ...], HeadAllocator] = {}
+        self._generator: torch.Generator | None = None
+
+    def first_capacities(self, layers: HostInts, rows: HostInts) -> HostInts:
+        """Spans before any round: the total in equal parts, the odd tokens to the first heads, and the interval."""
+        heads = self.table.heads
+        share, odd = np.divmod(self.totals.of(self.numbers[layers], rows)[..., None], heads)
+        return share + (np.arange(heads) < odd) + self.compression.interval
+
+    def is_due(self, layers: HostInts, rows: HostInts, lengths: HostInts) -> bool:
+        """Whether any of these rows holds more than its total in one of these layers, or all must be planned."""
+        if self.totals.dynamic is not None:
+            return True
+        counted = (lengths - self.table.protected[rows][:, None]).sum(-1)
+        return bool((counted > self.totals.of(self.numbers[layers], rows)).any())
+
+    def run(self, parts: Sequence[Held], scaling: float, step: int) -> None:
+        """One round of the same rows in every part.
+
+        Args:
+            parts: in the order of their layers.
+            scaling: factor of the attention logits.
+            step: tokens seen, padding included, for the recorder.
+
+        Raises:
+            ValueError: the scorer returned scores of the wrong shape, or NaN.
+        """
+        rows, heads = parts[0].rows, self.table.heads
+        layers = np.concatenate([part.pool.layers for part in parts])
+        totals = self.totals.of(self.numbers[layers], rows)
+        device = parts[0].pool.keys.device
+        with torch.autocast(device.type, enabled=False):
+            scored, demands = self._score(parts, totals, scaling)
+            candidates = self._candidates(scored, rows)
+            split = route_heads(
+                self._allocator(layers), candidates, on_device(totals.reshape(-1), device), self.compression.kept_window
+            )
+            index, kept = select(candidates, split.budgets, self.compression.storage_order == "score")
+        wrong = torch.stack([(part.scores.isnan() & part.tokens.valid).any() for part in scored]).any()
+        threshold = split.threshold if split.threshold is not None else index.new_zeros(0)
+        numbers = [kept, split.budgets, threshold, wrong, *demands]
+        # Every number of tokens is exact in float64.
+        copied = torch.cat([x.flatten().to(torch.float64) for x in numbers]).cpu().numpy()
+        parts_of = np.split(copied, np.cumsum([x.numel() for x in numbers])[:-1])
+        if parts_of[3][0]:
+            scorer = self.compression.token_scorer
+            raise ValueError(f"scorer {type(scorer).__name__} returned NaN for a cached token: every score is a number")
+        shape = (len(layers), len(rows), heads)
+        stays, budgets = (x.astype(np.int64).reshape(shape) for x in parts_of[:2])
+        if demands:
+            self.totals.report(self.numbers[layers], np.concatenate(parts_of[4:]).reshape(shape[:2]))
+        self._move(scored, index, stays, budgets)
+        held = np.concatenate([part.lengths for part in parts])
+        self._count(layers, held, stays)
+        if self.recorder is not None:
+            found = parts_of[2].reshape(shape[:2]) if split.threshold is not None else None
+            for i, layer in enumerate(self.numbers[layers].tolist()):
+                self.recorder.add(
+                    Routing(
+                        step, layer, totals[i].tolist(), budgets[i].tolist(), stays[i].tolist(), held[i].tolist(),
+                        None if found is None else found[i].tolist(),
+                    )
+                )  # fmt: skip
+
+    def _score(
+        self, parts: Sequence[Held], totals: HostInts, scaling: float
+    ) -> tuple[list[_Scored], list[Float[Tensor, "batch"]]]:
+        """Scores of every part, and what dynamic layers measure."""
+        scorer, dynamic = self.compression.token_scorer, self.totals.dynamic
+        scored, demands, first = [], [], 0
+        for part in parts:
+            count = len(part.pool.layers)
+            seen = self._observe(part, totals[first : first + count], scaling)
+            first += count
+            if dynamic is not None:
+                measured = _with_queries(seen, self._queries(part, dynamic.queries))
+                demand = attention_demand(attention_weights(measured, seen.tokens.valid), dynamic.rho)
+                demands.append(mean_over_queries(measured, demand[..., None]).mean((1, 2, 3)))
+            wanted = scorer.observed_queries
+            scores = scorer.score(_with_queries(seen, self._queries(part, wanted) if wanted else None))
+            if scores.shape != seen.tokens.positions.shape:
+                raise ValueError(
+                    f"scorer {type(scorer).__name__} returned shape {tuple(scores.shape)}, "
+                    f"expected one score per token: {tuple(seen.tokens.positions.shape)}"
+                )
+            tokens = seen.tokens.without_states()
+            scored.append(_Scored(part, tokens, scores))
+        return scored, demands
+
+    def _observe(self, part: Held, totals: HostInts, scaling: float) -> Observation:
+        tokens, table, rows = part.tokens(), self.table, part.rows
+        device = tokens.device
+        if self._generator is None:
+            self._generator = torch.Generator(device=device)
+            self._generator.manual_seed(self.compression.seed)
+        streams = self.numbers[part.pool.layers][:, None] * 1_000_003 + table.streams[rows]
+        return Observation(
+            tokens=tokens,
+            queries=None,
+            real_queries=None,
+            scaling=scaling,
+            window=self.compression.kept_window,
+            budget=on_device((totals.reshape(-1) / table.heads).astype(np.float32), device),
+            generator=self._generator,
+            noise=Noise(
+                self.compression.seed,
+                on_device(streams.reshape(-1), device),
+                on_device(np.tile(table.seen[rows], len(part.pool.layers)), device),
+            ),
+        )
+
+    def _queries(self, part: Held, count: int) -> Queries:
+        pool = part.pool
+        return pool.queries.read(pool.layers - pool.layers[0], part.rows, self.table.pushed[part.rows], count)
+
+    def _candidates(self, scored: Sequence[_Scored], rows: HostInts) -> Candidates:
+        """All parts' scores as one batch, padded to the widest."""
+        widest = max(part.scores.shape[-1] for part in scored)
+        ranked = []
+        for part in scored:
+            tokens, layers = part.tokens, len(part.held.pool.layers)
+            spared = on_device(np.tile(self.table.protected[rows], layers), tokens.device)
+            newest = tokens.newest(self.compression.kept_window)
+            ranked.append(rank_candidates(part.scores, tokens.valid, newest, spared))
+        if len(ranked) == 1:
+            return ranked[0]
+        pad = torch.nn.functional.pad
+        scores = [pad(x.scores, (0, widest - x.scores.shape[-1]), value=float("-inf")) for x in ranked]
+        return Candidates(
+            torch.cat(scores), torch.cat([x.lengths for x in ranked]), torch.cat([x.protected for x in ranked])
+        )
+
+    def _allocator(self, layers: HostInts) -> HeadAllocator:
+        """The head allocator of a batch of these layers."""
+        key = tuple(self.numbers[layers].tolist())
+        if key not in self._allocators:
+            compression, totals = self.compression, self.totals
+            self._allocators[key] = compression.head_allocator.for_layers(
+                key, totals.shape, totals.budget, compression.kept_window, compression.demand_profile
+            )
+        return self._allocators[key]
+
+    def _move(self, scored: Sequence[_Scored], index: Tensor, stays: HostInts, budgets: HostInts) -> None:
+        first = 0
+        for part in scored:
+            pool, rows = part.held.pool, part.held.rows
+            of = slice(first, first + len(pool.layers))
+            batch = slice(of.start * len(rows), of.stop * len(rows))
+            first = of.stop
+            keys, values, begin = part.held.source()
+            survivors = Survivors(
+                keys, values, begin, stays[of], index[batch], part.tokens.positions, part.tokens.received
+            )
+            protected = self.table.protected[rows][:, None]
+            pool.rewrite(rows, survivors, budgets[of] + protected + self.compression.interval)
+
+    def _count(self, layers: HostInts, held: HostInts, stays: HostInts) -> None:
+        gone = (held - stays).sum((1, 2))
+        self.evicted[layers] += gone
+        self.rounds[layers] += gone > 0
+
+
+def _with_queries(seen: Observation, queries: Queries | None) -> Observation:
+    if queries is None:
+        return seen
+    return Observation(**{**vars(seen), "queries": queries.states, "real_queries": queries.real})
