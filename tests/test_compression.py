@@ -277,3 +277,23 @@ def test_settings_without_a_default_are_asked_for():
     for asked in ("cat", {"name": "cat"}):
         with pytest.raises(ValueError, match=re.escape("animal 'cat' needs lives: {\"name\": 'cat', 'lives': ...}")):
             animals.create(asked)
+
+
+# ---- bounds ----
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (ra.Compression.method("full"), "a full cache has no bound: ask for a budget"),
+        (ra.Compression(64), "layer budgets measured while decoding fix no layer's memory: pass a calibrated profile"),
+        (ra.Compression.method("rkv", 64, prompt="protect"), "prompt='protect' has no bound: use prompt='compete'"),
+    ],
+)
+def test_what_has_no_bound_says_why(made, reason):
+    assert made.unbounded.startswith(reason)
+
+
+@pytest.mark.parametrize("name", sorted(set(ra.METHODS) - {"full", "reasonalloc-dynamic"}))
+def test_with_a_profile_all_other_methods_are_bounded(name):
+    assert ra.Compression.method(name, 256, profile=PROFILE).unbounded == ""

@@ -133,6 +133,20 @@ class Compression:
         """Whether the attention received by every token must be accumulated."""
         return self.budget is not None and self.token_scorer.needs_received
 
+    @property
+    def unbounded(self) -> str:
+        """Why no layer's memory has a bound that is known before the first token, and the remedy; "" if it has."""
+        if self.budget is None:
+            return "a full cache has no bound: ask for a budget"
+        if isinstance(self.layer_allocator, DynamicLayers):
+            return (
+                "layer budgets measured while decoding fix no layer's memory: pass a calibrated profile, or "
+                "layers='uniform' (method 'reasonalloc-head') for equal layers"
+            )
+        if self.prompt == "protect":
+            return "prompt='protect' has no bound: use prompt='compete' with a larger budget"
+        return ""
+
     def describe(self) -> dict[str, Any]:
         """The configuration as plain JSON values; policies by name and settings, the profile by its hash."""
 
