@@ -28,7 +28,8 @@ from reasonalloc.policies.allocation import (
 )
 from reasonalloc.policies.allocation.heads import HEAD_ALLOCATORS, AdaKVHeads
 from reasonalloc.policies.allocation.layers import LAYER_ALLOCATORS
-from reasonalloc.policies.compression import METHODS, Compression
+from reasonalloc.policies.compression import Compression
+from reasonalloc.policies.methods import METHODS
 from reasonalloc.policies.scoring import RKV, SCORERS, Observation, Scorer, register_scorer
 
 __version__ = "0.1.0"

@@ -139,7 +139,7 @@ def _generate(
 @app.command()
 def methods() -> None:
     """List the methods by name, with their scorer and allocators."""
-    from reasonalloc.policies.compression import METHODS
+    from reasonalloc.policies.methods import METHODS
 
     table = Table(box=None)
     for heading in ("method", "scorer", "layers", "heads"):

@@ -13,7 +13,8 @@ from typing import Any
 from reasonalloc.evaluation.answering import Sampling
 from reasonalloc.evaluation.questions import FIDELITY, Question, QuestionSet, load_questions, load_texts
 from reasonalloc.policies.allocation import DemandProfile
-from reasonalloc.policies.compression import AUTO_PROFILE, METHODS, Compression
+from reasonalloc.policies.compression import AUTO_PROFILE, Compression
+from reasonalloc.policies.methods import METHODS
 from reasonalloc.policies.registry import unknown_name
 from reasonalloc.tasks import Split
 

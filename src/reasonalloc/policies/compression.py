@@ -1,11 +1,11 @@
-"""What to keep: the one configuration object, and the table of methods by name."""
+"""What to keep: the one configuration object."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from reasonalloc.policies.allocation import (
     HEAD_ALLOCATORS,
@@ -17,9 +17,14 @@ from reasonalloc.policies.allocation import (
 )
 from reasonalloc.policies.allocation.layers import no_profile
 from reasonalloc.policies.allocation.miss import MissCurveBudgets
+from reasonalloc.policies.asked import Asked
+from reasonalloc.policies.methods import METHODS
 from reasonalloc.policies.registry import unknown_name
 from reasonalloc.policies.scoring import SCORERS, Scorer
+from reasonalloc.policies.scoring.scorer import without_window
+from reasonalloc.policies.values import check_setting, shown, tokens
 
+Allocator = TypeVar("Allocator", LayerAllocator, HeadAllocator)
 Prompt = Literal["compete", "protect"]
 StorageOrder = Literal["position", "score"]
 Settings = Mapping[str, Any]  # of a policy, its name among them
@@ -34,7 +39,8 @@ class Compression:
         budget: tokens per key/value head, averaged over all layers and heads, the window included; None keeps all.
             Between two compressions every head holds up to ``interval`` more.
         scorer: which tokens to keep: a registered name, a ``Scorer``, or a name with settings:
-            ``{"name": "rkv", "window": 16}``.
+            ``{"name": "rkv", "kernel": 5}``. "window" among them is the field below, unless the scorer has a setting
+            of this name.
         layers: how tokens are split over layers: likewise, or a ``LayerAllocator``. None (the default) is
             "wave" where a profile is given, and otherwise "dynamic", ReasonAlloc's calibration-free form.
         heads: how a layer's tokens are split over its heads: likewise, or a ``HeadAllocator``.
@@ -48,6 +54,11 @@ class Compression:
         storage_order: order of the survivors in memory. "position" keeps the text's order; "score" is the order of
             R-KV's original code, where neighbours in later rounds are neighbours in score.
         seed: of the cache's own random numbers, for scorers that draw.
+        asked: its own record of what it was made from; never to be passed.
+
+    Once made, every field reads as what the cache will do: policies as objects, ``window`` as a number, ``layers``
+    as what None stands for. Two that read alike are equal. Copies with changes (``replace``) start from what was
+    asked, not from what it reads as.
 
     Raises:
         ValueError: a value out of range or an unknown name, when constructed.
@@ -63,45 +74,22 @@ class Compression:
     prompt: Prompt = "compete"
     storage_order: StorageOrder = "position"
     seed: int = 0
+    asked: Asked | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        resolve = object.__setattr__  # the one place where names become policies; the instance is frozen after it
-        resolve(self, "scorer", SCORERS.create(self.scorer))
-        resolve(self, "heads", HEAD_ALLOCATORS.create(self.heads))
-        if isinstance(self.profile, str | Path) and self.profile != AUTO_PROFILE:
-            resolve(self, "profile", DemandProfile.load(self.profile))
-        layers = self.layers if self.layers is not None else ("dynamic" if self.profile is None else "wave")
-        resolve(self, "layers", LAYER_ALLOCATORS.create(layers))
-        for name in ("layers", "heads"):
-            policy = getattr(self, name)
-            if isinstance(policy, MissCurveBudgets) and not policy.scorer:
-                resolve(self, name, replace(policy, scorer=SCORERS.name_of(self.token_scorer)))
-        resolve(self, "window", self.scorer.window if self.window is None else self.window)  # type: ignore[union-attr]
-        self._validate()
-
-    def _validate(self) -> None:
-        for name, least in (("interval", 1), ("window", 0), ("budget", 1)):
-            value = getattr(self, name)
-            if name == "budget" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be a whole number of tokens, at least {least}, got {value!r}")
-        if self.budget is not None and self.budget < self.kept_window + 1:
-            raise ValueError(
-                f"budget {self.budget} leaves nothing beside the window of {self.kept_window} newest tokens: "
-                f"ask for at least {self.kept_window + 1}, or pass a smaller window"
-            )
-        for name, allowed in (("prompt", get_args(Prompt)), ("storage_order", get_args(StorageOrder))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for policy in (self.layer_allocator, self.head_allocator):
-            if self.profile is None and policy.needs_profile:
-                raise ValueError(no_profile(policy))
-            if isinstance(policy, MissCurveBudgets) and policy.scorer != SCORERS.name_of(self.token_scorer):
-                raise ValueError(
-                    f"miss curves of {policy.scorer!r} do not describe scorer {SCORERS.name_of(self.token_scorer)!r}: "
-                    "choose layers and heads together with the scorer"
-                )
+        defaults = {f.name: f.default for f in fields(self) if f.name != "asked"}
+        given: dict[str, Any] = {name: getattr(self, name) for name in defaults}
+        asked = Asked(given) if self.asked is None else self.asked
+        if not isinstance(asked, Asked):
+            raise ValueError(f"asked is a Compression's own record, leave it out: got {shown(asked)}")
+        if asked.read:  # dataclasses.replace hands over what the fields read as
+            asked = asked.changed({name: value for name, value in given.items() if not asked.reads_as(name, value)})
+            given = {**defaults, **asked.fields()}
+        read = _resolved(given, asked)
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "asked", asked.resolved(read))
+        _check(self)
 
     @property
     def kept_window(self) -> int:
@@ -145,6 +133,20 @@ class Compression:
         """Whether the attention received by every token must be accumulated."""
         return self.budget is not None and self.token_scorer.needs_received
 
+    @property
+    def unbounded(self) -> str:
+        """Why no layer's memory has a bound that is known before the first token, and the remedy; "" if it has."""
+        if self.budget is None:
+            return "a full cache has no bound: ask for a budget"
+        if isinstance(self.layer_allocator, DynamicLayers):
+            return (
+                "layer budgets measured while decoding fix no layer's memory: pass a calibrated profile, or "
+                "layers='uniform' (method 'reasonalloc-head') for equal layers"
+            )
+        if self.prompt == "protect":
+            return "prompt='protect' has no bound: use prompt='compete' with a larger budget"
+        return ""
+
     def describe(self) -> dict[str, Any]:
         """The configuration as plain JSON values; policies by name and settings, the profile by its hash."""
 
@@ -176,65 +178,81 @@ class Compression:
         Raises:
             ValueError: unknown name (the nearest one is suggested), or no budget.
         """
-        if name not in METHODS:
+        if not isinstance(name, str) or name not in METHODS:
             raise unknown_name("method", name, list(METHODS))
         if name == "full":
-            return cls(None, **{**METHODS[name].fields(0), **overrides})
-        if budget is None:
+            budget = None
+        elif budget is None:
             raise ValueError(f"method {name!r} needs a budget: tokens per key/value head, for instance 256")
-        return cls(budget, **{**METHODS[name].fields(budget), **overrides})
+        return cls._of(Asked({"budget": budget, **overrides}, name))
 
     def replace(self, **changes: Any) -> Compression:
-        """A copy with some fields changed."""
-        return replace(self, **changes)
+        """What the same call with some other fields would have made.
+
+        What was left open, as ``window=None`` or ``layers=None``, is decided anew, and what a method sets by its
+        budget follows a new budget.
+        """
+        assert self.asked is not None
+        return self._of(self.asked.changed(changes))
+
+    @classmethod
+    def _of(cls, asked: Asked) -> Compression:
+        return cls(**asked.fields(), asked=asked)
 
 
-@dataclass(frozen=True)
-class Method:
-    """One named method: the fields of ``Compression`` that it sets, and a line that says what it is."""
+def _resolved(given: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
+    """What every field of a ``Compression`` reads as: names become policies, and what was left open is decided."""
+    profile = given["profile"]
+    if isinstance(profile, str | Path) and profile != AUTO_PROFILE:
+        profile = DemandProfile.load(profile)
+    elif profile is not None and profile != AUTO_PROFILE and not isinstance(profile, DemandProfile):
+        raise ValueError(f"profile must be a DemandProfile, the path of its JSON file or 'auto', got {shown(profile)}")
+    plain, window = without_window(given["scorer"])
+    scorer = SCORERS.create(plain)
+    if window is None:
+        window = given["window"]
+    elif asked.given.get("window") not in (None, window):
+        raise ValueError(
+            f"window is {shown(asked.given['window'])}, and {shown(window)} in the scorer's settings: give it once"
+        )
+    layers = given["layers"]
+    if layers is None:
+        layers = "dynamic" if profile is None else "wave"
+    return {
+        **given,
+        "budget": None if given["budget"] is None else tokens("budget", given["budget"], 1),
+        "scorer": scorer,
+        "layers": _of_scorer(LAYER_ALLOCATORS.create(layers), scorer),
+        "heads": _of_scorer(HEAD_ALLOCATORS.create(given["heads"]), scorer),
+        "profile": profile,
+        "interval": tokens("interval", given["interval"], 1),
+        "window": tokens("window", scorer.window if window is None else window, 0),
+        "seed": check_setting("seed", given["seed"], "int"),
+    }
 
-    summary: str
-    fixed: dict[str, Any] = field(default_factory=dict)
-    by_budget: Callable[[int], dict[str, Any]] | None = None
 
-    def fields(self, budget: int) -> dict[str, Any]:
-        """The ``Compression`` fields that the method sets at this budget."""
-        return {**self.fixed, **(self.by_budget(budget) if self.by_budget else {})}
-
-
-def _uniform(summary: str, scorer: str, by_budget: Callable[[int], dict[str, Any]] | None = None) -> Method:
-    return Method(summary, {"scorer": scorer, "layers": "uniform", "heads": "uniform"}, by_budget)
+def _of_scorer(policy: Allocator, scorer: Scorer) -> Allocator:
+    """Miss curves that name no scorer are those of the scorer in use."""
+    if isinstance(policy, MissCurveBudgets) and not policy.scorer:
+        return replace(policy, scorer=SCORERS.name_of(scorer))
+    return policy
 
 
-# The one table of methods: Python, the command line and evaluation all read it.
-METHODS: dict[str, Method] = {
-    "full": Method("keep every token", {"layers": "uniform", "heads": "uniform"}),
-    "snapkv": _uniform("SnapKV at decode time, equal budgets", "snapkv"),
-    "rkv": _uniform("R-KV, equal budgets", "rkv"),
-    "h2o": _uniform("H2O: half heavy hitters, half newest", "h2o", lambda budget: {"window": budget // 2}),
-    "streaming": _uniform("StreamingLLM: 4 sinks and the newest", "streaming"),
-    "tova": _uniform("TOVA: what the last query looks at", "tova"),
-    "knorm": _uniform("keys of small norm", "knorm"),
-    "vase": _uniform("VaSE: large values kept, the rest drawn by attention", "vase"),
-    "vase-queryfree": _uniform("VaSE without queries", "vase-queryfree"),
-    "random": _uniform("random eviction, the control", "random"),
-    "pyramid-rkv": Method("R-KV, PyramidKV's layers", {"scorer": "rkv", "layers": "pyramid", "heads": "uniform"}),
-    "adakv-rkv": Method("R-KV, AdaKV's heads", {"scorer": "rkv", "layers": "uniform", "heads": "adakv"}),
-    "reasonalloc": Method("ReasonAlloc: layers by demand, heads by threshold", {"scorer": "rkv", "heads": "threshold"}),
-    "reasonalloc-layer": Method("ReasonAlloc's layers, equal heads", {"scorer": "rkv", "heads": "uniform"}),
-    "reasonalloc-head": Method(
-        "equal layers, ReasonAlloc's heads", {"scorer": "rkv", "layers": "uniform", "heads": "threshold"}
-    ),
-    "missalloc": Method(
-        "budgets of all heads by their miss curves (not in the paper)",
-        {"scorer": "rkv", "layers": "miss-curve", "heads": "miss-curve"},
-    ),
-    "sensitivity": Method(
-        "budgets of all heads by loss sensitivity (not in the paper)",
-        {"scorer": "rkv", "layers": "sensitivity", "heads": "sensitivity"},
-    ),
-    "reasonalloc-dynamic": Method(
-        "ReasonAlloc, layers measured while decoding",
-        {"scorer": "rkv", "layers": "dynamic", "heads": "threshold"},
-    ),
-}
+def _check(made: Compression) -> None:
+    """Raise ``ValueError`` where fields that are right by themselves do not go together."""
+    if made.budget is not None and made.budget < made.kept_window + 1:
+        raise ValueError(
+            f"budget {made.budget} leaves nothing beside the window of {made.kept_window} newest tokens: "
+            f"ask for at least {made.kept_window + 1}, or pass a smaller window"
+        )
+    for name, allowed in (("prompt", get_args(Prompt)), ("storage_order", get_args(StorageOrder))):
+        if getattr(made, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(made, name))}")
+    for policy in (made.layer_allocator, made.head_allocator):
+        if made.profile is None and policy.needs_profile:
+            raise ValueError(no_profile(policy))
+        if isinstance(policy, MissCurveBudgets) and policy.scorer != SCORERS.name_of(made.token_scorer):
+            raise ValueError(
+                f"miss curves of {policy.scorer!r} do not describe scorer {SCORERS.name_of(made.token_scorer)!r}: "
+                "choose layers and heads together with the scorer"
+            )

@@ -108,4 +108,4 @@ def split_of(question: str) -> Split:
     return "test" if digest[0] % _TEST_SHARE == 0 else "train"
 
 
-TASKS: Registry[Task] = Registry("task", "reasonalloc.tasks")
+TASKS: Registry[Task] = Registry("task", "reasonalloc.tasks", Task)

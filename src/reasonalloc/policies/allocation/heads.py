@@ -68,7 +68,7 @@ class HeadAllocator(ABC):
         """
 
 
-HEAD_ALLOCATORS: Registry[HeadAllocator] = Registry("head allocator", "reasonalloc.heads")
+HEAD_ALLOCATORS: Registry[HeadAllocator] = Registry("head allocator", "reasonalloc.heads", HeadAllocator)
 
 
 def pooled_counts(

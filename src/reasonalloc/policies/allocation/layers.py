@@ -44,7 +44,7 @@ class LayerAllocator(ABC):
         """
 
 
-LAYER_ALLOCATORS: Registry[LayerAllocator] = Registry("layer allocator", "reasonalloc.layers")
+LAYER_ALLOCATORS: Registry[LayerAllocator] = Registry("layer allocator", "reasonalloc.layers", LayerAllocator)
 
 
 class ReadsProfile(Protocol):

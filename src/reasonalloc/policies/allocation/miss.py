@@ -7,6 +7,7 @@ scorer's own eviction had dropped at budget b. Tokens are given where the curves
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -86,8 +87,10 @@ class MissCurveBudgets(OfflineBudgets):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sensitivity_exponent < 0:
-            raise ValueError(f"sensitivity_exponent must not be negative, got {self.sensitivity_exponent}")
+        if not 0 <= self.sensitivity_exponent < math.inf:
+            raise ValueError(
+                f"sensitivity_exponent must not be negative, nor infinite, got {self.sensitivity_exponent}"
+            )
 
     def least_on(self, grid: Float[Floats, "budgets"], budget: int, window: int) -> int:
         """The floor in tokens: never below the grid, where curves fall fastest and would have to be guessed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +38,8 @@ class RandomBudgets(OfflineBudgets):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.spread < 0:
-            raise ValueError(f"spread must not be negative, got {self.spread}")
+        if not 0 <= self.spread < math.inf:
+            raise ValueError(f"spread must not be negative, nor infinite, got {self.spread}")
 
     def split(
         self, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +38,8 @@ class SensitivityBudgets(OfflineBudgets):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.exponent < 0:
-            raise ValueError(f"exponent must not be negative, got {self.exponent}")
+        if not 0 <= self.exponent < math.inf:
+            raise ValueError(f"exponent must not be negative, nor infinite, got {self.exponent}")
 
     @property
     def calibrate_options(self) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -68,5 +70,14 @@ class Scorer(ABC):
         """
 
 
-SCORERS: Registry[Scorer] = Registry("token scorer", "reasonalloc.scorers")
+SCORERS: Registry[Scorer] = Registry("token scorer", "reasonalloc.scorers", Scorer)
 register_scorer = SCORERS.register
+
+
+def without_window(scorer: Any) -> tuple[Any, Any]:
+    """A name with settings, but for a "window" that is no setting of the scorer, and that window; None if none."""
+    if not isinstance(scorer, Mapping) or "window" not in scorer or not isinstance(scorer.get("name"), str):
+        return scorer, None
+    if "window" in SCORERS.settings(scorer["name"]):
+        return scorer, None
+    return {key: value for key, value in scorer.items() if key != "window"}, scorer["window"]
