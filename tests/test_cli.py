@@ -116,10 +116,3 @@ def test_sliding_window_model_and_empty_prompt(tmp_path, model_folder):
     assert result.exit_code == 2
     assert "slides over a window of 64 tokens" in " ".join(result.stderr.split())
     assert "the prompt is empty" in run("generate", "-m", model_folder, "-p", "  ", "-b", 24).stderr
-
-
-def test_plot_of_a_missing_or_wrong_record(tmp_path):
-    assert "no record at" in run("plot", "budgets", tmp_path / "none.json").stderr
-    wrong = tmp_path / "wrong.json"
-    wrong.write_text("[]")
-    assert "is not a record of routings" in " ".join(run("plot", "budgets", wrong).stderr.split())

@@ -1,10 +1,8 @@
-"""Eviction: which tokens stay, the layers' totals over the rounds, and the record of it all."""
+"""Eviction: which tokens stay, the layers' totals over the rounds, and files."""
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,7 @@ from reasonalloc import (
     HeadAllocator,
     ModelShape,
     PyramidLayers,
-    Recorder,
 )
-from reasonalloc.cache.recorder import Routing
 from reasonalloc.cache.selection import Candidates, rank_candidates, route_heads, select
 from reasonalloc.cache.totals import LayerBudgets
 from reasonalloc.files import write_atomically
@@ -490,123 +486,11 @@ def test_reset_forgets_demand_and_batch() -> None:
     assert table(budgets, 4).sum(1).tolist() == [ALL] * 4
 
 
-# ---- the record ------------------------------------------------------------------------------------------
-
-
-def routing(step: int, layer: int, batch: int = 2, threshold: list[float] | None = None) -> Routing:
-    budgets = [[10 * step + layer + head for head in range(3)] for _ in range(batch)]
-    return Routing(
-        step=step,
-        layer=layer,
-        total=[sum(row) for row in budgets],
-        budgets=budgets,
-        kept=[[b - 1 for b in row] for row in budgets],
-        held=[[b + 5 for b in row] for row in budgets],
-        threshold=threshold,
-    )
-
-
-def recorder_of(*routings: Routing) -> Recorder:
-    recorder = Recorder()
-    for entry in routings:
-        recorder.add(entry)
-    return recorder
-
-
-def recorded(rounds: int = 3, layers: int = 4, threshold: list[float] | None = None) -> Recorder:
-    return recorder_of(*(routing(r, layer, threshold=threshold) for r in range(rounds) for layer in range(layers)))
+# ---- files -----------------------------------------------------------------------------------------------
 
 
 def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def test_json_round_trip(tmp_path: Path) -> None:
-    recorder = recorder_of(routing(1, 0), routing(1, 1, threshold=[0.25, -1e-9]), routing(2, 0, batch=1))
-    recorder.save(tmp_path / "run.json")
-    assert left_in(tmp_path) == ["run.json"]
-    assert Recorder.load(tmp_path / "run.json").routings == recorder.routings
-    assert Recorder.load(str(tmp_path / "run.json")).routings == recorder.routings
-
-
-def test_infinite_thresholds_survive(tmp_path: Path) -> None:
-    """The threshold is +inf where a layer's windows alone fill its total."""
-    recorder = recorder_of(routing(1, 0, threshold=[INFINITY, -INFINITY]))
-    recorder.save(tmp_path / "run.json")
-    assert Recorder.load(tmp_path / "run.json").routings == recorder.routings
-    assert "Infinity" not in (tmp_path / "run.json").read_text(), "not JSON to any parser but Python's"
-
-
-def test_an_empty_record_can_be_saved_as_json_only(tmp_path: Path) -> None:
-    Recorder().save(tmp_path / "run.json")
-    assert Recorder.load(tmp_path / "run.json").routings == []
-    with pytest.raises(ValueError, match="no routing was recorded"):
-        Recorder().save(tmp_path / "run.npz")
-    assert left_in(tmp_path) == ["run.json"]
-
-
-@pytest.mark.parametrize("threshold", [None, [0.5, 1.5]])
-def test_npz_holds_rounds_layers_batch_heads(tmp_path: Path, threshold: list[float] | None) -> None:
-    recorder = recorded(threshold=threshold)
-    recorder.save(tmp_path / "run.npz")
-    assert left_in(tmp_path) == ["run.npz"]
-    with np.load(tmp_path / "run.npz", allow_pickle=False) as saved:
-        arrays = dict(saved)
-    assert ("threshold" in arrays) == (threshold is not None)
-    assert arrays["step"].tolist() == [0, 1, 2]
-    assert arrays["total"].shape == (3, 4, 2)
-    for name in ("budgets", "kept", "held"):
-        assert arrays[name].shape == (3, 4, 2, 3)
-        assert np.issubdtype(arrays[name].dtype, np.integer)
-        wanted = [[getattr(routing(r, layer), name) for layer in range(4)] for r in range(3)]
-        assert arrays[name].tolist() == wanted
-    if threshold is not None:
-        assert arrays["threshold"].tolist() == [[threshold] * 4] * 3
-
-
-def test_npz_leaves_out_a_round_that_is_not_complete() -> None:
-    recorder = recorded(rounds=2)
-    recorder.add(routing(2, 0))
-    assert recorder.arrays()["step"].tolist() == [0, 1]
-
-
-def test_npz_of_a_changed_batch_is_refused(tmp_path: Path) -> None:
-    recorder = recorder_of(routing(1, 0), routing(2, 0, batch=3))
-    with pytest.raises(ValueError, match="JSON"):
-        recorder.save(tmp_path / "run.npz")
-    assert left_in(tmp_path) == []
-
-
-@pytest.mark.parametrize("name", ["run", "run.txt", "run.json.gz", "run.npy"])
-def test_wrong_suffix_is_named(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"\.json or \.npz.*{name}"):
-        recorded().save(tmp_path / name)
-    assert left_in(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "3", "null", "{}", '{"routings": 3}', '{"routings": [{"step": 1}]}']
-)
-def test_loading_another_file_says_so(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "run.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=r"run\.json is not a record"):
-        Recorder.load(path)
-
-
-def test_loading_an_npz_or_nothing_says_so(tmp_path: Path) -> None:
-    recorded().save(tmp_path / "run.npz")
-    with pytest.raises(ValueError, match=r"run\.npz is not a record"):
-        Recorder.load(tmp_path / "run.npz")
-    with pytest.raises(FileNotFoundError, match=r"none\.json"):
-        Recorder.load(tmp_path / "none.json")
-
-
-def test_a_record_with_an_unknown_field_is_refused(tmp_path: Path) -> None:
-    entry = vars(replace(routing(1, 0))) | {"colour": "blue"}
-    (tmp_path / "run.json").write_text(json.dumps({"schema": 1, "routings": [entry]}))
-    with pytest.raises(ValueError, match="colour"):
-        Recorder.load(tmp_path / "run.json")
 
 
 def test_write_atomically_makes_folders_and_replaces(tmp_path: Path) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from reprlib import repr as _brief
 from typing import Any
 
 import numpy as np
 
 from reasonalloc.files import write_atomically
+
+SCHEMA = 1
+_TABLES = ("budgets", "kept", "held")  # a routing's numbers per sequence and head
+_NOT_YET = -1  # stands in the arrays where a layer has not routed yet
+
+Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,9 @@ class Routing:
         held: tokens per sequence and head before it.
         threshold: pooled score that a token had to reach, per sequence (infinite where everything fits, or where the
             windows fill the layer; in JSON the string "inf" or "-inf"); None for allocators without one.
+
+    Raises:
+        ValueError: a number that is not whole or below 0, or lists that differ in sequences or heads.
     """
 
     step: int
@@ -37,75 +47,267 @@ class Routing:
     held: list[list[int]]
     threshold: list[float] | None
 
+    def __post_init__(self) -> None:
+        for name in ("step", "layer"):
+            if not _whole([getattr(self, name)]):
+                raise ValueError(f"a routing's {name} must be a whole number of at least 0, got {getattr(self, name)}")
+        if not _whole(self.total):
+            raise ValueError(
+                f"a routing's total must be whole numbers of at least 0, one a sequence, got {_brief(self.total)}"
+            )
+        batch, heads = self.shape
+        for name in _TABLES:
+            rows = getattr(self, name)
+            right = isinstance(rows, list) and len(rows) == batch
+            if not right or not all(_whole(row) and len(row) == heads for row in rows):
+                raise ValueError(
+                    f"a routing's {name} must be {batch} lists (sequences) of {heads} whole numbers of at least 0 "
+                    f"(heads), got {_brief(rows)}"
+                )
+        if self.threshold is not None and not (
+            isinstance(self.threshold, list)
+            and len(self.threshold) == batch
+            and all(type(x) is float for x in self.threshold)
+        ):
+            raise ValueError(
+                f"a routing's threshold must be {batch} floats (sequences) or None, got {_brief(self.threshold)}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sequences and heads."""
+        first = self.budgets[0] if isinstance(self.budgets, list) and self.budgets else []
+        return len(self.total), len(first) if isinstance(first, list) else 0
+
 
 class Recorder:
-    """Collects routings; give it to a cache and save it when the generation is done."""
+    """Collects the routings of one generation: give it to a cache, and save it when the generation is done.
 
-    FIELDS = ("total", "budgets", "kept", "held", "threshold")
+    Attributes:
+        routings: every routing, in the order in which they happened.
+        layers: layers of the model whose cache writes here; 0 if no cache has said so yet.
+    """
 
     def __init__(self) -> None:
         self.routings: list[Routing] = []
+        self.layers = 0
+
+    @staticmethod
+    def attach(recorder: object, layers: int) -> Recorder | None:
+        """What a cache of ``layers`` layers calls with the ``recorder`` it was given; returns it.
+
+        Raises:
+            TypeError: neither a ``Recorder`` nor None.
+        """
+        if recorder is None:
+            return None
+        if not isinstance(recorder, Recorder):
+            what = f"the class {recorder.__name__}" if isinstance(recorder, type) else repr(recorder)
+            raise TypeError(f"recorder must be None or a recorder, made with reasonalloc.Recorder(), got {what}")
+        recorder.layers = layers
+        return recorder
 
     def add(self, routing: Routing) -> None:
         """Keep one routing."""
         self.routings.append(routing)
 
-    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        """The record as arrays ``[rounds, layers, batch(, heads)]``, and ``step`` as ``[rounds]``.
+    def arrays(self) -> Arrays:
+        """The record as arrays over rounds and layers, int64 where nothing else is said.
+
+        A round is a step at which any layer routed; where a layer routed twice at one step, the last one counts. A
+        layer that did not route in a round keeps the numbers of its last routing. Before its first, a layer holds all
+        that it has seen (but padding), and has -1 here (NaN for the threshold). The second axis counts the layers from
+        0: all of the model's if a cache wrote the record, otherwise up to the last that routed.
+
+        Returns:
+            ``step`` ``[rounds]``, ascending. ``routed`` ``[rounds, layers]``, bool: whether the layer routed in this
+            round. ``total`` ``[rounds, layers, batch]``. ``budgets``, ``kept`` and ``held`` ``[rounds, layers, batch,
+            heads]``. ``threshold`` ``[rounds, layers, batch]``, float64, NaN for a routing without one; left out if no
+            routing has one. All are those of ``Routing``.
 
         Raises:
-            ValueError: nothing was recorded, or the batch changed between rounds.
+            ValueError: nothing was recorded, the batch changed between routings, or the record holds several
+                generations (steps go back).
         """
-        if not self.routings:
-            raise ValueError("no routing was recorded: the cache never held more than its budget for an interval")
-        layers = sorted({routing.layer for routing in self.routings})
-        by_layer = [[r for r in self.routings if r.layer == layer] for layer in layers]
-        rounds = min(map(len, by_layer))
-        table = [[column[i] for column in by_layer] for i in range(rounds)]
-        if len({len(r.total) for row in table for r in row}) > 1:
-            raise ValueError("the batch changed while recording; save it as JSON instead")
-        arrays = {"step": np.array([row[0].step for row in table])}
-        for name in self.FIELDS:
-            values = [[getattr(r, name) for r in row] for row in table]
-            if not any(v is None for row in values for v in row):
-                arrays[name] = np.array(values, dtype=np.float64 if name == "threshold" else np.int64)
+        reason = self._no_arrays()
+        if reason is not None:
+            raise ValueError(reason)
+        latest = {(r.step, r.layer): r for r in self.routings}
+        steps = sorted({r.step for r in self.routings})
+        layers = max(self.layers, 1 + max(r.layer for r in self.routings))
+        batch, heads = self.routings[0].shape
+        arrays: Arrays = {
+            "step": np.array(steps, dtype=np.int64),
+            "routed": np.array([[(step, layer) in latest for layer in range(layers)] for step in steps]),
+            "total": np.full((len(steps), layers, batch), _NOT_YET, dtype=np.int64),
+        }
+        for name in _TABLES:
+            arrays[name] = np.full((len(steps), layers, batch, heads), _NOT_YET, dtype=np.int64)
+        if any(r.threshold is not None for r in self.routings):
+            arrays["threshold"] = np.full((len(steps), layers, batch), np.nan)
+        for layer in range(layers):
+            last = None
+            for i, step in enumerate(steps):
+                last = latest.get((step, layer), last)
+                for name in ("total", *_TABLES, "threshold"):
+                    if last is not None and name in arrays:
+                        value = getattr(last, name)
+                        arrays[name][i, layer] = np.nan if value is None else value
         return arrays
 
     def save(self, path: str | Path) -> None:
-        """Write the record, atomically: ``.json`` (any record) or ``.npz`` (fixed batch, see ``arrays``)."""
+        """Write the record, atomically, as ``.json`` or ``.npz``; ``load`` reads either back whole.
+
+        The npz is read without pickle. It holds ``arrays()``, unless that raises, and one column over all routings for
+        each of their numbers (``routings_step``, ..., batches and heads one after another).
+
+        Raises:
+            ValueError: another suffix.
+        """
         path = Path(path)
         if path.suffix == ".json":
             entries = [{**vars(r), "threshold": _json_floats(r.threshold)} for r in self.routings]
-            text = json.dumps({"schema": 1, "routings": entries}, allow_nan=False)
-            write_atomically(path, text.encode())
+            data = {"schema": SCHEMA, "layers": self.layers, "routings": entries}
+            write_atomically(path, json.dumps(data, allow_nan=False).encode())
         elif path.suffix == ".npz":
-            arrays = self.arrays()
-            with tempfile.TemporaryFile() as buffer:
-                np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-                buffer.seek(0)
-                write_atomically(path, buffer.read())
+            buffer = io.BytesIO()
+            arrays = {} if self._no_arrays() else self.arrays()
+            np.savez_compressed(buffer, **arrays, **_columns(self))  # type: ignore[arg-type]
+            write_atomically(path, buffer.getvalue())
         else:
             raise ValueError(f"a record is saved as .json or .npz, got {path.name!r}")
 
     @classmethod
     def load(cls, path: str | Path) -> Recorder:
-        """Read a record saved as JSON. Raises ``ValueError`` if the file is not one."""
+        """Read what ``save`` wrote, JSON or npz.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or no record, or of another schema.
+        """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no record at {path}")
+        content = path.read_bytes()
+        recorder = cls()
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            recorder = cls()
-            recorder.routings = [_routing(entry) for entry in data["routings"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a record of routings saved as JSON: {error}") from error
+            layers, recorder.routings = _from_npz(content) if content.startswith(b"PK") else _from_json(content)
+            if not _whole([layers]):
+                raise ValueError(f"layers must be a whole number of at least 0, got {layers}")
+            recorder.layers = layers
+        except Exception as error:  # zipfile, zlib, numpy and json have dozens of errors for damaged bytes
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{path} is not a record of routings, or damaged: {reason}") from error
         return recorder
+
+    def _no_arrays(self) -> str | None:
+        """Why the record does not fit into arrays; None if it does."""
+        if not self.routings:
+            return "no routing was recorded: the cache never held more than its budget for an interval"
+        if len({r.shape for r in self.routings}) > 1:
+            return "the batch changed while recording: arrays need one batch; the routings themselves are all there"
+        last: dict[int, int] = {}
+        for r in self.routings:
+            if r.step < last.get(r.layer, 0):
+                return (
+                    f"the record holds several generations: layer {r.layer} routed after {last[r.layer]} tokens and "
+                    f"later after {r.step}; give each generation a Recorder of its own"
+                )
+            last[r.layer] = r.step
+        return None
+
+
+def _whole(values: object) -> bool:
+    return isinstance(values, list) and all(type(x) is int and x >= 0 for x in values)
+
+
+# ---- JSON ----
 
 
 def _json_floats(values: list[float] | None) -> list[float | str] | None:
     return None if values is None else [x if math.isfinite(x) else str(x) for x in values]
 
 
-def _routing(entry: dict[str, Any]) -> Routing:
+def _from_json(content: bytes) -> tuple[int, list[Routing]]:
+    data = json.loads(content)
+    if not isinstance(data, dict) or not isinstance(data.get("routings"), list):
+        raise ValueError("an object with a list of routings is needed")
+    _check_schema(data.get("schema"))
+    return data.get("layers", 0), [_routing(i, entry) for i, entry in enumerate(data["routings"])]
+
+
+def _routing(i: int, entry: Any) -> Routing:
+    names = [field.name for field in fields(Routing)]
+    if not isinstance(entry, dict) or set(entry) != set(names):
+        found = ", ".join(map(repr, entry)) if isinstance(entry, dict) else type(entry).__name__
+        raise ValueError(f"routing {i} needs {', '.join(names)}, found {found}")
     threshold = entry["threshold"]
     return Routing(**{**entry, "threshold": None if threshold is None else [float(x) for x in threshold]})
+
+
+def _check_schema(schema: Any) -> None:
+    if schema != SCHEMA:
+        raise ValueError(f"its schema is {schema!r}, and this version of reasonalloc reads {SCHEMA}")
+
+
+# ---- npz: the routings' numbers one after another ----
+
+
+def _columns(recorder: Recorder) -> Arrays:
+    routings = recorder.routings
+
+    def ints(values: list[int]) -> np.ndarray[Any, Any]:
+        return np.array(values, dtype=np.int64)
+
+    columns = {
+        "schema": np.array(SCHEMA),
+        "layers": np.array(recorder.layers),
+        "routings_step": ints([r.step for r in routings]),
+        "routings_layer": ints([r.layer for r in routings]),
+        "routings_batch": ints([r.shape[0] for r in routings]),
+        "routings_heads": ints([r.shape[1] for r in routings]),
+        "routings_total": ints([x for r in routings for x in r.total]),
+        "routings_has_threshold": np.array([r.threshold is not None for r in routings], dtype=bool),
+        "routings_threshold": np.array([x for r in routings for x in r.threshold or ()], dtype=np.float64),
+    }
+    for name in _TABLES:
+        columns[f"routings_{name}"] = ints([x for r in routings for row in getattr(r, name) for x in row])
+    return columns
+
+
+def _from_npz(content: bytes) -> tuple[int, list[Routing]]:
+    with np.load(io.BytesIO(content), allow_pickle=False) as data:
+        if "schema" not in data:
+            raise ValueError("it has no schema")
+        _check_schema(data["schema"].tolist())
+        layers = data["layers"].tolist()
+        columns = {name: data[f"routings_{name}"] for name in ("step", "layer", "batch", "heads", "has_threshold")}
+        flat = {name: _Column(name, data[f"routings_{name}"]) for name in ("total", "threshold", *_TABLES)}
+    if len({column.shape for column in columns.values()}) > 1 or columns["step"].ndim != 1:
+        raise ValueError("its columns differ in length")
+    routings = []
+    for step, layer, batch, heads, has in zip(*(column.tolist() for column in columns.values()), strict=True):
+        tables = {name: [flat[name].take(heads) for _ in range(batch)] for name in _TABLES}
+        threshold = flat["threshold"].take(batch) if has else None
+        routings.append(Routing(step, layer, flat["total"].take(batch), **tables, threshold=threshold))
+    for column in flat.values():
+        column.end()
+    return layers, routings
+
+
+class _Column:
+    """Numbers to be taken from the front, all of them."""
+
+    def __init__(self, name: str, values: np.ndarray[Any, Any]) -> None:
+        self.name, self.values, self.at = name, values.tolist(), 0
+
+    def take(self, count: int) -> Any:
+        found = self.values[self.at : self.at + count]
+        if len(found) < count:
+            raise ValueError(f"its column {self.name!r} is too short")
+        self.at += count
+        return found
+
+    def end(self) -> None:
+        if self.at < len(self.values):
+            raise ValueError(f"its column {self.name!r} is too long")

@@ -155,11 +155,11 @@ def methods() -> None:
 
 @plot_app.command("budgets")
 def plot_budgets_command(
-    record: Annotated[Path, typer.Argument(help="A record saved as JSON by `generate --record`.")],
+    record: Annotated[Path, typer.Argument(help="A record of `generate --record` (.json or .npz).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The picture.")] = Path("budgets.png"),
     sequence: Annotated[int, typer.Option(min=0, help="Which sequence of the batch.")] = 0,
 ) -> None:
-    """Draw head budgets over time and over layers."""
+    """Draw the tokens that heads hold, over time and over layers."""
     with clear_errors():
         from reasonalloc.cache.recorder import Recorder
         from reasonalloc.evaluation.plots import plot_budgets

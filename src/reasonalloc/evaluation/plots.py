@@ -14,54 +14,80 @@ from reasonalloc.files import write_atomically
 from reasonalloc.policies.allocation import DemandProfile
 
 Interval = tuple[float, float, float]  # mean, low, high
+_NOT_ROUTED = "lightgrey"
 
 
 def plot_budgets(recorder: Recorder, path: str | Path, sequence: int = 0) -> None:
-    """Draw one sequence's head budgets over time (all layers) and over layers (last round) as a PNG.
+    """Draw what one sequence's heads hold after every routing round, and each layer's after the last, as a PNG.
 
     Raises:
-        ValueError: nothing was recorded, no such sequence, or a path that is not a PNG.
+        ValueError: the record does not fit into arrays (see ``Recorder.arrays``), no such sequence, or a path that is
+            not a PNG.
         ImportError: matplotlib is not installed.
     """
     figure = _figure(path, 11, 5.5)
     arrays = recorder.arrays()
-    budgets = arrays["budgets"]  # rounds, layers, batch, heads
-    if not 0 <= sequence < budgets.shape[2]:
-        raise ValueError(f"the record has sequences 0 to {budgets.shape[2] - 1}, got {sequence}")
-    budgets = budgets[:, :, sequence]
-    rounds, layers, heads = budgets.shape
+    batch = arrays["kept"].shape[2]
+    if not 0 <= sequence < batch:
+        raise ValueError(f"the record has sequences 0 to {batch - 1}, got {sequence}")
+    _draw_budgets(figure, arrays, sequence)
+    if batch > 1:
+        figure.suptitle(f"Sequence {sequence} (of 0 to {batch - 1})", fontsize="medium")
+    _save(figure, path)
+
+
+def _draw_budgets(figure: Any, arrays: dict[str, Any], sequence: int) -> None:
+    """Both panels. Where a layer has not routed yet nothing is drawn; the legend says what the ground means.
+
+    ``arrays`` are those of ``Recorder.arrays``.
+    """
+    import numpy as np
+    from matplotlib.patches import Patch
+
+    def drawn(name: str) -> Any:
+        values = arrays[name][:, :, sequence]
+        return np.where(values < 0, np.nan, values)
+
+    steps, kept = arrays["step"], drawn("kept")
+    rounds, layers, heads = kept.shape
     over_time, over_layers = figure.subplots(1, 2, width_ratios=(3, 2))
 
-    rows = budgets.reshape(rounds, layers * heads).T
-    image = over_time.imshow(rows, aspect="auto", interpolation="nearest", origin="lower", cmap="viridis")
-    step = max(1, rounds // 8)
-    over_time.set_xticks(range(0, rounds, step), [str(s) for s in arrays["step"][::step]])
+    # A cell reaches from its round to the next; the last one is as wide as most are, for the record knows no end.
+    gap = int(np.median(np.diff(steps))) if rounds > 1 else 1
+    edges = [*steps, steps[-1] + gap]
+    rows = kept.reshape(rounds, layers * heads).T
+    image = over_time.pcolormesh(edges, range(layers * heads + 1), rows, cmap="viridis")
+    over_time.set_facecolor(_NOT_ROUTED)
+    ticks = [steps[0]]  # rounds, as many as there is room for
+    for step in steps:
+        if step - ticks[-1] >= (edges[-1] - steps[0]) / 9:
+            ticks.append(step)
+    over_time.set_xticks(ticks, [str(step) for step in ticks])
     every = max(1, layers // 15)
-    over_time.set_yticks([heads * i + (heads - 1) / 2 for i in range(0, layers, every)], range(0, layers, every))
-    over_time.set_xlabel("tokens seen at the routing round")
+    over_time.set_yticks([heads * i + heads / 2 for i in range(0, layers, every)], range(0, layers, every))
+    over_time.set_xlabel("tokens seen (a cell begins at its routing round)")
     over_time.set_ylabel(f"layer ({heads} heads each)")
-    over_time.set_title("Head budgets over time")
-    figure.colorbar(image, ax=over_time, label="tokens kept")
+    over_time.set_title("Tokens held by each head")
+    figure.colorbar(image, ax=over_time, label="tokens held after the layer's last routing")
 
-    last = budgets[-1]
-    _stairs(
-        over_layers,
-        last.max(1),
-        baseline=last.min(1),
-        fill=True,
-        color="C0",
-        alpha=0.25,
-        label="least to most of a head",
-    )
-    _stairs(over_layers, last.mean(1), color="C0", linewidth=1.5, label="mean of the layer's heads")
-    over_layers.axhline(float(last.mean()), color="grey", linestyle="--", linewidth=1, label="budget (mean)")
+    last = kept[-1]
+    most, least, mean = last.max(1), last.min(1), last.mean(1)
+    _stairs(over_layers, most, baseline=least, fill=True, color="C0", alpha=0.25, label="held: least to most of a head")
+    _stairs(over_layers, mean, color="C0", linewidth=1.5, label="held: mean of the layer's heads")
+    budget = drawn("total")[-1] / heads
+    label = "budget: mean of the layer's heads" + " (a protected prompt on top)" * bool((mean > budget).any())
+    _stairs(over_layers, budget, color="C1", linestyle="--", linewidth=1.2, label=label)
+    for layer in np.flatnonzero(np.isnan(budget)):
+        over_layers.axvspan(layer - 0.5, layer + 0.5, color=_NOT_ROUTED, linewidth=0)
+    over_layers.set_xlim(-0.5, layers - 0.5)
     over_layers.set_ylim(bottom=0)
     over_layers.set_xlabel("layer")
-    over_layers.set_ylabel("tokens kept per head")
-    over_layers.set_title(f"Budgets over layers after {arrays['step'][-1]} tokens")
-    over_layers.legend(fontsize="small")
-
-    _save(figure, path)
+    over_layers.set_ylabel("tokens per head")
+    over_layers.set_title(f"After the round at {steps[-1]} tokens")
+    handles, _ = over_layers.get_legend_handles_labels()
+    if np.isnan(kept).any():
+        handles.append(Patch(color=_NOT_ROUTED, label="nothing evicted yet: every token seen is held"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize="small")
 
 
 def plot_profile(profile: DemandProfile, stability: Stability, path: str | Path) -> None:
