@@ -131,18 +131,19 @@ AttentionInterface.register("masked-reference", _masked_attention)
 AttentionMaskInterface.register("masked-reference", sdpa_mask)
 
 
-def kept_columns(layer_cache, columns):
+def kept_columns(cache, layer, columns):
     """Which columns of the text (padding included) each head of a layer holds: ``[batch, heads, len]``.
 
     ``columns[b]`` lists the columns of the real tokens of sequence b.
     """
-    slab = layer_cache.slab
-    kept = torch.zeros(slab.batch, slab.heads, layer_cache.seen_columns, dtype=torch.bool)
-    for b in range(slab.batch):
+    tokens = cache.ragged.tokens(layer)
+    batch, heads = tokens.lengths.shape
+    kept = torch.zeros(batch, heads, cache.get_seq_length(), dtype=torch.bool)
+    for b in range(batch):
         where = torch.tensor(columns[b])
-        for h in range(slab.heads):
-            start, length = slab.starts[b, h], slab.lengths[b, h]
-            positions = slab.positions[start : start + length].long()
+        for h in range(heads):
+            length = int(tokens.lengths[b, h])
+            positions = tokens.positions[b, h, :length]
             assert len(set(positions.tolist())) == length, "a token is stored twice"
             kept[b, h, where[positions]] = True
     return kept
@@ -166,8 +167,8 @@ def follow_reference(model, reference, cache, chunks, check):
             wanted = reference(ids, past_key_values=full, **inputs).logits[:, -1]
         check(ragged, wanted, step)
         columns = [row.nonzero().flatten().tolist() for row in seen]
-        for layer in cache.layer_caches:
-            _KEPT[layer.layer] = kept_columns(layer, columns)
+        for layer in range(len(cache.layers)):
+            _KEPT[layer] = kept_columns(cache, layer, columns)
 
 
 def random_chunks(lengths, steps, seed=2):

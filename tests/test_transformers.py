@@ -3,6 +3,8 @@
 import copy
 import warnings
 
+import gc
+
 import pytest
 import torch
 from reference import (
@@ -17,7 +19,7 @@ from reference import (
 from transformers import DynamicCache
 
 import reasonalloc as ra
-from reasonalloc.cache.slab import RaggedSlab
+from reasonalloc.cache.pool import Pool
 from reasonalloc.engines.models import CACHE_ARGUMENT
 
 METHODS = [name for name in ra.METHODS if name != "full"]
@@ -108,9 +110,12 @@ def test_no_mask_outlives_the_prompt():
     """A chunk's mask has as many entries as the chunk times all before it."""
     model = tiny_model()
     cache = ra.Cache(model.config, compression("rkv"))
-    ids, _ = prompts((61,))
-    model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=3, prefill_chunk_size=25)
-    assert cache._forward_pass._mask is None
+    ids, mask = prompts((9, 61))
+    options = {"past_key_values": cache, "do_sample": False, "prefill_chunk_size": 25}
+    model.generate(ids, attention_mask=mask, max_new_tokens=1, **options)
+    gc.collect()
+    alive = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
+    assert max(x.untyped_storage().nbytes() for x in alive) <= mask.numel()
 
 
 @pytest.mark.parametrize("backend", ["rows", "compiled"])
@@ -242,7 +247,7 @@ def test_turns_with_padding_in_between(method, prompt):
 
     follow_reference(model, reference, cache, steps, check)
     assert cache.stats().evicted > 0
-    assert cache.layer_caches[0].slab.seen.tolist() == (real.sum(1) + 40).tolist()
+    assert cache.ragged.table.seen.tolist() == (real.sum(1) + 40).tolist()
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in DRAWN])
@@ -311,7 +316,7 @@ def test_rejected_tokens_leave_no_trace(method):
 @pytest.mark.parametrize("method", ["rkv", "h2o"])
 def test_of_a_long_speculative_pass_only_the_last_queries_are_held(method, monkeypatch):
     """A prompt is such a pass in assisted decoding. What can be rolled back is as right as ever."""
-    monkeypatch.setattr("reasonalloc.cache.layer_cache.SPECULATED", 16)
+    monkeypatch.setattr("reasonalloc.cache.ragged.SPECULATED", 16)
     model = tiny_model(dtype=torch.float64)
     text = torch.randint(2, 97, (1, 120), generator=torch.Generator().manual_seed(4))
     outputs = []
@@ -320,8 +325,8 @@ def test_of_a_long_speculative_pass_only_the_last_queries_are_held(method, monke
         cache.activate_past_recording()
         with torch.no_grad():
             model(torch.cat([text[:, :80], text[:, :junk]], 1), past_key_values=cache)
-            held, _ = cache.layer_caches[0]._held
-            assert (len(held) < 80) == (method == "rkv")
+            held = cache.ragged._speculation.queries
+            assert all((len(queries) < 80) == (method == "rkv") for queries in held)
             cache.crop(-junk)
             outputs.append(model(text[:, 80:], past_key_values=cache).logits)
     torch.testing.assert_close(*outputs, atol=1e-9, rtol=1e-9)
@@ -333,13 +338,13 @@ def test_assisted_decoding_with_eviction_stays_bounded():
     ids, _ = prompts((17,))
     model, draft = tiny_model(), tiny_model(attention="sdpa")
     cache = ra.Cache(model.config, compression("reasonalloc"))
-    model.generate(ids, past_key_values=cache, assistant_model=draft, do_sample=False, max_new_tokens=150)
+    text = model.generate(ids, past_key_values=cache, assistant_model=draft, do_sample=False, max_new_tokens=150)
     assert cache.stats().evicted > 0
     assert sum(sum(layer[0]) for layer in cache.stats().kept) <= 9 * (24 + 16 + 20)
     with pytest.raises(ValueError, match="cannot roll back 9 tokens"):
         cache.crop(-9)
     # An ordinary turn afterwards evicts again.
-    model.generate(torch.cat([ids] * 12, 1), past_key_values=cache, do_sample=False, max_new_tokens=60)
+    model.generate(torch.cat([text, *[ids] * 2], 1), past_key_values=cache, do_sample=False, max_new_tokens=60)
     assert sum(sum(layer[0]) for layer in cache.stats().kept) <= 9 * (24 + 16)
 
 
@@ -382,13 +387,13 @@ def test_memory_is_what_the_budget_says_and_reused_in_place():
     ids, mask = prompts((9, 40, 61))
     options = {"attention_mask": mask, "past_key_values": cache, "do_sample": False}
     model.generate(ids, max_new_tokens=20, **options)
-    storage = [(layer.slab.keys.data_ptr(), layer.slab.values.data_ptr()) for layer in cache.layer_caches]
+    storage = [(pool.keys.data_ptr(), pool.values.data_ptr()) for pool in cache.ragged.pools]
     text = model.generate(ids, max_new_tokens=200, attention_mask=mask, do_sample=False)
     grown = torch.cat([mask, torch.ones(3, 200, dtype=torch.long)], 1)
     for i in range(20, 199):
         with torch.no_grad():
             model(text[:, 61 + i : 62 + i], past_key_values=cache, attention_mask=grown[:, : 62 + i])
-    assert storage == [(layer.slab.keys.data_ptr(), layer.slab.values.data_ptr()) for layer in cache.layer_caches]
+    assert storage == [(pool.keys.data_ptr(), pool.values.data_ptr()) for pool in cache.ragged.pools]
     slots = 3 * 3 * 3 * (24 + 16)  # layers x sequences x heads x (budget + interval)
     assert cache.stats().kv_bytes == slots * 2 * 16 * 4
     assert cache.stats().index_bytes == slots * 4
@@ -407,11 +412,11 @@ def test_protected_prompt_stays_whole(method):
         max_new_tokens=120,
         prefill_chunk_size=25,
     )
-    for layer in cache.layer_caches:
-        kept = kept_columns(layer, [list(range(52, 180)), list(range(180))])
+    for layer in range(3):
+        kept = kept_columns(cache, layer, [list(range(52, 180)), list(range(180))])
         assert kept[0, :, 52:61].all()
         assert kept[1, :, :61].all()
-        assert (layer.slab.lengths.sum(1) <= [3 * (9 + 24 + 16) * 2, 3 * (61 + 24 + 16) * 2]).all()
+        assert (cache.ragged.table.lengths[layer].sum(1) <= [3 * (9 + 24 + 16) * 2, 3 * (61 + 24 + 16) * 2]).all()
     totals = [sum(map(sum, layer)) for layer in cache.stats().kept]
     assert sum(totals) <= 3 * 3 * (9 + 61 + 2 * (24 + 16))
 
@@ -421,9 +426,9 @@ def test_a_protected_prompt_may_be_one_token():
     cache = ra.Cache(model.config, compression("rkv", prompt="protect"))
     ids, mask = prompts((1,))
     model.generate(ids, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=120)
-    for layer in cache.layer_caches:
-        assert layer.protected == [1]
-        assert kept_columns(layer, [list(range(120))])[0, :, 0].all()
+    assert cache.ragged.table.protected == [1]
+    for layer in range(3):
+        assert kept_columns(cache, layer, [list(range(120))])[0, :, 0].all()
 
 
 @pytest.mark.parametrize("lengths", [(9,), (30,), (9, 61)])
@@ -435,7 +440,7 @@ def test_decoding_never_moves_the_cache_to_make_room(method, lengths, monkeypatc
     ids, mask = prompts(lengths)
     options = {"past_key_values": cache, "do_sample": False}
     model.generate(ids, attention_mask=mask, max_new_tokens=1, **options)
-    monkeypatch.setattr(RaggedSlab, "grow", lambda *_: pytest.fail("the cache moved"))
+    monkeypatch.setattr(Pool, "grow", lambda *_: pytest.fail("the cache moved"))
     mask = torch.cat([mask, torch.ones(len(lengths), 1, dtype=torch.long)], 1)
     first = torch.full((len(lengths), 1), 5)
     model.generate(torch.cat([ids, first], 1), attention_mask=mask, max_new_tokens=120, **options)
@@ -446,8 +451,8 @@ def test_storage_order_by_score_keeps_recents_last():
     cache = ra.Cache(model.config, compression("rkv", storage_order="score"))
     ids, _ = prompts((61,))
     model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=1)
-    slab = cache.layer_caches[1].slab
-    positions = slab.positions[: slab.lengths[0, 0]].tolist()
+    tokens = cache.ragged.tokens(1)
+    positions = tokens.positions[0, 0, : tokens.lengths[0, 0]].tolist()
     assert positions[-8:] == list(range(53, 61))
     assert positions[:-8] != sorted(positions[:-8])
     model.generate(ids, past_key_values=ra.Cache(model.config, compression("rkv", storage_order="score")), **GREEDY)

@@ -100,7 +100,7 @@ class PromptTokens:
         self.of_layers = [prompt.of(layer) for layer in pool.layers.tolist()]
         self.width = int(self.of_layers[0][0].shape[2])
         shape = (len(pool.layers), len(prompt.rows), pool.table.heads)
-        self.lengths = np.broadcast_to(prompt.counts[:, None], shape)
+        self.lengths = np.broadcast_to(prompt.counts[:, None], shape).copy()
 
     def tokens(self) -> LayerTokens:
         """All of them; the prompt's own memory where the pool has one layer."""

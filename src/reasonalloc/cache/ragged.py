@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from reasonalloc.cache.arena import ArenaLayout
@@ -297,9 +297,7 @@ class RaggedCache:
         pool = self._pool(layer)
         if layer == pool.layers[-1] and not self.holding:
             for chunk in self.step.chunks:
-                if chunk.ends_prompt and chunk.columns > 1:
-                    self._compress_chunk(pool, chunk.rows)
-                elif chunk.ends_prompt and int(chunk.rows[0]) in self.prompts:
+                if (chunk.ends_prompt and chunk.columns > 1) or (chunk.ends_prompt and int(chunk.rows[0]) in self.prompts):
                     self._compress_chunk(pool, chunk.rows)
         if self.step.done == self.table.layers:
             self._end_step()

@@ -50,6 +50,10 @@ class LayerTotals:
             return np.repeat(self._fixed[layers][:, None], len(rows), axis=1)
         return self._totals[rows][:, layers].T
 
+    def fixed(self, layer: int) -> int:
+        """Tokens of a layer over all heads, before anything is measured."""
+        return int(self._fixed[layer])
+
     def open_round(self) -> None:
         """Before the first layer of a round: re-split by what all layers have reported."""
         if self.dynamic is None or self._average is None or len(self._reported) < self.shape.layers:

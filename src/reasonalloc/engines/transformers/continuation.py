@@ -61,7 +61,8 @@ class Continuation:
         if mask.dtype != torch.bool:
             raise ValueError("a ragged cache reads boolean attention masks only; pass a 2-D padding mask")
         mask = mask[:, 0].expand(len(rows), -1, -1)
-        chunk = Chunk.masked(rows, mask[:, -1, -columns:])  # the last query sees every real new token
+        # The last query sees every real new token. A copy, so that the mask of a chunk can be freed.
+        chunk = Chunk.masked(rows, mask[:, -1, -columns:].clone())
         if seen:
             self._check(mask, chunk, seen)
         self._note(chunk, seen)

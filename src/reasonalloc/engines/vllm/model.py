@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from reasonalloc.cache.arenas import ArenaLayout
-from reasonalloc.cache.totals import LayerBudgets, check_ranks
+from reasonalloc.cache.arena import ArenaLayout
+from reasonalloc.cache.totals import LayerTotals, check_ranks
 from reasonalloc.engines.models import UnsupportedModelError, architecture, model_shape
 from reasonalloc.engines.vllm.settings import Settings
 from reasonalloc.policies.allocation import HeadAllocator, ModelShape
@@ -25,12 +25,12 @@ class ServedModel:
     Attributes:
         compression: what was asked for.
         shape: of this rank's part.
-        budgets: the layers' totals on this rank.
+        totals: the layers' totals on this rank.
     """
 
     compression: Compression
     shape: ModelShape
-    budgets: LayerBudgets
+    totals: LayerTotals
 
     @classmethod
     def of(cls, settings: Settings, vllm_config: Any) -> ServedModel:
@@ -46,11 +46,11 @@ class ServedModel:
             check_ranks(compression)
         if settings.routing == "global" and ranks > 1:
             compression = compression.replace(heads=_over_all_ranks(compression.head_allocator))
-        return cls(compression, shape, LayerBudgets(compression, shape))
+        return cls(compression, shape, LayerTotals(compression, shape))
 
     def layout(self, layer: int, dtype: torch.dtype) -> ArenaLayout:
         """The arena of one layer."""
-        return ArenaLayout.of(self.compression, self.shape, int(self.budgets.totals(layer, 1)[0]), dtype)
+        return ArenaLayout.of(self.compression, self.shape, self.totals.fixed(layer), dtype)
 
 
 def _over_all_ranks(heads: HeadAllocator) -> GatheredHeads:
@@ -83,9 +83,6 @@ def _refuse(vllm_config: Any) -> None:
         ),
         f"the cache is {cache.cache_dtype}: leave --kv-cache-dtype at auto (arenas hold the model's own dtype)": (
             cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch."))
-        ),
-        "prefills pause: leave --prefill-schedule-interval at 1 (a prompt that pauses counts as ended)": (
-            vllm_config.scheduler_config.prefill_schedule_interval > 1
         ),
         "speculative decoding is on: leave --speculative-config out (rejected tokens may have evicted others)": (
             vllm_config.speculative_config is not None

@@ -37,6 +37,7 @@ class Observation:
     window: int
     budget: Float[Tensor, "batch"]
     generator: torch.Generator
+    noise: object = None
 
 
 class Scorer(ABC):

@@ -1,0 +1,10 @@
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Noise:
+    seed: int
+    stream: torch.Tensor
+    round: torch.Tensor
