@@ -1,0 +1,1 @@
+"""What the cache keeps, recorded: scenarios, the file of their outcomes, and the script that makes it."""
