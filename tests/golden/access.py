@@ -8,25 +8,29 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from reasonalloc.cache.arenas import ArenaLayers, ArenaLayout
-from reasonalloc.cache.totals import LayerBudgets
+from reasonalloc.cache.arena import ArenaLayout
+from reasonalloc.cache.ragged import RaggedCache
+from reasonalloc.cache.step import Chunk
 
 Kept = list[list[list[np.ndarray]]]  # [layer][row][head]: positions in the row's own text, in the order of storage
 
 
 def kept_positions(cache) -> Kept:
     """What a transformers cache holds now."""
-    return [_held(layer.slab, range(layer.slab.batch)) for layer in cache.layer_caches]
+    return _held(cache.ragged, range(cache.ragged.table.rows))
 
 
-def _held(slab, rows):
-    positions = slab.positions.numpy()
+def _held(ragged, rows):
+    layers = [ragged.tokens(layer) for layer in range(ragged.table.layers)]
     return [
         [
-            positions[first : first + count].copy()
-            for first, count in zip(slab.starts[row].tolist(), slab.lengths[row].tolist(), strict=True)
+            [
+                positions[:count].numpy().astype(np.int32)
+                for positions, count in zip(tokens.positions[row], tokens.lengths[row].tolist(), strict=True)
+            ]
+            for row in rows
         ]
-        for row in rows
+        for tokens in layers
     ]
 
 
@@ -53,15 +57,15 @@ class Arenas:
     """All layers' arenas, driven as an engine with blocks drives them."""
 
     def __init__(self, compression, shape, arenas, dtype, backend):
-        budgets = LayerBudgets(compression, shape)
+        self.ragged = RaggedCache(compression, shape, attention=backend)
         layouts = {
-            layer: ArenaLayout.of(compression, shape, int(budgets.totals(layer, 1)[0]), dtype)
+            layer: ArenaLayout.of(compression, shape, self.ragged.totals.fixed(layer), dtype)
             for layer in range(shape.layers)
         }
         memory = {  # NaN, if anybody read it
             layer: torch.full((arenas, layout.nbytes), 255, dtype=torch.uint8) for layer, layout in layouts.items()
         }
-        self.arenas = ArenaLayers(compression, budgets, memory, layouts, backend)
+        self.ragged.lend(memory, layouts)
         self.scaling = shape.head_dim**-0.5
 
     def step(self, alive, parts):
@@ -71,17 +75,28 @@ class Arenas:
             alive: arenas of all requests that have not ended, those that add nothing in this step included.
             parts: what the others add.
         """
+        ragged = self.ragged
+        ragged.free([row for row in range(ragged.table.rows) if row not in alive])
+        ragged.free([part.arena for part in parts if part.first])
         decoded = [part for part in parts if part.decoded]
-        arenas = [part.arena for part in decoded]
-        self.arenas.begin_step(set(alive), arenas)
-        for i, layer in enumerate(self.arenas.layers):
-            for part in parts:
-                if not part.decoded:
-                    layer.chunk(part.arena, *part.states[i], self.scaling, first=part.first)
+        chunks = [
+            (part, Chunk.of(np.array([part.arena]), part.states[0][0].shape[1], ends_prompt=False))
+            for part in parts
+            if not part.decoded
+        ]
+        ragged.begin([part.arena for part in decoded], [chunk for _, chunk in chunks])
+        for layer in range(ragged.table.layers):
+            for part, chunk in chunks:
+                query, key, value = (x[None] for x in part.states[layer])
+                if ragged.is_new(chunk):
+                    ragged.take(layer, chunk, query, key, value, self.scaling)
+                else:
+                    ragged.attend(layer, chunk, query, key, value, self.scaling)
             if decoded:
-                query, key, value = (torch.stack(x)[:, :, 0] for x in zip(*(p.states[i] for p in decoded), strict=True))
-                layer.decode(arenas, query, key, value, self.scaling)
+                query, key, value = (torch.stack(x) for x in zip(*(p.states[layer] for p in decoded), strict=True))
+                ragged.decode(layer, query, key, value, self.scaling)
+            ragged.end_layer(layer)
 
     def kept(self, arena) -> list[list[np.ndarray]]:
         """``[layer][head]``: what a request holds whose first token was decoded."""
-        return [_held(layer.requests[arena].slab, [0])[0] for layer in self.arenas.layers]
+        return [layer[0] for layer in _held(self.ragged, [arena])]

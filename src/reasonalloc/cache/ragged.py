@@ -308,7 +308,7 @@ class RaggedCache:
             prompt = self.prompts[row]
             for pool in self.pools:
                 self._compress_chunk(pool, prompt.rows)
-            self._settle_rows(prompt.rows, 1)
+            self._settle_rows(prompt.rows, int(prompt.counts[0] == 1))  # a single token is a decoding step, too
 
     # ---- speculation ----
 
@@ -406,9 +406,11 @@ class RaggedCache:
             prompt.counts = prompt.counts + chunk.counts
         self.table.seen[rows] += chunk.counts
         self.table.pushed[rows] += chunk.counts
-        in_prompt = bool((self.table.phases[rows] != Phase.DECODING).all())
-        if in_prompt and not self.holding and (chunk.columns > 1 or prompt is not None):
+        if self._in_prompt(rows) and not self.holding and (chunk.columns > 1 or prompt is not None):
             self._protect(rows, self.table.protected[rows] + chunk.counts)
+
+    def _in_prompt(self, rows: HostInts) -> bool:
+        return bool((self.table.phases[rows] != Phase.DECODING).all())
 
     def _protect(self, rows: HostInts, tokens: HostInts) -> None:
         """So many leading tokens of these rows are a prompt's."""
@@ -453,6 +455,8 @@ class RaggedCache:
         table = self.table
         lengths, capacities = table.lengths[pool.layers], table.capacities[pool.layers]
         needed = lengths + counts[:, None]
+        if self.round is not None and self.compression.prompt == "protect" and self._in_prompt(self.rows):
+            needed = needed + self.round.first_capacities(pool.layers, self.rows)  # what it is on top of
         if (needed <= capacities).all():
             return
         if self.totals is None:

@@ -37,6 +37,8 @@ class Continuation:
         """Keep, repeat and reorder sequences."""
         index = list(rows)
         self.padding = None if self.padding is None else self.padding[index]
+        if self.padding is not None and bool(self.padding.all()):
+            self.padding = None
         self.text = self.text[index] if self.text is not None and max(index, default=0) < len(self.text) else None
 
     def read(self, mask: Tensor | None, rows: HostInts, columns: int, seen: int) -> Chunk:
