@@ -8,6 +8,7 @@ that); tokens of the recent window have score +inf, absent tokens -inf.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,21 @@ class HeadAllocator(ABC):
         """
         return self
 
+    def for_layers(
+        self, layers: Sequence[int], shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
+    ) -> HeadAllocator:
+        """The allocator of several layers in one batch, layer after layer, each with as many rows.
+
+        Entry i of its batch belongs to ``layers[i // rows]``, with ``rows = batch / len(layers)``. Its budgets are
+        those of ``for_layer`` layer by layer; where that is one object for all layers, it is the one.
+
+        Args:
+            layers: indices of the layers, at least one.
+            shape, budget, window, profile: as for ``LayerAllocator.allocate``.
+        """
+        own = tuple(self.for_layer(layer, shape, budget, window, profile) for layer in layers)
+        return own[0] if all(allocator is own[0] for allocator in own) else LayeredHeads(own)
+
     @abstractmethod
     def allocate(
         self,
@@ -66,6 +82,39 @@ class HeadAllocator(ABC):
             total: the layer's budget per sequence; ``lengths.sum(-1) > total`` is assumed.
             window: recent tokens that every head keeps.
         """
+
+
+@dataclass(frozen=True)
+class LayeredHeads(HeadAllocator):
+    """Several layers in one batch, each split by an allocator of its own; see ``HeadAllocator.for_layers``."""
+
+    own: tuple[HeadAllocator, ...]
+
+    def allocate(
+        self,
+        scores: Float[Tensor, "batch heads tokens"],
+        lengths: Int[Tensor, "batch heads"],
+        total: Int[Tensor, "batch"],
+        window: int,
+    ) -> HeadSplit:
+        """Each layer's split of its rows. There are thresholds where all layers have them."""
+        check_layers(len(lengths), len(self.own))
+        rows = len(lengths) // len(self.own)
+        splits = []
+        for i, allocator in enumerate(self.own):
+            own = slice(i * rows, (i + 1) * rows)
+            splits.append(allocator.allocate(scores[own], lengths[own], total[own], window))
+        thresholds = [split.threshold for split in splits if split.threshold is not None]
+        return HeadSplit(
+            torch.cat([split.budgets for split in splits]),
+            torch.cat(thresholds) if len(thresholds) == len(splits) else None,
+        )
+
+
+def check_layers(batch: int, layers: int) -> None:
+    """Raise ``ValueError`` where a batch does not hold as many rows of each layer."""
+    if batch % layers:
+        raise ValueError(f"a batch of {batch} entries cannot be of {layers} layers, each with as many rows")
 
 
 HEAD_ALLOCATORS: Registry[HeadAllocator] = Registry("head allocator", "reasonalloc.heads", HeadAllocator)

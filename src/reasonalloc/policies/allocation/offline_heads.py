@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reasonalloc.policies.allocation.heads import HeadAllocator, HeadSplit, share_out
+from reasonalloc.policies.allocation.heads import HeadAllocator, HeadSplit, check_layers, share_out
 from reasonalloc.policies.allocation.layers import LayerAllocator, no_profile
 from reasonalloc.policies.allocation.profile import DemandProfile
 from reasonalloc.policies.allocation.shape import ModelShape
@@ -86,7 +87,14 @@ class OfflineHeads(OfflineBudgets, HeadAllocator):
         self, layer: int, shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
     ) -> HeadAllocator:
         """The layer's fixed shares."""
-        return FixedHeads(tuple(_budgets(self, shape, budget, window, profile)[layer].tolist()))
+        return self.for_layers([layer], shape, budget, window, profile)
+
+    def for_layers(
+        self, layers: Sequence[int], shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
+    ) -> HeadAllocator:
+        """The layers' fixed shares."""
+        budgets = _budgets(self, shape, budget, window, profile)[list(layers)]
+        return FixedHeads(tuple(map(tuple, budgets.tolist())))
 
     def allocate(
         self,
@@ -101,9 +109,14 @@ class OfflineHeads(OfflineBudgets, HeadAllocator):
 
 @dataclass(frozen=True)
 class FixedHeads(HeadAllocator):
-    """Shares of a layer's heads that do not depend on scores: ``weights``, one for each head."""
+    """Shares of heads that do not depend on scores.
 
-    weights: tuple[float, ...]
+    Attributes:
+        weights: one for each head of the layer; or, for a batch of several layers (see ``HeadAllocator.for_layers``),
+            one such tuple for each layer.
+    """
+
+    weights: tuple[float, ...] | tuple[tuple[float, ...], ...]
 
     def allocate(
         self,
@@ -113,5 +126,14 @@ class FixedHeads(HeadAllocator):
         window: int,
     ) -> HeadSplit:
         """Weighted shares; a head that holds less than its share leaves the rest to the others."""
-        weights = torch.tensor(self.weights, dtype=torch.float64, device=lengths.device)
-        return share_out(weights.expand(lengths.shape), lengths, total, window)
+        weights = _on_device(self.weights, lengths.device)
+        check_layers(len(lengths), len(weights))
+        return share_out(weights.repeat_interleave(len(lengths) // len(weights), 0), lengths, total, window)
+
+
+@lru_cache(maxsize=256)
+def _on_device(
+    weights: tuple[float, ...] | tuple[tuple[float, ...], ...], device: torch.device
+) -> Float[Tensor, "layers heads"]:
+    """Copied once: a copy from the host would make the device wait at every routing."""
+    return torch.atleast_2d(torch.tensor(weights, dtype=torch.float64, device=device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +42,12 @@ class GatheredHeads(HeadAllocator):
     ) -> HeadAllocator:
         """The same, with the layer's own ``inner``."""
         return replace(self, inner=self.inner.for_layer(layer, shape, budget, window, profile))
+
+    def for_layers(
+        self, layers: Sequence[int], shape: ModelShape, budget: int, window: int, profile: DemandProfile | None
+    ) -> HeadAllocator:
+        """The same, with the layers' own ``inner``: one gathering for all of them."""
+        return replace(self, inner=self.inner.for_layers(layers, shape, budget, window, profile))
 
     def allocate(
         self,
