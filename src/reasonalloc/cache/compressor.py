@@ -15,6 +15,7 @@ from reasonalloc.cache.spans import HostInts, on_device
 from reasonalloc.cache.totals import LayerBudgets
 from reasonalloc.policies.allocation import HeadSplit, attention_demand
 from reasonalloc.policies.compression import Compression
+from reasonalloc.policies.scoring.noise import Noise, stream_of
 from reasonalloc.policies.scoring.scorer import Observation
 from reasonalloc.policies.scoring.tokens import LayerTokens
 from reasonalloc.policies.scoring.window_attention import attention_weights, mean_over_queries
@@ -73,21 +74,26 @@ class LayerCompressor:
         if self.layer == 0:
             self.budgets.open_round()
 
-    def plan(self, tokens: LayerTokens, window: QueryWindow, protected: HostInts, scaling: float) -> Plan:
+    def plan(
+        self, tokens: LayerTokens, window: QueryWindow, protected: HostInts, seen: HostInts, scaling: float
+    ) -> Plan:
         """What stays of ``tokens``.
 
         Args:
             tokens: everything that the layer holds.
             window: the last queries.
             protected: leading tokens of each sequence that stay on top of the budget.
+            seen: real tokens of each sequence so far.
             scaling: factor of the attention logits.
         """
         device, newest = tokens.keys.device, self.compression.kept_window
         totals = self.totals(len(protected))
+        rows = torch.arange(len(seen), device=device)
+        noise = Noise(self.compression.seed, stream_of(self.layer, rows), on_device(seen, device))
         if self.budgets.dynamic is not None:
-            self._report_demand(self._observe(tokens, window, totals, scaling, self.budgets.dynamic.queries))
+            self._report_demand(self._observe(tokens, window, totals, scaling, noise, self.budgets.dynamic.queries))
         scorer = self.compression.token_scorer
-        scores = scorer.score(self._observe(tokens, window, totals, scaling, scorer.observed_queries))
+        scores = scorer.score(self._observe(tokens, window, totals, scaling, noise, scorer.observed_queries))
         if scores.shape != tokens.keys.shape[:3]:
             raise ValueError(
                 f"scorer {type(scorer).__name__} returned shape {tuple(scores.shape)}, "
@@ -100,7 +106,7 @@ class LayerCompressor:
         return Plan(index, kept, split, totals)
 
     def _observe(
-        self, tokens: LayerTokens, window: QueryWindow, totals: HostInts, scaling: float, wanted: int
+        self, tokens: LayerTokens, window: QueryWindow, totals: HostInts, scaling: float, noise: Noise, wanted: int
     ) -> Observation:
         remembered = window.read() if wanted else None
         queries = None if remembered is None else remembered.last(wanted)
@@ -112,6 +118,7 @@ class LayerCompressor:
             scaling=scaling,
             window=self.compression.kept_window,
             budget=torch.from_numpy(totals / tokens.keys.shape[1]).to(tokens.keys.device, torch.float32),
+            noise=noise,
             generator=self._generator,
         )
 

@@ -343,7 +343,7 @@ class LayerCache:
         """One routing round: plan what stays, and rewrite the slab with it."""
         assert self.compressor is not None
         slab = self._store
-        plan = self.compressor.plan(tokens, self.window, self.protected, self._scaling)
+        plan = self.compressor.plan(tokens, self.window, self.protected, slab.seen, self._scaling)
         kept, budgets, held = (x.cpu().numpy() for x in (plan.kept, plan.split.budgets, tokens.lengths))
         capacities = budgets + self.protected[:, None] + self.compression.interval
         evicted = int(held.sum() - kept.sum())

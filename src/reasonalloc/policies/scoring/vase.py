@@ -68,8 +68,8 @@ class VaSE(Scorer):
 
     def lottery(self, seen: Observation, candidates: Bool[Tensor, "batch heads tokens"]) -> Tensor:
         """``log p + Gumbel noise`` of each candidate."""
-        noise = torch.empty_like(seen.tokens.positions, dtype=torch.float32).exponential_(generator=seen.generator)
-        return self.probability(seen, candidates).log() - noise.log()
+        exponential = -seen.noise.uniform(seen.tokens.positions).log()
+        return self.probability(seen, candidates).log() - exponential.log()
 
     def probability(self, seen: Observation, candidates: Bool[Tensor, "batch heads tokens"]) -> Tensor:
         """Unnormalised probability of each candidate to be drawn."""
@@ -100,7 +100,6 @@ class QueryFreeVaSE(VaSE):
         """The sketched product of squared norms."""
         keys, values = at_least_float32(seen.tokens.keys), at_least_float32(seen.tokens.values)
         width = max(keys.shape[-1], values.shape[-1])
-        sketch = torch.randn(width, self.rank, generator=seen.generator, device=keys.device, dtype=keys.dtype)
-        sketch = sketch * self.rank**-0.5
-        norms = [(x @ sketch[: x.shape[-1]]).square().sum(-1) for x in (keys, values)]
+        sketch = seen.noise.normal(width, self.rank)[:, None].to(keys.dtype) * self.rank**-0.5
+        norms = [(x @ sketch[..., : x.shape[-1], :]).square().sum(-1) for x in (keys, values)]
         return (norms[0] * norms[1]).float()
