@@ -181,6 +181,6 @@ def random_chunks(lengths, steps, seed=2):
 
 def compression(method, budget=24, interval=16, **changes):
     """A method at a tiny budget; VaSE's window of 64 tokens is cut down to fit."""
-    if method == "vase":
+    if method in ("vase", "vase-queryfree"):
         changes = {"window": 8, **changes}
     return method_of(method, budget, interval=interval, **changes)

@@ -25,6 +25,7 @@ from reasonalloc.policies.scoring import (
     SCORERS,
     TOVA,
     Knorm,
+    Noise,
     Observation,
     QueryFreeVaSE,
     Random,
@@ -84,7 +85,8 @@ def observe(seed=0, *, group=2, dtype=torch.float32, window=3, dim=8, value_dim=
     real = torch.arange(QUERIES) >= QUERIES - torch.tensor(REAL)[:, None]
     queries = queries.where(real[:, None, :, None], 1e3 * randn(1000 * garbage + 5, *queries.shape)).to(dtype)
     budget = torch.tensor(BUDGETS)
-    seen = Observation(tokens, queries, real, 0.7, window, budget, rng(seed + 6))
+    noise = Noise(seed + 6, torch.arange(batch), lengths.amax(-1))
+    seen = Observation(tokens, queries, real, 0.7, window, budget, noise, rng(seed + 7))
     return replace(seen, **changes)
 
 
@@ -489,8 +491,8 @@ def test_knorm(dtype):
 
 def test_random_is_uniform_and_independent():
     seen = long_observation(2000)
-    got = Random().score(replace(seen, generator=rng(160)))
-    assert got.shape == seen.tokens.keys.shape[:3]
+    got = Random().score(seen)
+    assert got.shape == seen.tokens.positions.shape
     assert 0 <= got.min() < 0.01 < 0.99 < got.max() <= 1
     bins = (got * 20).long().clamp(max=19)
     assert_frequencies(bins.flatten(), [1 / 20] * 20)
@@ -529,13 +531,12 @@ def large_in_the_window(seen):
 
 
 @DTYPES
-@pytest.mark.parametrize("scorer", [VaSE, QueryFreeVaSE])
 @pytest.mark.parametrize("settings", [{}, {"sinks": 0}, {"sinks": 9}, {"protected": 0.5}, {"protected": 1.0}])
-def test_vase_protected_tokens_rank_above_all_others(dtype, scorer, settings):
+def test_vase_protected_tokens_rank_above_all_others(dtype, settings):
     checked = 0
     for seed in range(6):
         seen = large_in_the_window(observe(220 + 10 * seed, dtype=dtype))
-        got = scorer(**settings).score(seen)
+        got = VaSE(**settings).score(seen)
         for b, h, row in rows(seen):
             protected = ref_protected(row, **settings)
             scores = got[b, h].tolist()
@@ -547,19 +548,17 @@ def test_vase_protected_tokens_rank_above_all_others(dtype, scorer, settings):
     assert checked > 10
 
 
-@pytest.mark.parametrize("scorer", [VaSE, QueryFreeVaSE])
-def test_vase_nothing_is_protected_at_share_zero(scorer):
+def test_vase_nothing_is_protected_at_share_zero():
     seen = observe(300)
-    got = scorer(protected=0.0).score(seen)
+    got = VaSE(protected=0.0).score(seen)
     assert got[seen.tokens.valid & ~seen.tokens.newest(seen.window)].max() < 1e30
 
 
-@pytest.mark.parametrize("scorer", [VaSE, QueryFreeVaSE])
-def test_vase_protected_tokens_rank_by_range(scorer):
+def test_vase_protected_tokens_rank_by_range():
     # A head's budget may be less than the protected share, which refers to the layer's mean budget: then
     # sinks and the largest ranges must survive, not the tokens that happen to be stored first.
     seen = observe(310, budget=torch.full((len(LENGTHS),), 32.0))
-    got, compared = scorer(sinks=2).score(seen), 0
+    got, compared = VaSE(sinks=2).score(seen), 0
     for b, h, row in rows(seen):
         protected = ref_protected(row, sinks=2)
         by_score = sorted(protected, key=lambda t: (-float(got[b, h, t]), t))
@@ -582,7 +581,13 @@ def long_observation(repeats, tokens=14, heads=2):
     layer = LayerTokens(repeat(keys.float()), repeat(values.float()), repeat(lengths), repeat(positions))
     budget = torch.full((repeats,), 12.0)
     real = torch.ones(repeats, 5, dtype=torch.bool)
-    return Observation(layer, repeat(queries), real, 0.8, 4, budget, rng(404))
+    noise = Noise(404, torch.arange(repeats), torch.full((repeats,), tokens))
+    return Observation(layer, repeat(queries), real, 0.8, 4, budget, noise, rng(405))
+
+
+def in_round(seen, i):
+    """The same, so many rounds later."""
+    return replace(seen, noise=replace(seen.noise, round=seen.noise.round + i))
 
 
 def assert_frequencies(draws, probabilities):
@@ -634,7 +639,7 @@ def test_vase_draws_for_every_head_and_sequence_anew():
     queries = seen.queries[:, :2].repeat(1, 2, 1, 1)
     seen = replace(seen, tokens=replace(seen.tokens, keys=same[0], values=same[1]), queries=queries)
     probability, order = drawn(VaSE(sinks=1), seen, 0)
-    _, other = drawn(VaSE(sinks=1), replace(seen, generator=rng(404)), 1)
+    _, other = drawn(VaSE(sinks=1), seen, 1)
     joint = [a * b for a in probability for b in probability]
     assert_frequencies(order[:, 0] * len(probability) + other[:, 0], joint)
 
@@ -645,8 +650,8 @@ def test_queryfree_sketch_is_of_the_norms():
     eye = torch.eye(20).expand(len(LENGTHS), 2, 20, 20)
     seen = observe(500, queries=None, real_queries=None)
     seen = replace(seen, tokens=replace(seen.tokens, keys=eye, values=eye))
-    scorer, generator = QueryFreeVaSE(protected=0.0), rng(501)
-    draws = [scorer.score(replace(seen, generator=generator))[0, 0] for _ in range(500)]
+    scorer = QueryFreeVaSE(sinks=0)
+    draws = [scorer.score(in_round(seen, i))[0, 0, : LENGTHS[0][0]] for i in range(500)]
     norms = torch.stack(draws).sqrt()
     assert abs(norms.mean() - 1) < 4 * (0.1 / norms.numel()) ** 0.5
     assert abs(norms.var() - 0.1) < 0.01
@@ -657,8 +662,8 @@ def test_queryfree_uses_one_gaussian_for_keys_and_values():
     eye = torch.eye(20).expand(len(LENGTHS), 2, 20, 20)
     seen = observe(510, queries=None, real_queries=None)
     seen = replace(seen, tokens=replace(seen.tokens, keys=eye, values=eye))
-    scorer, generator = QueryFreeVaSE(protected=0.0, rank=4), rng(511)
-    draws = [scorer.score(replace(seen, generator=generator))[0, 0] for _ in range(2000)]
+    scorer = QueryFreeVaSE(sinks=0, rank=4)
+    draws = [scorer.score(in_round(seen, i))[0, 0, : LENGTHS[0][0]] for i in range(2000)]
     assert abs(torch.stack(draws).mean() - 1.5) < 0.1
 
 
@@ -666,7 +671,7 @@ def test_queryfree_uses_one_gaussian_for_keys_and_values():
 @pytest.mark.parametrize(("dim", "value_dim"), [(8, 8), (8, 5), (5, 8)])
 def test_queryfree_of_large_rank_is_the_product_of_the_squared_norms(dtype, dim, value_dim):
     seen = observe(520, dtype=dtype, dim=dim, value_dim=value_dim, window=0, queries=None, real_queries=None)
-    got = QueryFreeVaSE(protected=0.0, rank=1 << 14).score(seen)
+    got = QueryFreeVaSE(sinks=0, rank=1 << 14).score(seen)
     for b, h, row in rows(seen):
         for t, (key, value) in enumerate(zip(row.keys, row.values, strict=True)):
             assert float(got[b, h, t]) == pytest.approx(dot(key, key) * dot(value, value), rel=0.08)
@@ -674,9 +679,39 @@ def test_queryfree_of_large_rank_is_the_product_of_the_squared_norms(dtype, dim,
 
 def test_queryfree_sketches_anew_at_every_eviction():
     seen = observe(530, queries=None, real_queries=None)
-    scorer, valid = QueryFreeVaSE(protected=0.0), seen.tokens.valid
-    first, second = scorer.score(seen)[valid], scorer.score(seen)[valid]
+    scorer, valid = QueryFreeVaSE(sinks=0), seen.tokens.valid
+    first, second = scorer.score(seen)[valid], scorer.score(in_round(seen, 1))[valid]
     assert (first != second).all()
+
+
+def test_queryfree_forces_the_sinks_and_no_large_ranges():
+    """As the original: what stays of the others is the sketch's choice alone."""
+    seen = observe(540, queries=None, real_queries=None, budget=torch.full((len(LENGTHS),), 32.0))
+    values = seen.tokens.values.clone()
+    values[:, :, 6] *= 1e-6
+    values[:, :, 6, 0] = 100.0  # of a huge range, and of a key without a norm: nobody would draw it
+    keys = seen.tokens.keys.clone()
+    keys[:, :, 6] = 0.0
+    seen = replace(seen, tokens=replace(seen.tokens, keys=keys, values=values))
+    got = QueryFreeVaSE(sinks=2).score(seen)
+    alone = QueryFreeVaSE(sinks=0).score(seen)
+    sinks = (seen.tokens.positions < 2) & seen.tokens.valid
+    assert sinks.any()
+    assert (got[sinks] > 1e30).all()
+    others = ~sinks & seen.tokens.valid
+    assert torch.equal(got[others], alone[others])
+    long = seen.tokens.valid[:, :, 6] & others[:, :, 6]
+    assert long.any()
+    assert (got[:, :, 6][long] == 0).all()
+
+
+def test_queryfree_draws_one_sketch_for_every_sequence():
+    seen = long_observation(2)
+    same = [x[:, :1].expand(-1, 2, *x.shape[2:]) for x in (seen.tokens.keys, seen.tokens.values)]
+    seen = replace(seen, tokens=replace(seen.tokens, keys=same[0], values=same[1]))
+    got = QueryFreeVaSE(sinks=0).score(seen)
+    torch.testing.assert_close(got[:, 0], got[:, 1])
+    assert ((got[0] - got[1]).abs() > 1e-3 * got[0]).all(), "two sequences share a sketch"
 
 
 # ---- all scorers -------------------------------------------------------------------------------------------
@@ -688,11 +723,11 @@ DEFAULTS = {
     "streaming": (StreamingLLM, {"sinks": 4}),
     "tova": (TOVA, {"window": 0, "observed_queries": 1}),
     "knorm": (Knorm, {}),
-    "vase": (VaSE, {"sinks": 4, "protected": 0.25, "kernel": 5, "observed_queries": 64}),
-    "vase-queryfree": (QueryFreeVaSE, {"rank": 20, "sinks": 4, "protected": 0.25, "observed_queries": 0}),
+    "vase": (VaSE, {"sinks": 4, "protected": 0.25, "kernel": 5, "window": 64, "observed_queries": 64}),
+    "vase-queryfree": (QueryFreeVaSE, {"rank": 20, "sinks": 4, "window": 64, "observed_queries": 0}),
     "random": (Random, {}),
 }
-DRAWING = ["random", "vase", "vase-queryfree"]  # one generator serves the whole batch
+DRAWING = ["random", "vase", "vase-queryfree"]
 NAMES = pytest.mark.parametrize("name", DEFAULTS)
 
 
@@ -732,7 +767,7 @@ def test_no_real_queries_mark_means_all_are_real(name):
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", [name for name in DEFAULTS if name not in DRAWING])
+@NAMES
 def test_sequences_do_not_see_each_other(name):
     seen, scorer = observe(620, keys=keys_with_duplicates(10)), SCORERS.create(name)
     together = scorer.score(seen)
@@ -745,27 +780,23 @@ def test_sequences_do_not_see_each_other(name):
             queries=seen.queries[b : b + 1],
             real_queries=seen.real_queries[b : b + 1],
             budget=seen.budget[b : b + 1],
+            noise=replace(seen.noise, stream=seen.noise.stream[b : b + 1], round=seen.noise.round[b : b + 1]),
         )
         valid = own.tokens.valid
         torch.testing.assert_close(scorer.score(own)[valid], together[b : b + 1][valid], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", DRAWING)
-def test_seeded_generator_repeats_exactly(name):
+def test_a_seed_repeats_exactly(name):
     seen, scorer = observe(630), SCORERS.create(name)
     valid = seen.tokens.valid
-
-    def run(generator):
-        return [scorer.score(replace(seen, generator=generator))[valid] for _ in range(2)]
-
-    torch.manual_seed(1)  # the global generator must have no say
-    first = run(rng(631))
+    torch.manual_seed(1)  # the global generator must have no say, nor what the cache's own gave before
+    first = scorer.score(seen)[valid]
     torch.manual_seed(2)
-    again, other = run(rng(631)), run(rng(632))
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], first[1]), "two evictions drew the same"
-    assert not torch.equal(first[0], other[0]), "the seed does not matter"
+    assert torch.equal(scorer.score(replace(seen, generator=rng(632)))[valid], first)
+    assert not torch.equal(scorer.score(in_round(seen, 1))[valid], first), "two evictions drew the same"
+    other = replace(seen, noise=replace(seen.noise, seed=1))
+    assert not torch.equal(scorer.score(other)[valid], first), "the seed does not matter"
 
 
 # ---- names, settings, own scorers --------------------------------------------------------------------------
@@ -794,7 +825,7 @@ def test_unknown_name_suggests_the_nearest():
         (VaSE, {"protected": 1.1}),
         (VaSE, {"kernel": 4}),
         (QueryFreeVaSE, {"rank": 0}),
-        (QueryFreeVaSE, {"protected": 2.0}),
+        (QueryFreeVaSE, {"sinks": -1}),
     ],
 )
 def test_settings_out_of_range(scorer, settings):
@@ -808,7 +839,7 @@ def test_settings_at_the_ends_of_their_range():
     SnapKV(kernel=1)
     StreamingLLM(sinks=0)
     VaSE(sinks=0, protected=0, kernel=1)
-    QueryFreeVaSE(protected=1, rank=1)
+    QueryFreeVaSE(sinks=0, rank=1)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from reasonalloc.cache.pool import Pool
 from reasonalloc.engines.models import CACHE_ARGUMENT
 
 METHODS = [name for name in ra.METHODS if name != "full"]
-DRAWN = {"random", "vase", "vase-queryfree"}  # their draws depend on the batch, by design
+DRAWN = {"random", "vase", "vase-queryfree"}  # a draw depends on the row of the batch, by design
 GREEDY = {"do_sample": False, "max_new_tokens": 40}
 
 

@@ -14,6 +14,7 @@ from reasonalloc.cache.queries import Queries
 from reasonalloc.cache.selection import rank_candidates, select
 from reasonalloc.policies.allocation.profile import MissGrid
 from reasonalloc.policies.compression import Compression
+from reasonalloc.policies.scoring.noise import Noise, stream_of
 from reasonalloc.policies.scoring.scorer import Observation
 from reasonalloc.policies.scoring.tokens import LayerTokens
 
@@ -34,6 +35,7 @@ class MissSimulation:
         self._kept: list[Bool[Tensor, "batch heads tokens"]] = []
         self._received: list[Float[Tensor, "batch heads tokens"]] = []
         self._generator: torch.Generator | None = None
+        self._rows = torch.arange(0)  # of the first batch
         self._steps = grid.interval  # the prompt is compressed at once
 
     def observe(
@@ -64,11 +66,13 @@ class MissSimulation:
 
     def select_sequences(self, rows: Sequence[int]) -> None:
         """Only these sequences go on."""
+        self._rows = self._rows[list(rows)]
         self._kept = [kept[list(rows)] for kept in self._kept]
         self._received = [received[list(rows)] for received in self._received]
 
     def _start(self, tokens: LayerTokens) -> None:
-        device = tokens.keys.device
+        device = tokens.lengths.device
+        self._rows = torch.arange(len(tokens.lengths), device=device)
         self._generator = torch.Generator(device=device)
         self._generator.manual_seed(self.layer)
         # True beyond a sequence's length: the tokens that will stand there are new.
@@ -108,6 +112,7 @@ class MissSimulation:
             scaling=scaling,
             window=compression.kept_window,
             budget=torch.full((len(lengths),), float(budget), device=lengths.device),
+            noise=Noise(0, stream_of(self.layer, self._rows), tokens.lengths[:, 0]),
             generator=self._generator,
         )
         scores = compression.token_scorer.score(seen)

@@ -21,6 +21,7 @@ from reasonalloc.calibration.miss_simulation import MissSimulation
 from reasonalloc.policies.allocation import ModelShape, PromptDemand
 from reasonalloc.policies.allocation.demand import attention_demands
 from reasonalloc.policies.allocation.profile import HISTOGRAM_EDGES, MissGrid, check_rhos
+from reasonalloc.policies.scoring.noise import Noise
 from reasonalloc.policies.scoring.scorer import Observation
 from reasonalloc.policies.scoring.tokens import LayerTokens
 from reasonalloc.policies.scoring.window_attention import attention_weights, visible
@@ -144,7 +145,9 @@ class DemandProbe:
         self, tokens: LayerTokens, queries: Queries, scaling: float
     ) -> tuple[Float[Tensor, "batch heads group queries tokens"], Bool[Tensor, "batch queries"]]:
         """The queries' attention over all that they could see, and which of them count."""
-        seen = Observation(tokens, queries.states, None, scaling, 0, torch.zeros(len(tokens.keys)), torch.Generator())
+        none = torch.zeros(len(tokens.lengths), dtype=torch.int64)  # nothing is drawn, and nothing has a budget
+        noise = Noise(0, none, none)
+        seen = Observation(tokens, queries.states, None, scaling, 0, none.float(), noise, torch.Generator())
         return attention_weights(seen, tokens.valid), visible(seen)[:, 0].sum(-1) >= self.settings.least_tokens
 
     def _add_demand(self, layer: int, weights: Tensor, rows: Tensor) -> None:

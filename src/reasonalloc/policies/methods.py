@@ -33,7 +33,7 @@ METHODS: dict[str, Method] = {
     "tova": _uniform("TOVA: what the last query looks at", "tova"),
     "knorm": _uniform("keys of small norm", "knorm"),
     "vase": _uniform("VaSE: large values kept, the rest drawn by attention", "vase"),
-    "vase-queryfree": _uniform("VaSE without queries", "vase-queryfree"),
+    "vase-queryfree": _uniform("VaSE without queries: sinks, and random sketches of keys and values", "vase-queryfree"),
     "random": _uniform("random eviction, the control", "random"),
     "pyramid-rkv": Method("R-KV, PyramidKV's layers", {"scorer": "rkv", "layers": "pyramid", "heads": "uniform"}),
     "adakv-rkv": Method("R-KV, AdaKV's heads", {"scorer": "rkv", "layers": "uniform", "heads": "adakv"}),

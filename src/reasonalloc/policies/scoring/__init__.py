@@ -2,6 +2,7 @@
 
 from reasonalloc.policies.scoring.h2o import H2O
 from reasonalloc.policies.scoring.knorm import Knorm
+from reasonalloc.policies.scoring.noise import Noise
 from reasonalloc.policies.scoring.random import Random
 from reasonalloc.policies.scoring.rkv import RKV
 from reasonalloc.policies.scoring.scorer import SCORERS, Observation, Scorer, register_scorer
@@ -16,6 +17,7 @@ __all__ = [
     "SCORERS",
     "TOVA",
     "Knorm",
+    "Noise",
     "Observation",
     "QueryFreeVaSE",
     "Random",

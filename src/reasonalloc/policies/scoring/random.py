@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,9 +13,8 @@ from reasonalloc.policies.scoring.scorer import Observation, Scorer, register_sc
 @register_scorer("random")
 @dataclass(frozen=True)
 class Random(Scorer):
-    """Uniformly random scores from the cache's own generator (its seed is ``Compression.seed``)."""
+    """Uniformly random scores, drawn anew in every round (the seed is ``Compression.seed``)."""
 
     def score(self, seen: Observation) -> Float[Tensor, "batch heads tokens"]:
         """Independent uniform numbers."""
-        shape, device = seen.tokens.keys.shape[:3], seen.tokens.keys.device
-        return torch.rand(shape, generator=seen.generator, device=device)
+        return seen.noise.uniform(seen.tokens.positions)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from reasonalloc.policies.registry import Registry
+from reasonalloc.policies.scoring.noise import Noise
 from reasonalloc.policies.scoring.tokens import LayerTokens
 
 
@@ -27,7 +28,9 @@ class Observation:
         scaling: factor of the attention logits, usually ``dim ** -0.5``.
         window: newest tokens of each head that are kept whatever their score.
         budget: the layer's tokens per head, averaged over heads, for each sequence.
-        generator: the cache's own source of random numbers, on the tokens' device.
+        noise: the round's random numbers, the same however rows and layers are batched.
+        generator: a source of random numbers on the tokens' device, for scorers to whom ``noise`` does not suffice:
+            what it gives depends on what was drawn before.
     """
 
     tokens: LayerTokens
@@ -36,6 +39,7 @@ class Observation:
     scaling: float
     window: int
     budget: Float[Tensor, "batch"]
+    noise: Noise
     generator: torch.Generator
     noise: object = None
 

@@ -1,4 +1,4 @@
-"""VaSE: protect large values, draw the rest at random."""
+"""VaSE: protect large values, draw the rest at random; and its variant that looks at no query."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class VaSE(Scorer):
 
     def lottery(self, seen: Observation, candidates: Bool[Tensor, "batch heads tokens"]) -> Tensor:
         """``log p + Gumbel noise`` of each candidate."""
-        noise = torch.empty_like(seen.tokens.positions, dtype=torch.float32).exponential_(generator=seen.generator)
-        return self.probability(seen, candidates).log() - noise.log()
+        exponential = -seen.noise.uniform(seen.tokens.positions).log()
+        return self.probability(seen, candidates).log() - exponential.log()
 
     def probability(self, seen: Observation, candidates: Bool[Tensor, "batch heads tokens"]) -> Tensor:
         """Unnormalised probability of each candidate to be drawn."""
@@ -79,28 +79,29 @@ class VaSE(Scorer):
 
 @register_scorer("vase-queryfree")
 @dataclass(frozen=True)
-class QueryFreeVaSE(VaSE):
-    """VaSE without queries: a fresh random sketch of keys and values takes the place of attention.
+class QueryFreeVaSE(Scorer):
+    """VaSE's variant without queries: a random sketch of keys and values in place of attention.
 
-    The score of a token is ``|k G|^2 * |v G|^2`` with a new Gaussian ``G`` (dim x rank, scaled by 1/sqrt(rank)) at
-    every eviction; its randomness is the only one. Values of large range are protected as in ``VaSE``.
+    The first ``sinks`` tokens stay; the others rank by ``|k G|^2 * |v G|^2`` with a Gaussian ``G`` (dim x rank, scaled
+    by 1/sqrt(rank)), drawn anew for every sequence at every eviction and the same for all its heads. As in the
+    original, values of large range are not protected: that is ``VaSE``'s alone.
     """
 
+    sinks: int = 4
     rank: int = 20
 
-    window = 8
-    observed_queries = 0
+    window = 64
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if self.sinks < 0:
+            raise ValueError(f"sinks must not be negative, got {self.sinks}")
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
 
-    def lottery(self, seen: Observation, candidates: Bool[Tensor, "batch heads tokens"]) -> Tensor:
-        """The sketched product of squared norms."""
+    def score(self, seen: Observation) -> Float[Tensor, "batch heads tokens"]:
+        """The product of the sketched squared norms, sinks above all."""
         keys, values = at_least_float32(seen.tokens.keys), at_least_float32(seen.tokens.values)
         width = max(keys.shape[-1], values.shape[-1])
-        sketch = torch.randn(width, self.rank, generator=seen.generator, device=keys.device, dtype=keys.dtype)
-        sketch = sketch * self.rank**-0.5
-        norms = [(x @ sketch[: x.shape[-1]]).square().sum(-1) for x in (keys, values)]
-        return (norms[0] * norms[1]).float()
+        sketch = seen.noise.normal(width, self.rank)[:, None].to(keys.dtype) * self.rank**-0.5
+        norms = [(x @ sketch[..., : x.shape[-1], :]).square().sum(-1) for x in (keys, values)]
+        return (norms[0] * norms[1]).float().masked_fill(seen.tokens.positions < self.sinks, _LARGEST)

@@ -32,7 +32,7 @@ def visible(seen: Observation) -> Bool[Tensor, "batch heads queries tokens"]:
     """
     assert seen.queries is not None
     tokens, count = seen.tokens, seen.queries.shape[2]
-    newer = torch.arange(count - 1, -1, -1, device=tokens.keys.device)  # tokens younger than each query
+    newer = torch.arange(count - 1, -1, -1, device=tokens.lengths.device)  # tokens younger than each query
     return tokens.index < (tokens.lengths[..., None] - newer)[..., None]
 
 
