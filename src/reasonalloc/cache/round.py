@@ -29,7 +29,7 @@ from reasonalloc.cache.table import HostInts, Table, on_device
 from reasonalloc.cache.totals import LayerTotals
 from reasonalloc.policies.allocation import HeadAllocator, attention_demand
 from reasonalloc.policies.compression import Compression
-from reasonalloc.policies.scoring.noise import Noise
+from reasonalloc.policies.scoring.noise import Noise, stream_of
 from reasonalloc.policies.scoring.scorer import Observation
 from reasonalloc.policies.scoring.tokens import LayerTokens
 from reasonalloc.policies.scoring.window_attention import attention_weights, mean_over_queries
@@ -209,7 +209,8 @@ class Round:
         if self._generator is None:
             self._generator = torch.Generator(device=device)
             self._generator.manual_seed(self.compression.seed)
-        streams = self.numbers[part.pool.layers][:, None] * 1_000_003 + table.streams[rows]
+        numbers = on_device(np.repeat(self.numbers[part.pool.layers], len(rows)), device)
+        streams = on_device(np.tile(table.streams[rows], len(part.pool.layers)), device)
         return Observation(
             tokens=tokens,
             queries=None,
@@ -220,7 +221,7 @@ class Round:
             generator=self._generator,
             noise=Noise(
                 self.compression.seed,
-                on_device(streams.reshape(-1), device),
+                stream_of(numbers, streams),
                 on_device(np.tile(table.seen[rows], len(part.pool.layers)), device),
             ),
         )

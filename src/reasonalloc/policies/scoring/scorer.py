@@ -41,7 +41,6 @@ class Observation:
     budget: Float[Tensor, "batch"]
     noise: Noise
     generator: torch.Generator
-    noise: object = None
 
 
 class Scorer(ABC):
