@@ -17,21 +17,11 @@ from reasonalloc.evaluation import statistics
 from reasonalloc.evaluation.answering import Answer, Sampling, answer
 from reasonalloc.evaluation.executors import Worker, fingerprint, run_local, shard
 from reasonalloc.evaluation.fidelity import Reading
+from reasonalloc.evaluation.findings import ACCURACY, KL, NLL, collect
 from reasonalloc.evaluation.grading import after_thought, grade_recall, grader
 from reasonalloc.evaluation.questions import load_questions, load_texts
 from reasonalloc.evaluation.recall import recall_question
-from reasonalloc.evaluation.report import (
-    ACCURACY,
-    KL,
-    NLL,
-    collect,
-    curves,
-    markdown,
-    sentences,
-    to_csv,
-    to_html,
-    write_report,
-)
+from reasonalloc.evaluation.report import curves, markdown, sentences, to_csv, to_html, write_report
 from reasonalloc.evaluation.store import Store
 from reasonalloc.evaluation.study import Study
 from reasonalloc.reasoner.train import Trainer, TrainingConfig

@@ -188,7 +188,8 @@ def report(
 ) -> None:
     """Grade the answers; write report.html, report.md, report.csv and pictures. Needs neither model nor hub."""
     with clear_errors():
-        from reasonalloc.evaluation.report import ACCURACY, SCORE, collect, markdown, write_report
+        from reasonalloc.evaluation.findings import ACCURACY, SCORE, collect
+        from reasonalloc.evaluation.report import markdown, write_report
         from reasonalloc.evaluation.store import Store
 
         if metric not in ("accuracy", "score"):
