@@ -409,7 +409,7 @@ def test_an_automatic_profile_is_settled_once(model, tmp_path):
     """Its hash is part of the keys, and a later run takes the folder's own."""
     auto = {"name": "auto", "method": "reasonalloc", "changes": {"profile": "auto"}}
     study = study_of(model, variants=["rkv", auto], budgets=[16], tasks=[{"name": "maps:4", "count": 2}])
-    shape = ra.allocation.ModelShape(2, 2, 4, 8)
+    shape = ra.ModelShape(2, 2, 4, 8)
     first, other = (ra.DemandProfile.of_layers(waves, shape) for waves in ([1.0, 3.0], [2.0, 1.0]))
     store = Store(tmp_path / "run")
     for profile in (first, other):

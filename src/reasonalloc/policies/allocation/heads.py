@@ -69,6 +69,7 @@ class HeadAllocator(ABC):
 
 
 HEAD_ALLOCATORS: Registry[HeadAllocator] = Registry("head allocator", "reasonalloc.heads")
+register_head_allocator = HEAD_ALLOCATORS.register
 
 
 def pooled_counts(
