@@ -934,27 +934,27 @@ def test_windows_alone_fill_the_budget(name: str) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_splits_are_exact_uneven_and_repeat(seed):
-    shape, budget, window = ra.allocation.ModelShape(6, 4, 8, 16), 96, 8
-    layers = ra.allocation.RandomLayers(split_seed=seed)
-    heads = ra.allocation.RandomHeads(split_seed=seed)
+    shape, budget, window = ra.ModelShape(6, 4, 8, 16), 96, 8
+    layers = ra.RandomLayers(split_seed=seed)
+    heads = ra.RandomHeads(split_seed=seed)
     split = heads.budgets(shape, budget, window, None)
     assert split.sum() == 6 * 4 * budget
     assert split.min() >= max(window + 1, budget // 8)
     assert split.max() > 1.5 * budget, "not random enough to be a control"
     assert (layers.allocate(shape, budget, window, None).numpy() == split.sum(1)).all(), "layers and heads agree"
     assert (heads.budgets(shape, budget, window, None) == split).all()
-    other = ra.allocation.RandomHeads(split_seed=seed + 1).budgets(shape, budget, window, None)
+    other = ra.RandomHeads(split_seed=seed + 1).budgets(shape, budget, window, None)
     assert (other != split).any()
 
 
 def test_spread_of_random_splits():
-    shape = ra.allocation.ModelShape(40, 8, 8, 16)
-    even = ra.allocation.RandomHeads(spread=0.0).budgets(shape, 64, 8, None)
+    shape = ra.ModelShape(40, 8, 8, 16)
+    even = ra.RandomHeads(spread=0.0).budgets(shape, 64, 8, None)
     assert (even == 64).all()
-    logs = np.log(ra.allocation.RandomHeads(spread=0.3, floor=0.0).budgets(shape, 4096, 8, None))
+    logs = np.log(ra.RandomHeads(spread=0.3, floor=0.0).budgets(shape, 4096, 8, None))
     assert logs.std() == pytest.approx(0.3 * 2**0.5, rel=0.15)
     with pytest.raises(ValueError, match="spread must not be negative"):
-        ra.allocation.RandomHeads(spread=-1)
+        ra.RandomHeads(spread=-1)
 
 
 # ---- policies with settings ----
@@ -966,7 +966,7 @@ def test_policies_from_names_and_settings():
     )
     assert made.describe()["scorer"]["kernel"] == 5
     assert made.describe()["heads"] == {"name": "adakv", "safeguard": 0.5}
-    assert made == ra.Compression(64, ra.RKV(kernel=5), layers="pyramid", heads=ra.allocation.AdaKVHeads(0.5))
+    assert made == ra.Compression(64, ra.RKV(kernel=5), layers="pyramid", heads=ra.AdaKVHeads(0.5))
     for wrong, message in (
         ({"name": "rkv", "kernal": 5}, "unknown setting of token scorer 'rkv': 'kernal'. Did you mean 'kernel'"),
         ({"kernel": 5}, "a token scorer with settings needs its name"),

@@ -1,21 +1,36 @@
 """The command line, on a tiny model saved to disk."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from reference import tiny_model, word_tokenizer
 from transformers import MistralConfig, MistralForCausalLM
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import reasonalloc as ra
+from reasonalloc.calibration.settings import MISS_BUDGETS
 from reasonalloc.cli.app import app
+from reasonalloc.cli.options import whole_numbers
 
 PROMPT = " ".join(f"w{i}" for i in range(5, 60))
 
 
 def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def commands(group=None, *path):
+    """The words of every command and of every group."""
+    group = group or get_command(app)
+    for name, command in group.commands.items():
+        yield (*path, name)
+        if hasattr(command, "commands"):
+            yield from commands(command, *path, name)
 
 
 def save(folder, model):
@@ -65,6 +80,36 @@ def test_generate_equals_the_library(model_folder):
     ids = torch.arange(5, 60)[None]
     out = model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=40)[0, 55:]
     assert result.stdout.split() == [f"w{i}" if i > 1 else i for i in out.tolist() if i > 1]
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    every = [(), *commands()]
+    assert ("eval",) in every
+    assert ("profile", "show") in every
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from reasonalloc.cli import app
+for words in {every}:
+    done = CliRunner().invoke(app, [*words, "--help"])
+    assert done.exit_code == 0 and "Usage" in done.stdout, words
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "rich" in done.stdout.split()
+    assert not {"torch", "numpy", "scipy", "transformers", "matplotlib"} & set(done.stdout.split())
+
+
+def test_every_command_has_a_file_of_its_name():
+    files = {path.stem for path in Path(ra.__file__).with_name("cli").glob("*.py")}
+    assert files == {words[0] for words in commands()} | {"__init__", "app", "console", "options"}
+
+
+def test_calibrate_offers_the_budgets_of_the_library():
+    options = get_command(app).commands["calibrate"].params
+    default = next(option.default for option in options if option.name == "miss_budgets")
+    assert tuple(whole_numbers(default, "--miss-budgets")) == MISS_BUDGETS
 
 
 def test_methods_lists_every_method():

@@ -17,21 +17,11 @@ from reasonalloc.evaluation import statistics
 from reasonalloc.evaluation.answering import Answer, Sampling, answer
 from reasonalloc.evaluation.executors import Worker, fingerprint, run_local, shard
 from reasonalloc.evaluation.fidelity import Reading
+from reasonalloc.evaluation.findings import ACCURACY, KL, NLL, collect
 from reasonalloc.evaluation.grading import after_thought, grade_recall, grader
 from reasonalloc.evaluation.questions import load_questions, load_texts
 from reasonalloc.evaluation.recall import recall_question
-from reasonalloc.evaluation.report import (
-    ACCURACY,
-    KL,
-    NLL,
-    collect,
-    curves,
-    markdown,
-    sentences,
-    to_csv,
-    to_html,
-    write_report,
-)
+from reasonalloc.evaluation.report import curves, markdown, sentences, to_csv, to_html, write_report
 from reasonalloc.evaluation.store import Store
 from reasonalloc.evaluation.study import Study
 from reasonalloc.reasoner.train import Trainer, TrainingConfig
@@ -419,7 +409,7 @@ def test_an_automatic_profile_is_settled_once(model, tmp_path):
     """Its hash is part of the keys, and a later run takes the folder's own."""
     auto = {"name": "auto", "method": "reasonalloc", "changes": {"profile": "auto"}}
     study = study_of(model, variants=["rkv", auto], budgets=[16], tasks=[{"name": "maps:4", "count": 2}])
-    shape = ra.allocation.ModelShape(2, 2, 4, 8)
+    shape = ra.ModelShape(2, 2, 4, 8)
     first, other = (ra.DemandProfile.of_layers(waves, shape) for waves in ([1.0, 3.0], [2.0, 1.0]))
     store = Store(tmp_path / "run")
     for profile in (first, other):

@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reasonalloc.cache.slab import RaggedSlab
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reasonalloc
 from reasonalloc.cache.attention import BACKENDS, attend_rows, received_attention
 from reasonalloc.cache.selection import rank_candidates, select
-from reasonalloc.cache.slab import RaggedSlab
 from reasonalloc.policies.scoring import (
     H2O,
     RKV,

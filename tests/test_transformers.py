@@ -1,9 +1,8 @@
 """The transformers adapter against stock transformers and against the masked full-cache reference."""
 
 import copy
-import warnings
-
 import gc
+import warnings
 
 import pytest
 import torch

@@ -234,7 +234,9 @@ class Pool:
         places = self.places_of(layers, rows, self.slots_of(layers, rows, width))
         stored = None if self.received is None else self.received[places]
         settled = table.settled[layers].copy()
-        tokens = Survivors(self.keys, self.values, table.starts[layers].copy(), kept, None, self.positions[places], stored)
+        tokens = Survivors(
+            self.keys, self.values, table.starts[layers].copy(), kept, None, self.positions[places], stored
+        )
         self.rewrite(rows, tokens, capacities)
         table.settled[layers] = settled
 

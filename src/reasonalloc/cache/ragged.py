@@ -297,7 +297,9 @@ class RaggedCache:
         pool = self._pool(layer)
         if layer == pool.layers[-1] and not self.holding:
             for chunk in self.step.chunks:
-                if (chunk.ends_prompt and chunk.columns > 1) or (chunk.ends_prompt and int(chunk.rows[0]) in self.prompts):
+                if (chunk.ends_prompt and chunk.columns > 1) or (
+                    chunk.ends_prompt and int(chunk.rows[0]) in self.prompts
+                ):
                     self._compress_chunk(pool, chunk.rows)
         if self.step.done == self.table.layers:
             self._end_step()

@@ -1,4 +1,4 @@
-"""The demonstration: the built-in reasoner thinks in four caches, and what that costs in memory and right answers."""
+"""``reasonalloc demo``: the built-in reasoner thinks in four caches; what that costs in memory and right answers."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from rich.console import Console
+import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from reasonalloc.cache.recorder import Recorder
-from reasonalloc.engines.transformers.loading import BUILT_IN, load, quiet
-from reasonalloc.evaluation.answering import Answer, Sampling, answer
-from reasonalloc.evaluation.grading import Grade, grader
-from reasonalloc.evaluation.questions import Question, load_questions
-from reasonalloc.files import write_atomically
-from reasonalloc.policies.compression import AUTO_PROFILE, Compression
+from reasonalloc.cli.console import clear_errors, console
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reasonalloc.cache.recorder import Recorder
+    from reasonalloc.evaluation.answering import Answer
+    from reasonalloc.evaluation.grading import Grade
+    from reasonalloc.evaluation.questions import Question
+    from reasonalloc.policies.compression import Compression
 
 METHODS = ("full", "rkv", "pyramid-rkv", "reasonalloc")
 TASKS = ("maps:12", "programs:24", "search:28")
@@ -60,13 +62,32 @@ class Run:
         return sum(found.kv_bytes for found in self.answers) / len(self.answers)
 
 
-def run(budget: int, interval: int, output: Path, console: Console) -> None:
+def demo(
+    budget: Annotated[int, typer.Option("--budget", "-b", help="Tokens per KV head, beside the question.")] = 80,
+    interval: Annotated[int, typer.Option(min=1, help="Decoded tokens between two compressions.")] = 32,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for texts, record and picture.")] = Path(
+        "demo-output"
+    ),
+) -> None:
+    """24 problems for the built-in reasoner with the full cache, R-KV, PyramidKV's layers and ReasonAlloc."""
+    with clear_errors():
+        _run(budget, interval, output)
+
+
+def _run(budget: int, interval: int, output: Path) -> None:
     """Let every method answer the same problems; print tables, and write texts, figures, record and picture."""
+    import torch
+
+    from reasonalloc.cache.recorder import Recorder
+    from reasonalloc.engines.transformers.loading import BUILT_IN, load, quiet
+    from reasonalloc.evaluation.answering import Sampling, answer
+    from reasonalloc.evaluation.grading import grader
+
     compressions = {name: _compression(name, budget, interval) for name in METHODS}  # a wrong setting fails here
     quiet()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # two threads of one core only wait for each other
     network, tokenizer = load(BUILT_IN, "float32", "cpu")
-    asked = problems()
+    asked = _problems()
     console.print(
         f"{len(asked)} problems ({', '.join(TASKS)}), greedy, with the built-in reasoner; beside the question {budget} "
         f"tokens per head stay, all others are evicted every {interval} tokens",
@@ -101,13 +122,17 @@ def run(budget: int, interval: int, output: Path, console: Console) -> None:
     console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}", highlight=False)
 
 
-def problems() -> list[Asked]:
+def _problems() -> list[Asked]:
     """The first problems of each task, never seen in training."""
+    from reasonalloc.evaluation.questions import load_questions
+
     sets = [load_questions(task, count=EACH) for task in TASKS]
     return [Asked(found.name, found.grader, question) for found in sets for question in found.questions]
 
 
 def _compression(name: str, budget: int, interval: int) -> Compression:
+    from reasonalloc.policies.compression import AUTO_PROFILE, Compression
+
     if name == "full":
         return Compression.method(name)
     profile = {"profile": AUTO_PROFILE} if name == "reasonalloc" else {}
@@ -120,7 +145,7 @@ class _Bar:
     def __init__(self, progress: Progress, bar: Any, total: int) -> None:
         self.progress, self.bar, self.total, self.step = progress, bar, total, 0
 
-    def __call__(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
+    def __call__(self, rows: Tensor, tokens: Tensor) -> None:
         self.step += 1
         if self.step % 16 == 0:
             self.progress.update(self.bar, completed=self.total - len(rows), step=self.step)
@@ -192,6 +217,8 @@ def _first_difference(text: list[str], full: list[str]) -> int:
 
 
 def _save(asked: list[Asked], runs: list[Run], recorder: Recorder, output: Path) -> None:
+    from reasonalloc.files import write_atomically
+
     texts = [
         {
             "task": item.task,

@@ -221,8 +221,12 @@ class Cache(cache_utils.Cache):
         if tensor_parallel > 1:
             check_ranks(compression)
         self.ragged = RaggedCache(
-            compression, self.shape, attention=attention, layers_at_once=layers_at_once,
-            recorder=Recorder.attach(recorder, self.shape.layers), probe=probe
+            compression,
+            self.shape,
+            attention=attention,
+            layers_at_once=layers_at_once,
+            recorder=Recorder.attach(recorder, self.shape.layers),
+            probe=probe,
         )
         self._pass = _Pass(self.ragged)
         super().__init__(layers=[RaggedLayer(index, self._pass) for index in range(self.shape.layers)])

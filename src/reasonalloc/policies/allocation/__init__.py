@@ -9,6 +9,7 @@ from reasonalloc.policies.allocation.heads import (
     HeadSplit,
     ThresholdHeads,
     UniformHeads,
+    register_head_allocator,
 )
 from reasonalloc.policies.allocation.layers import (
     LAYER_ALLOCATORS,
@@ -17,6 +18,7 @@ from reasonalloc.policies.allocation.layers import (
     PyramidLayers,
     UniformLayers,
     WaveLayers,
+    register_layer_allocator,
 )
 from reasonalloc.policies.allocation.miss import MissCurveHeads, MissCurveLayers, marginal_gain
 from reasonalloc.policies.allocation.offline_heads import FixedHeads
@@ -54,5 +56,7 @@ __all__ = [
     "attention_demands",
     "marginal_gain",
     "merge",
+    "register_head_allocator",
+    "register_layer_allocator",
     "robustify",
 ]

@@ -118,6 +118,7 @@ def check_layers(batch: int, layers: int) -> None:
 
 
 HEAD_ALLOCATORS: Registry[HeadAllocator] = Registry("head allocator", "reasonalloc.heads", HeadAllocator)
+register_head_allocator = HEAD_ALLOCATORS.register
 
 
 def pooled_counts(

@@ -45,6 +45,7 @@ class LayerAllocator(ABC):
 
 
 LAYER_ALLOCATORS: Registry[LayerAllocator] = Registry("layer allocator", "reasonalloc.layers", LayerAllocator)
+register_layer_allocator = LAYER_ALLOCATORS.register
 
 
 class ReadsProfile(Protocol):

@@ -85,9 +85,7 @@ class LayerTokens:
             return x.flatten(0, 2).index_select(0, places).view(*index.shape, *x.shape[3:])
 
         received = None if self.received is None else pick(self.received)
-        return LayerTokens(
-            lambda: pick(self.keys), lambda: pick(self.values), lengths, pick(self.positions), received
-        )
+        return LayerTokens(lambda: pick(self.keys), lambda: pick(self.values), lengths, pick(self.positions), received)
 
 
 def drop_padding(x: Tensor, real: Bool[Tensor, "batch tokens"]) -> Tensor:

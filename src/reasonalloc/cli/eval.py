@@ -1,8 +1,7 @@
-"""The commands of evaluation: ``reasonalloc eval``, ``report`` and ``problems``."""
+"""``reasonalloc eval``: methods answer questions at several budgets."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from reasonalloc.cli.console import clear_errors, console, errors
+from reasonalloc.cli.options import Device, Dtype, whole_numbers
 
 if TYPE_CHECKING:
     from reasonalloc.evaluation.store import Result, Store
@@ -58,9 +58,9 @@ def evaluate(
     protect_prompt: Annotated[bool, typer.Option(help="Keep the prompt, on top of the budget.")] = False,
     random_splits: Annotated[int, typer.Option(min=0, help="Random splits of each budget, as a control.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Answers decoded together.")] = 16,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     shard: Annotated[str | None, typer.Option(help="i/n: do every n-th batch from the i-th on (0/4 ... 3/4).")] = None,
     tensor_parallel: Annotated[
         bool,
@@ -92,7 +92,7 @@ def evaluate(
                     "model": model,
                     "tasks": tasks,
                     "variants": [name.strip() for name in methods.split(",")],
-                    "budgets": numbers(budgets, "--budgets"),
+                    "budgets": whole_numbers(budgets, "--budgets"),
                     "baseline": baseline,
                     "samples": samples,
                     "sampling": {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens},
@@ -154,54 +154,6 @@ def _run(
             run_local(worker, store, batches, watch.done)
 
 
-def problems(
-    tasks: Annotated[list[str], typer.Argument(help="TASK:DIFFICULTY, for instance maps:48.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file (.jsonl).")],
-    count: Annotated[int, typer.Option(min=1, help="Problems of each.")] = 8,
-    split: Annotated[str, typer.Option(help="train or test; they never share a question.")] = "train",
-) -> None:
-    """Write problems of the built-in tasks as JSON lines: task, id, prompt, thought (a worked solution), answer."""
-    with clear_errors():
-        from reasonalloc.evaluation.questions import sized
-        from reasonalloc.files import write_atomically
-        from reasonalloc.tasks import TASKS
-
-        lines = []
-        for wanted in tasks:
-            name, size = sized(wanted)
-            made = [TASKS.create(name).problem(seed, size, split) for seed in range(count)]  # type: ignore[arg-type]
-            lines += [
-                {"task": wanted, "id": f"{split} {seed}", "prompt": problem.question, "thought": problem.thought}
-                | {"answer": problem.answer}
-                for seed, problem in enumerate(made)
-            ]
-        write_atomically(output, "".join(json.dumps(line) + "\n" for line in lines).encode())
-        console.print(f"wrote {len(lines)} problems to {output}", highlight=False)
-
-
-def report(
-    folder: Annotated[Path, typer.Argument(help="Of `reasonalloc eval`.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Its folder; FOLDER/report otherwise.")] = None,
-    metric: Annotated[
-        str, typer.Option(help="What is compared: accuracy (all of an answer right) or score (share of it).")
-    ] = "accuracy",
-) -> None:
-    """Grade the answers; write report.html, report.md, report.csv and pictures. Needs neither model nor hub."""
-    with clear_errors():
-        from reasonalloc.evaluation.report import ACCURACY, SCORE, collect, markdown, write_report
-        from reasonalloc.evaluation.store import Store
-
-        if metric not in ("accuracy", "score"):
-            raise ValueError(f"the metric is accuracy or score, got {metric!r}")
-        store = Store(folder)
-        findings = collect(store, store.study(), store.plan(), SCORE if metric == "score" else ACCURACY)
-        if not findings.tasks():
-            raise ValueError(f"{folder} has no finished problem yet")
-        paths = write_report(findings, output or folder / "report")
-        console.print(markdown(findings), highlight=False, markup=False, soft_wrap=True)
-        console.print(f"wrote {', '.join(map(str, paths))}", highlight=False, soft_wrap=True)
-
-
 _ANYWHERE = {"tensor_parallel", "output", "device", "shard", "ray_workers", "ray_gpus"}
 _WITH_RESUME = {*_ANYWHERE, "resume"}
 _WITH_STUDY = {*_ANYWHERE, "study", "model", "data"}
@@ -231,14 +183,6 @@ def _tasks(
     written = [{"name": name, **source, "answer_field": answer_field} for name in answer]
     texts = {"answer_field": text_field, "fidelity": True, "least_words": least_words}
     return [*written, *({"name": name, **source, **texts} for name in read)]
-
-
-def numbers(text: str, option: str) -> list[int]:
-    """Whole numbers with commas between them."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option} takes whole numbers with commas between them, got {text!r}") from None
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -1,18 +1,15 @@
-"""The commands about demand profiles: ``calibrate``, and ``profile show | study | compare | merge``."""
+"""``reasonalloc profile show | study | compare | merge``: look at demand profiles, compare and merge them."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from reasonalloc.calibration.settings import MISS_BUDGETS, SENSITIVITY_WINDOW
-from reasonalloc.cli.console import clear_errors, console, errors
+from reasonalloc.cli.console import clear_errors, console
 
 if TYPE_CHECKING:
     from reasonalloc.calibration.stability import Stability
@@ -23,97 +20,6 @@ profile_app = typer.Typer(no_args_is_help=True, help="Look at demand profiles, c
 Budget = Annotated[int, typer.Option("--budget", "-b", min=1, help="Mean tokens per head that budgets are shown for.")]
 Picture = Annotated[Path | None, typer.Option(help="Draw it, too (.png).")]
 File = Annotated[Path, typer.Argument(help="A profile made by `reasonalloc calibrate`.")]
-
-
-def calibrate(
-    model: Annotated[str, typer.Option("--model", "-m", help="Local folder, .gguf file, or hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The profile (.json).")],
-    name: Annotated[str | None, typer.Option(help="The model's name in the profile; default: its path or id.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Your own questions (.jsonl); default: 8 built-in ones.")] = None,
-    field: Annotated[str, typer.Option(help="Field of the question in that file.")] = "prompt",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest chain of thought.")] = 1024,
-    miss: Annotated[list[str] | None, typer.Option(help="Also miss curves of this scorer (may be repeated).")] = None,
-    sensitivity: Annotated[
-        bool,
-        typer.Option(
-            "--sensitivity", help="Also each KV head's loss sensitivity (reads every answer layers x heads / 2 times)."
-        ),
-    ] = False,
-    miss_budgets: Annotated[str, typer.Option(help="Budgets of the miss curves, ascending, by commas.")] = ",".join(
-        map(str, MISS_BUDGETS)
-    ),
-    interval: Annotated[int, typer.Option(min=1, help="Decoded tokens between two simulated compressions.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.6,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 4,
-    force: Annotated[bool, typer.Option("--force", help="Replace the output file if it exists.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-) -> None:
-    """Measure a model's demand profile while it answers some questions.
-
-    An interrupted calibration goes on where it was: run the same command again.
-    """
-    with clear_errors():
-        from reasonalloc.calibration import CalibrationSettings, built_in_prompts, read_prompts
-        from reasonalloc.calibration.calibrate import calibrate as run_calibration
-        from reasonalloc.calibration.stability import bootstrap
-        from reasonalloc.engines.transformers.loading import load, quiet
-        from reasonalloc.files import write_atomically
-
-        if output.suffix != ".json":
-            raise ValueError(f"a profile is saved as .json, got {output.name!r}")
-        if output.exists() and not force:
-            raise ValueError(f"{output} exists; pass --force to replace it")
-        settings = CalibrationSettings(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            batch_size=batch_size,
-            miss=tuple(miss or ()),
-            miss_budgets=_whole_numbers(miss_budgets),
-            interval=interval,
-            sensitivity_window=SENSITIVITY_WINDOW if sensitivity else None,
-        )
-        questions = (built_in_prompts() if prompts is None else read_prompts(prompts, field))[:limit]
-        partial = output.with_name(output.name + ".partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        quiet()
-        with errors.status(f"loading {model}"):
-            network, tokenizer = load(model, dtype, device)
-        if partial.exists():
-            errors.print(f"going on with {partial}", highlight=False)
-        with _progress() as progress:
-            task = progress.add_task(f"calibrating on {len(questions)} questions", total=None)
-            profile = run_calibration(
-                network,
-                tokenizer,
-                questions,
-                settings,
-                partial=partial,
-                progress=lambda done, total: progress.update(task, completed=done, total=total),
-            )
-        if name is not None:
-            profile = replace(profile, source={**profile.source, "model": name})
-        write_atomically(output, profile.to_json())
-        partial.unlink(missing_ok=True)
-        _show(profile, bootstrap(profile))
-        console.print(f"wrote {output}", highlight=False)
-
-
-def _whole_numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"--miss-budgets takes whole numbers separated by commas, got {text!r}") from error
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
-    return Progress(*columns, TimeRemainingColumn(), console=errors)
 
 
 @profile_app.command("show")
@@ -129,12 +35,13 @@ def show(profile: File, budget: Budget = 128, plot: Picture = None) -> None:
             from reasonalloc.evaluation.plots import plot_profile
 
             plot_profile(found, bands, plot)
-        _show(found, bands)
+        print_profile(found, bands)
         if plot is not None:
             console.print(f"wrote {plot}", highlight=False)
 
 
-def _show(profile: DemandProfile, bands: Stability) -> None:
+def print_profile(profile: DemandProfile, bands: Stability) -> None:
+    """The tables of ``profile show``."""
     import numpy as np
 
     from reasonalloc.calibration.stability import bootstrap_miss_curves

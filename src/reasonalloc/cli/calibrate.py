@@ -1,0 +1,99 @@
+"""``reasonalloc calibrate``: measure a model's demand profile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from reasonalloc.cli.console import clear_errors, console, errors
+from reasonalloc.cli.options import Device, Dtype, whole_numbers
+from reasonalloc.cli.profile import print_profile
+
+
+def calibrate(
+    model: Annotated[str, typer.Option("--model", "-m", help="Local folder, .gguf file, or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The profile (.json).")],
+    name: Annotated[str | None, typer.Option(help="The model's name in the profile; default: its path or id.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Your own questions (.jsonl); default: 8 built-in ones.")] = None,
+    field: Annotated[str, typer.Option(help="Field of the question in that file.")] = "prompt",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest chain of thought.")] = 1024,
+    miss: Annotated[list[str] | None, typer.Option(help="Also miss curves of this scorer (may be repeated).")] = None,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity", help="Also each KV head's loss sensitivity (reads every answer layers x heads / 2 times)."
+        ),
+    ] = False,
+    miss_budgets: Annotated[
+        str, typer.Option(help="Budgets of the miss curves, ascending, by commas.")
+    ] = "16,24,32,48,64,96,128,192,256,384,512",
+    interval: Annotated[int, typer.Option(min=1, help="Decoded tokens between two simulated compressions.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.6,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 4,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output file if it exists.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Measure a model's demand profile while it answers some questions.
+
+    An interrupted calibration goes on where it was: run the same command again.
+    """
+    with clear_errors():
+        from reasonalloc.calibration import CalibrationSettings, built_in_prompts, read_prompts
+        from reasonalloc.calibration.calibrate import calibrate as run_calibration
+        from reasonalloc.calibration.settings import SENSITIVITY_WINDOW
+        from reasonalloc.calibration.stability import bootstrap
+        from reasonalloc.engines.transformers.loading import load, quiet
+        from reasonalloc.files import write_atomically
+
+        if output.suffix != ".json":
+            raise ValueError(f"a profile is saved as .json, got {output.name!r}")
+        if output.exists() and not force:
+            raise ValueError(f"{output} exists; pass --force to replace it")
+        settings = CalibrationSettings(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            batch_size=batch_size,
+            miss=tuple(miss or ()),
+            miss_budgets=tuple(whole_numbers(miss_budgets, "--miss-budgets")),
+            interval=interval,
+            sensitivity_window=SENSITIVITY_WINDOW if sensitivity else None,
+        )
+        questions = (built_in_prompts() if prompts is None else read_prompts(prompts, field))[:limit]
+        partial = output.with_name(output.name + ".partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        quiet()
+        with errors.status(f"loading {model}"):
+            network, tokenizer = load(model, dtype, device)
+        if partial.exists():
+            errors.print(f"going on with {partial}", highlight=False)
+        with _progress() as progress:
+            task = progress.add_task(f"calibrating on {len(questions)} questions", total=None)
+            profile = run_calibration(
+                network,
+                tokenizer,
+                questions,
+                settings,
+                partial=partial,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        if name is not None:
+            profile = replace(profile, source={**profile.source, "model": name})
+        write_atomically(output, profile.to_json())
+        partial.unlink(missing_ok=True)
+        print_profile(profile, bootstrap(profile))
+        console.print(f"wrote {output}", highlight=False)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
+    return Progress(*columns, TimeRemainingColumn(), console=errors)

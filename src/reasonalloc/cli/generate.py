@@ -1,0 +1,112 @@
+"""``reasonalloc generate``: one prompt, answered inside a bounded KV cache."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from reasonalloc.cli.console import clear_errors, errors
+from reasonalloc.cli.options import Device, Dtype
+
+if TYPE_CHECKING:
+    from reasonalloc.policies.compression import Compression
+
+
+def generate(
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder, .gguf file, hub id, or reasonalloc/reasoner.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; '-' reads standard input.")],
+    budget: Annotated[int | None, typer.Option("--budget", "-b", help="Tokens per KV head, on average.")] = None,
+    method: Annotated[str, typer.Option(help="See `reasonalloc methods`.")] = "reasonalloc",
+    profile: Annotated[
+        str | None, typer.Option(help="Demand profile (JSON), or 'auto': calibrate once and keep it.")
+    ] = None,
+    interval: Annotated[int, typer.Option(help="Decoded tokens between two compressions.")] = 128,
+    protect_prompt: Annotated[bool, typer.Option(help="Keep the prompt, on top of the budget.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
+    seed: Annotated[int, typer.Option(help="For sampling and for scorers that draw.")] = 0,
+    raw: Annotated[bool, typer.Option(help="Do not use the model's chat template.")] = False,
+    stream: Annotated[bool, typer.Option(help="Print the text as it comes.")] = False,
+    record: Annotated[Path | None, typer.Option(help="Save every routing (.json or .npz).")] = None,
+    stats: Annotated[Path | None, typer.Option(help="Save the cache's statistics (JSON).")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Answer one prompt inside a bounded KV cache."""
+    with clear_errors():
+        if record is not None and record.suffix not in (".json", ".npz"):
+            raise ValueError(f"--record is saved as .json or .npz, got {record.name!r}")
+        from reasonalloc.policies.compression import Compression
+
+        overrides: dict[str, Any] = {"interval": interval, "seed": seed}
+        if protect_prompt:
+            overrides["prompt"] = "protect"
+        if profile is not None:
+            overrides["profile"] = profile
+        compression = Compression.method(method, budget, **overrides)
+        question = sys.stdin.read() if prompt == "-" else prompt
+        generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+        if temperature:
+            generation.update(temperature=temperature, top_p=top_p)
+        _answer(model, question, compression, generation, seed, raw, stream, record, stats, dtype, device)
+
+
+def _answer(
+    model: str,
+    question: str,
+    compression: Compression,
+    generation: dict[str, Any],
+    seed: int,
+    raw: bool,
+    stream: bool,
+    record: Path | None,
+    stats: Path | None,
+    dtype: str,
+    device: str,
+) -> None:
+    import torch
+    import transformers
+
+    from reasonalloc.cache.recorder import Recorder
+    from reasonalloc.calibration.auto import auto_profile
+    from reasonalloc.engines.models import CACHE_ARGUMENT
+    from reasonalloc.engines.transformers import Cache
+    from reasonalloc.engines.transformers.loading import encode, load, quiet
+    from reasonalloc.files import write_atomically
+    from reasonalloc.policies.compression import AUTO_PROFILE
+
+    quiet()
+    with errors.status(f"loading {model}"):
+        network, tokenizer = load(model, dtype, device)
+    if compression.profile == AUTO_PROFILE:
+        compression = compression.replace(profile=auto_profile(network.config, compression, network, tokenizer))
+    recorder = Recorder() if record else None
+    cache = Cache(network.config, compression, recorder=recorder)
+    inputs = encode(tokenizer, [question], not raw, network.device)
+    torch.manual_seed(seed)
+    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    began = time.perf_counter()
+    out = network.generate(
+        **inputs,
+        **{CACHE_ARGUMENT: cache},
+        streamer=streamer,
+        pad_token_id=tokenizer.pad_token_id,
+        **generation,
+    )
+    seconds = time.perf_counter() - began
+    answer = out[0, inputs["input_ids"].shape[1] :]
+    if not stream:
+        print(tokenizer.decode(answer, skip_special_tokens=True))
+    found = cache.stats()
+    errors.print(f"\n{len(answer)} tokens in {seconds:.1f} s ({len(answer) / seconds:.1f} tokens/s)", highlight=False)
+    errors.print("\n".join(str(found).splitlines()[:4]), highlight=False)
+    if stats is not None:
+        write_atomically(stats, json.dumps(found.to_dict()).encode())
+    if recorder is not None and record is not None:
+        recorder.save(record)

@@ -1,0 +1,18 @@
+"""Options that several commands have, and how lists in them are read."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+
+
+def whole_numbers(text: str, option: str) -> list[int]:
+    """Whole numbers with commas between them. Raises ``ValueError`` naming the option."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} takes whole numbers with commas between them, got {text!r}") from None

@@ -1,0 +1,189 @@
+"""The profile's file: JSON, one line for each field and each prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from reasonalloc.policies.allocation.profile.measurements import HISTOGRAM_EDGES, Floats, MissGrid, PromptDemand
+from reasonalloc.policies.allocation.shape import ModelShape
+
+if TYPE_CHECKING:
+    from reasonalloc.policies.allocation.profile.demand_profile import DemandProfile
+
+SCHEMA = 2
+KIND = "reasonalloc-demand-profile"
+QUANTILES = (0.1, 0.5, 0.9)  # in the summary
+Value = TypeVar("Value")
+
+
+def to_document(profile: DemandProfile) -> dict[str, Any]:
+    """The profile as plain JSON values; "summary" is for people and not read back."""
+    return {
+        "schema": SCHEMA,
+        "kind": KIND,
+        "source": dict(profile.source),
+        "model": {**vars(profile.shape), "architecture": dict(profile.architecture)},
+        "settings": dict(profile.settings),
+        "rhos": list(profile.rhos),
+        "grids": {name: {"budgets": list(g.budgets), "interval": g.interval} for name, g in profile.grids.items()},
+        "summary": _summary(profile),
+        "histogram": None if profile.histogram is None else _trimmed(profile.histogram),
+        "prompts": [
+            {
+                "hash": prompt.hash,
+                "task": prompt.task,
+                "tokens": prompt.tokens,
+                "rows": prompt.rows,
+                "sums": _plain(prompt.sums),
+                "sensitivity": None if prompt.sensitivity is None else _plain(prompt.sensitivity),
+                "misses": {scorer: _plain(values) for scorer, values in prompt.misses.items()},
+            }
+            for prompt in profile.prompts
+        ],
+    }
+
+
+def to_text(document: dict[str, Any]) -> bytes:
+    """A document as the text of a file."""
+    fields = dict(document)
+    prompts = ",\n".join(json.dumps(prompt, separators=(",", ":")) for prompt in fields.pop("prompts"))
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in fields.items())
+    return f'{{\n{lines},\n"prompts": [\n{prompts}\n]\n}}\n'.encode()
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The JSON document in a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not JSON, or not a demand profile of this schema.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no demand profile at {path}")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a demand profile: {error}") from error
+    schema = document.get("schema") if isinstance(document, dict) else type(document).__name__
+    if schema != SCHEMA or document.get("kind") != KIND:
+        raise ValueError(
+            f"{path}: expected a demand profile of schema {SCHEMA}, found {schema!r}; calibrate the model again"
+        )
+    return document
+
+
+def profile_fields(document: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``DemandProfile`` that a document gives.
+
+    Raises ``ValueError`` naming a missing or wrong field.
+    """
+    read = _FieldReader(document)
+    shape = {name: read(int, "model", name) for name in ("layers", "kv_heads", "query_heads", "head_dim")}
+    return {
+        "shape": ModelShape(**shape),
+        "rhos": tuple(read(_floats, "rhos")),
+        "prompts": tuple(_prompt(read, i) for i in range(len(read(list, "prompts")))),
+        "architecture": read(dict, "model", "architecture"),
+        "histogram": read(_untrimmed, "histogram"),
+        "grids": {
+            name: MissGrid(tuple(read(_ints, "grids", name, "budgets")), read(int, "grids", name, "interval"))
+            for name in read(dict, "grids")
+        },
+        "settings": read(dict, "settings"),
+        "source": read(dict, "source"),
+    }
+
+
+@dataclass(frozen=True)
+class _FieldReader:
+    """Reads one field of a document; whatever is wrong with it, the error names the field."""
+
+    document: dict[str, Any]
+
+    def __call__(self, kind: Callable[[Any], Value], *names: str | int) -> Value:
+        value: Any = self.document
+        try:
+            for name in names:
+                value = value[name]
+            if kind in (dict, list, str) and not isinstance(value, kind):
+                raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
+            return kind(value)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            problem = "is missing" if isinstance(error, KeyError) else f"is wrong ({error})"
+            raise ValueError(f"field {'.'.join(map(str, names))} of the demand profile {problem}") from error
+
+
+def _prompt(read: _FieldReader, i: int) -> PromptDemand:
+    return PromptDemand(
+        hash=read(str, "prompts", i, "hash"),
+        rows=read(int, "prompts", i, "rows"),
+        sums=read(_array, "prompts", i, "sums"),
+        misses={name: read(_array, "prompts", i, "misses", name) for name in read(dict, "prompts", i, "misses")},
+        task=read(str, "prompts", i, "task"),
+        tokens=read(int, "prompts", i, "tokens"),
+        sensitivity=read(_array_or_none, "prompts", i, "sensitivity"),
+    )
+
+
+def _summary(profile: DemandProfile) -> dict[str, Any]:
+    rho = profile.reference_rho
+    error = profile.layer_standard_error(rho)
+    found = {
+        "rho": rho,
+        "rows": profile.rows,
+        "layer_demand": profile.layer_demand(rho).round(4).tolist(),
+        "layer_standard_error": None if np.isnan(error).any() else error.round(4).tolist(),
+        "kv_head_demand": profile.kv_head_demand(rho).round(4).tolist(),
+    }
+    if profile.histogram is not None:
+        found["query_head_quantiles"] = {
+            str(share): values.astype(int).tolist()
+            for share, values in zip(QUANTILES, profile.quantiles(QUANTILES), strict=True)
+        }
+    return found
+
+
+def _plain(values: Floats) -> Any:
+    """Nested lists; whole numbers as integers."""
+    nested = values.tolist()
+
+    def convert(x: Any) -> Any:
+        if isinstance(x, list):
+            return [convert(y) for y in x]
+        return int(x) if x.is_integer() else x
+
+    return convert(nested)
+
+
+def _trimmed(histogram: np.ndarray[Any, Any]) -> list[list[list[int]]]:
+    """Counts without the empty bins at each end of the list."""
+    return [[np.trim_zeros(head, "b").tolist() for head in layer] for layer in histogram]
+
+
+def _untrimmed(nested: Any) -> np.ndarray[Any, Any] | None:
+    if nested is None:
+        return None
+    bins = len(HISTOGRAM_EDGES)
+    return np.array([[[*_ints(head), *[0] * (bins - len(head))] for head in layer] for layer in nested], dtype=np.int64)
+
+
+def _array(values: Any) -> Floats:
+    return np.array(values, dtype=np.float64)
+
+
+def _array_or_none(values: Any) -> Floats | None:
+    return None if values is None else _array(values)
+
+
+def _floats(values: Any) -> list[float]:
+    return [float(value) for value in values]
+
+
+def _ints(values: Any) -> list[int]:
+    return [int(value) for value in values]
