@@ -100,17 +100,9 @@ def _exp(x: Any) -> Any:
 
 @numba.njit(nogil=True, fastmath=_FAST, error_model="numpy", cache=True)  # a NaN comes out as one
 def _attend(
-    first: int,
-    last: int,
-    query: Any,
-    keys: Any,
-    values: Any,
-    starts: Any,
-    lengths: Any,
-    received: Any,
-    places: Any,
-    out: Any,
-) -> None:
+    first: int, last: int, query: Any, keys: Any, values: Any, starts: Any, lengths: Any,
+    received: Any, places: Any, out: Any,
+) -> None:  # fmt: skip
     """Rows ``first`` to ``last``. Tokens are taken four at a time, so that what is common stays in registers."""
     group, dim = query.shape[1:]
     line = _LINE // keys.itemsize

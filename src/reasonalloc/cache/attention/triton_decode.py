@@ -108,8 +108,8 @@ def attend_chunks(
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
         _attend_chunk[(chunks,)](
-            query, spans.keys, spans.values, starts, lengths, table.rows, table.offsets, partial, largest, total, scaling,
-            **sizes, **wide, **tiles,
+            query, spans.keys, spans.values, starts, lengths, table.rows, table.offsets, partial, largest, total,
+            scaling, **sizes, **wide, **tiles,
         )  # fmt: skip
         _join_chunks[(rows, group)](
             partial, largest, total, table.first, out, log_sums, group=group, value_dim=value_dim, **wide
