@@ -215,8 +215,8 @@ class RaggedCache:
         """
         if self.step.done < self.table.layers and self.table.rows:
             raise RuntimeError(
-                f"the last forward pass ended after {self.step.done} of {self.table.layers} layers: it was interrupted, "
-                "or the cache was made for another model; reset() the cache, or make a new one"
+                f"the last forward pass ended after {self.step.done} of {self.table.layers} layers: it was "
+                "interrupted, or the cache was made for another model; reset() the cache, or make a new one"
             )
         if self._speculation is not None:  # nobody rolled back: the speculation is over
             self.rollback(0)

@@ -66,9 +66,9 @@ def select(
 ) -> tuple[Int[Tensor, "batch heads tokens"], Int[Tensor, "batch heads"]]:
     """Indices of the tokens that stay, and how many per head.
 
-    Entries of the indices at or past those numbers mean nothing. Each head keeps its protected tokens, its window, and its best-scored tokens up to the budget; of equal
-    scores the earlier stored token wins. Survivors keep their order, or with ``by_score`` stand in descending
-    order of score behind the protected and before the window.
+    Entries of the indices at or past those numbers mean nothing. Each head keeps its protected tokens, its window, and
+    its best-scored tokens up to the budget; of equal scores the earlier stored token wins. Survivors keep their order,
+    or with ``by_score`` stand in descending order of score behind the protected and before the window.
     """
     scores = candidates.scores
     index = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)

@@ -37,8 +37,8 @@ class _Pass:
         rows = np.arange(batch)
         if seen and batch != ragged.table.rows:
             raise ValueError(
-                f"the cache holds {ragged.table.rows} sequences, and {batch} come: go on with the same batch, or pass a "
-                "new cache, or call reset() on this one"
+                f"the cache holds {ragged.table.rows} sequences, and {batch} come: go on with the same batch, or pass "
+                "a new cache, or call reset() on this one"
             )
         chunk = self.continuation.read(mask, rows, columns, seen)
         if columns > 1:

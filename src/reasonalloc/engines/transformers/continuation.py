@@ -111,8 +111,8 @@ class Continuation:
         for row, (position, known, new) in enumerate(zip(found, seen.tolist(), chunk.counts.tolist(), strict=True)):
             if new and position not in (known, columns):
                 raise ValueError(
-                    f"the new tokens of sequence {row} begin at position {position}, but the cache holds {known} tokens "
-                    f"of it: this is not the continuation of the cached text; {_REMEDY}"
+                    f"the new tokens of sequence {row} begin at position {position}, but the cache holds {known} "
+                    f"tokens of it: this is not the continuation of the cached text; {_REMEDY}"
                 )
 
     def check_text(self, seen: int, columns: int) -> int | None:
