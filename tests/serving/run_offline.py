@@ -24,12 +24,12 @@ def core_of(llm):
 def kept_by(worker):
     """Positions on one rank, by arena, layer and head."""
     layers = worker.model_runner.vllm_config.compilation_config.static_forward_context.values()
-    found = [layer.impl.arenas for layer in layers if getattr(getattr(layer, "impl", None), "arenas", None)]
+    cache = next(layer.impl.running.cache for layer in layers if getattr(getattr(layer, "impl", None), "running", None))
     requests = {}
-    for layer in sorted(found, key=lambda arenas: arenas.layer):
-        for arena, cache in layer.requests.items():
-            tokens = cache.slab.padded()
-            heads = zip(tokens.positions[0], tokens.lengths[0], strict=True)
+    for layer in range(cache.table.layers):
+        tokens = cache.tokens(layer)
+        for arena in cache.table.seen.nonzero()[0].tolist():
+            heads = zip(tokens.positions[arena], tokens.lengths[arena], strict=True)
             positions = [sorted(row[: int(n)].tolist()) for row, n in heads]
             requests.setdefault(arena, []).append(positions)
     return requests

@@ -5,7 +5,7 @@ import inspect
 import torch
 import vllm
 from packaging.version import Version
-from vllm.config import ParallelConfig, SchedulerConfig
+from vllm.config import ParallelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import ForwardContext
 from vllm.model_executor.layers.attention.attention import Attention
@@ -16,9 +16,12 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, UniformTypeKVCacheSpecs
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from reasonalloc.cache.arenas import ArenaLayout
+from reasonalloc.cache.arena import ArenaLayout
 from reasonalloc.engines.vllm.spec import ArenaSpec
 
 LONGEST = 4096
@@ -69,7 +72,9 @@ def test_the_seams_are_where_they_were():
     batch = inspect.signature(CommonAttentionMetadata).parameters
     assert "is_prefilling" in batch, "who says when a prompt ends?"
     assert "seq_lens_cpu_upper_bound" in batch, "how long are prompts, without waiting for the device?"
-    assert "prefill_schedule_interval" in SchedulerConfig.__dataclass_fields__, "may prompts pause by another name?"
+    assert list(inspect.signature(GPUModelRunner._update_states).parameters) == ["self", "scheduler_output"]
+    assert "finished_req_ids" in SchedulerOutput.__dataclass_fields__, "who says when a request has ended?"
+    assert "block_ids" in CachedRequestState.__dataclass_fields__, "which arena did it have?"
     assert isinstance(ParallelConfig.use_ubatching, property), "may batches be split by another name?"
     assert "no_compile_layers" in inspect.signature(ForwardContext).parameters, "where are all layers?"
     assert "attention_backend" in EngineArgs.__dataclass_fields__, "how is the plugin's attention chosen on a GPU?"

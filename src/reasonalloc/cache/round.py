@@ -101,6 +101,7 @@ class Round:
         numbers: ``[layers]``, the model's number of each of the table's layers: a pipeline's stage has some of them.
         evicted: ``[layers]``, tokens forgotten so far, over all rows and heads.
         rounds: ``[layers]``, rounds in which at least one token was forgotten.
+        kept: ``[layers]``, tokens per head that the last of these left in such rows, on average.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Round:
         self.compression, self.table, self.totals, self.recorder = compression, table, totals, recorder
         self.numbers = numbers
         self.evicted, self.rounds = (np.zeros(len(numbers), dtype=np.int64) for _ in range(2))
+        self.kept = np.zeros(len(numbers))
         self._allocators: dict[tuple[int, ...], HeadAllocator] = {}
         self._generator: torch.Generator | None = None
 
@@ -272,9 +274,12 @@ class Round:
             pool.rewrite(rows, survivors, budgets[of] + protected + self.compression.interval)
 
     def _count(self, layers: HostInts, held: HostInts, stays: HostInts) -> None:
-        gone = (held - stays).sum((1, 2))
-        self.evicted[layers] += gone
-        self.rounds[layers] += gone > 0
+        gone = (held - stays).sum(-1)  # [layers, rows]
+        self.evicted[layers] += gone.sum(1)
+        self.rounds[layers] += (gone > 0).any(1)
+        for layer, rows, left in zip(layers.tolist(), gone > 0, stays, strict=True):
+            if rows.any():
+                self.kept[layer] = left[rows].mean()
 
 
 def _with_queries(seen: Observation, queries: Queries | None) -> Observation:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from vllm.config import get_current_vllm_config
@@ -15,7 +18,8 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from reasonalloc.cache.arenas import ArenaLayer, ArenaLayers
+from reasonalloc.cache.ragged import RaggedCache
+from reasonalloc.cache.step import Chunk
 from reasonalloc.engines.models import UnsupportedModelError
 from reasonalloc.engines.vllm.metrics import LayerMetrics
 from reasonalloc.engines.vllm.model import ServedModel, layer_number
@@ -26,57 +30,53 @@ _logger = logging.getLogger("vllm.reasonalloc")  # below vLLM's own, so that it 
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Prompt:
     """Tokens of one request's prompt in a batch.
 
     Attributes:
-        arena: the request's.
+        chunk: as the cache takes it.
         tokens: where they lie in the batch.
         first: whether nothing came before them; the arena may hold what another request left.
     """
 
-    arena: int
+    chunk: Chunk
     tokens: slice
     first: bool
 
 
 @dataclass(frozen=True)
-class Step:
+class Batch:
     """What a forward pass does.
 
     Attributes:
         arenas: of the requests that decode one token, their prompts being complete.
         rows: where these tokens lie in the batch: a slice if no others are between them.
-        chunks: all others.
+        prompts: all others.
     """
 
     arenas: list[int]
     rows: Tensor | slice
-    chunks: list[Chunk]
-
-    @property
-    def present(self) -> set[int]:
-        """The arenas of all requests that take part."""
-        return {*self.arenas, *(chunk.arena for chunk in self.chunks)}
+    prompts: list[Prompt]
 
     @classmethod
-    def read(cls, batch: Any) -> Step:
+    def read(cls, batch: Any) -> Batch:
         """Off vLLM's description of a batch; waits for the device, where its block table lies."""
         bounds = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
         lengths = batch.seq_lens_cpu_upper_bound[: batch.num_reqs].tolist()  # of prompts it is exact
         in_prompt = batch.is_prefilling[: batch.num_reqs].tolist()
         table = batch.block_table_tensor
         arenas = table[: batch.num_reqs, 0].tolist()
-        decoding, rows, chunks = [], [], []
+        decoding, rows, prompts = [], [], []
         for arena, start, stop, length, prompt in zip(arenas, bounds[:-1], bounds[1:], lengths, in_prompt, strict=True):
             if stop - start == 1 and not prompt:
                 decoding.append(arena)
                 rows.append(start)
             elif stop > start:
-                chunks.append(Chunk(arena, slice(start, stop), stop - start == length))
+                chunk = Chunk.of(np.array([arena]), stop - start, ends_prompt=False)
+                prompts.append(Prompt(chunk, slice(start, stop), stop - start == length))
         if rows and rows[-1] - rows[0] + 1 == len(rows):
-            return cls(decoding, slice(rows[0], rows[-1] + 1), chunks)
-        return cls(decoding, torch.tensor(rows, dtype=torch.long, device=table.device), chunks)
+            return cls(decoding, slice(rows[0], rows[-1] + 1), prompts)
+        return cls(decoding, torch.tensor(rows, dtype=torch.long, device=table.device), prompts)
 
 
 class StepBuilder(AttentionMetadataBuilder[Any]):
@@ -95,17 +95,20 @@ class Running:
     """What the layers of a process share.
 
     Attributes:
-        arenas: of all of them.
-        step: the present one; the first layer reads it.
+        cache: of all of them.
+        metrics: of each layer.
+        batch: the present one; the first layer reads it.
     """
 
-    arenas: ArenaLayers
-    step: Step | None = None
+    cache: RaggedCache
+    metrics: Sequence[LayerMetrics]
+    batch: Batch | None = None
 
-    def begin_step(self, batch: Any) -> None:
+    def begin(self, description: Any) -> None:
         """Before the first layer."""
-        self.step = Step.read(batch)
-        self.arenas.begin_step(self.step.present, self.step.arenas)
+        self.batch = batch = Batch.read(description)
+        self.cache.free([int(prompt.chunk.rows[0]) for prompt in batch.prompts if prompt.first])
+        self.cache.begin(batch.arenas, [prompt.chunk for prompt in batch.prompts])
 
 
 class ArenaAttention(AttentionImpl[Any]):
@@ -149,10 +152,8 @@ class ArenaAttention(AttentionImpl[Any]):
         # Of prompts that arenas have no room for: the longest one, and what the step that ends it begins of others.
         self.staged_tokens = config.model_config.max_model_len + config.scheduler_config.max_num_batched_tokens
         self.room: Tensor | None = None  # held while vLLM measures what the model takes beside its cache
-        self.patience = config.parallel_config.pipeline_parallel_size
         self.running: Running | None = None
-        self.arenas: ArenaLayer | None = None
-        self.metrics: LayerMetrics | None = None
+        self.index = 0  # which of the process's layers this is
 
     def forward(
         self,
@@ -170,49 +171,65 @@ class ArenaAttention(AttentionImpl[Any]):
         if not kv_cache.numel():  # vLLM measures its own memory
             self.room = torch.empty(2, self.staged_tokens, *key.shape[1:], dtype=key.dtype, device=key.device)
             return output
-        if self.arenas is None:
+        if self.running is None:
             self._open()
         if attn_metadata is None:  # it warms up
             return output
         assert self.running is not None
-        assert self.arenas is not None
-        assert self.metrics is not None
-        if self.arenas is self.running.arenas.layers[0]:
-            self.running.begin_step(attn_metadata)
-        step = self.running.step
-        assert step is not None
-        for chunk in step.chunks:
-            q, k, v = (x[chunk.tokens].transpose(0, 1) for x in (query, key, value))
-            output[chunk.tokens] = self.arenas.chunk(chunk.arena, q, k, v, self.scale, chunk.first).transpose(0, 1)
-        if step.arenas:
-            rows = step.rows
-            output[rows] = self.arenas.decode(step.arenas, query[rows], key[rows], value[rows], self.scale)
-        self.metrics.update()
+        cache = self.running.cache
+        if self.index == 0:
+            self.running.begin(attn_metadata)
+        batch = self.running.batch
+        assert batch is not None
+        for prompt in batch.prompts:
+            q, k, v = (x[prompt.tokens].transpose(0, 1)[None] for x in (query, key, value))
+            output[prompt.tokens] = self._attend(prompt.chunk, q, k, v)[0].transpose(0, 1)
+        if batch.arenas:
+            q, k, v = (x[batch.rows][:, :, None] for x in (query, key, value))
+            output[batch.rows] = cache.decode(self.index, q, k, v, self.scale)[:, :, 0]
+        cache.end_layer(self.index)
+        if self.index == cache.table.layers - 1:
+            for metrics in self.running.metrics:
+                metrics.update()
         return output
+
+    def _attend(self, chunk: Chunk, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """A chunk of a prompt, ``[1, heads, tokens, dim]``."""
+        assert self.running is not None
+        cache = self.running.cache
+        if not cache.is_new(chunk):
+            return cache.attend(self.index, chunk, query, key, value, self.scale)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=True)
+        cache.take(self.index, chunk, query, key, value, self.scale)
+        return out
 
     def _open(self) -> None:
         """Make arenas of the memory that vLLM has bound to the layers: of all of them, by the first that is asked."""
-        found = {
-            layer_number(name): attention
-            for name, attention in get_forward_context().no_compile_layers.items()
-            if isinstance(getattr(attention, "impl", None), ArenaAttention)
-        }
+        found = attentions(get_forward_context().no_compile_layers)
         memory = {number: attention.kv_cache for number, attention in found.items()}
         layouts = {number: self.served.layout(number, cache.dtype) for number, cache in memory.items()}
-        compression, budgets = self.served.compression, self.served.budgets
-        running = Running(ArenaLayers(compression, budgets, memory, layouts, patience=self.patience))
-        for arenas in running.arenas.layers:
-            found[arenas.layer].impl._take(running, arenas, len(memory[arenas.layer]) - _RESERVED)
+        cache = RaggedCache(self.served.compression, self.served.shape)
+        cache.lend(memory, layouts)
+        requests = len(memory[min(memory)]) - _RESERVED
+        running = Running(cache, [LayerMetrics(cache, index, requests) for index in range(len(found))])
+        for index, number in enumerate(sorted(found)):
+            found[number].impl._take(running, index)
+        _logger.info(
+            "reasonalloc: %d requests fit at once, each %d tokens per head and layer on average",
+            requests, self.served.compression.budget,
+        )  # fmt: skip
 
-    def _take(self, running: Running, arenas: ArenaLayer, requests: int) -> None:
-        self.room = None
-        self.running, self.arenas = running, arenas
-        self.metrics = LayerMetrics(arenas.layer, arenas.pool, requests)
-        if arenas.layer == 0:
-            _logger.info(
-                "reasonalloc: %d requests fit at once, each %d tokens per head and layer on average",
-                requests, self.served.compression.budget,
-            )  # fmt: skip
+    def _take(self, running: Running, index: int) -> None:
+        self.room, self.running, self.index = None, running, index
+
+
+def attentions(layers: Mapping[str, Any]) -> dict[int, Any]:
+    """vLLM's attention layers that are served here, by their number."""
+    return {
+        layer_number(name): layer
+        for name, layer in layers.items()
+        if isinstance(getattr(layer, "impl", None), ArenaAttention)
+    }
 
 
 class ArenaBackend(AttentionBackend):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge
 
-from reasonalloc.cache.arenas import ArenaPool
+from reasonalloc.cache.ragged import RaggedCache
 
 _EVICTED = Counter("reasonalloc_evicted_tokens", "Tokens forgotten, over heads.", ["layer"])
 _COMPRESSIONS = Counter("reasonalloc_compressions", "Rounds in which a request's layer forgot tokens.", ["layer"])
@@ -19,10 +19,12 @@ _ARENAS = Gauge("reasonalloc_arenas", "Requests that fit at once.", multiprocess
 
 
 class LayerMetrics:
-    """Reads one layer's pool and tells Prometheus what is new."""
+    """Reads one layer's counts and tells Prometheus what is new."""
 
-    def __init__(self, layer: int, pool: ArenaPool, requests: int) -> None:
-        self.pool = pool
+    def __init__(self, cache: RaggedCache, index: int, requests: int) -> None:
+        assert cache.round is not None
+        self.round, self.index = cache.round, index
+        layer = int(cache.round.numbers[index])
         self._seen = (0, 0)
         self._evicted, self._compressions = _EVICTED.labels(layer), _COMPRESSIONS.labels(layer)
         self._kept = _KEPT.labels(layer)
@@ -30,10 +32,10 @@ class LayerMetrics:
 
     def update(self) -> None:
         """After a forward pass."""
-        evicted, compressions = self.pool.evicted, self.pool.compressions
+        evicted, compressions = int(self.round.evicted[self.index]), int(self.round.rounds[self.index])
         if (evicted, compressions) == self._seen:
             return
         self._evicted.inc(evicted - self._seen[0])
         self._compressions.inc(compressions - self._seen[1])
-        self._kept.set(self.pool.kept)
+        self._kept.set(float(self.round.kept[self.index]))
         self._seen = (evicted, compressions)

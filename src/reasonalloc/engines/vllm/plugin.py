@@ -21,6 +21,7 @@ def register() -> None:
     _carry_to_other_machines()
     from vllm.model_executor.layers.attention.attention import Attention
     from vllm.v1.attention.backends.registry import register_backend
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from reasonalloc.engines.vllm.backend import ArenaBackend, slot
 
@@ -28,6 +29,8 @@ def register() -> None:
     if not hasattr(Attention, "stock_kv_cache_spec"):  # vLLM may call this again
         Attention.stock_kv_cache_spec = Attention.get_kv_cache_spec
         Attention.get_kv_cache_spec = arena_spec
+        GPUModelRunner.stock_update_states = GPUModelRunner._update_states
+        GPUModelRunner._update_states = update_states
 
 
 def _carry_to_other_machines() -> None:
@@ -35,6 +38,24 @@ def _carry_to_other_machines() -> None:
     copied = os.environ.get(_COPIED, "").split(",")
     if VARIABLE not in copied:
         os.environ[_COPIED] = ",".join([name for name in copied if name] + [VARIABLE])
+
+
+def update_states(runner: Any, scheduler_output: Any) -> Any:
+    """In the place of ``GPUModelRunner._update_states``, where a worker hears which requests have ended.
+
+    Their arenas are emptied, and the memory of prompts that had not ended is let go of. A request that pauses is none
+    of these.
+    """
+    from reasonalloc.engines.vllm.backend import attentions
+
+    ended = [runner.requests[name] for name in scheduler_output.finished_req_ids if name in runner.requests]
+    arenas = [blocks[0] for request in ended for blocks in request.block_ids if blocks]
+    if arenas:
+        for attention in attentions(runner.compilation_config.static_forward_context).values():
+            if attention.impl.running is not None:
+                attention.impl.running.cache.free(arenas)
+                break
+    return runner.stock_update_states(scheduler_output)
 
 
 def arena_spec(attention: Any, vllm_config: Any) -> Any:
