@@ -69,9 +69,39 @@ class RKV(Scorer):
 def redundancy(tokens: LayerTokens, threshold: float) -> Float[Tensor, "batch heads tokens"]:
     """Softmax over a head's tokens of the column means of its key similarity matrix; see ``RKV``."""
     valid = tokens.valid
-    total = counted_similarity(tokens.keys.flatten(0, 1), tokens.lengths.flatten(), threshold).view(valid.shape)
+    counted = counted_similarity if tokens.device.type == "cpu" else counted_over_all_pairs
+    total = counted(tokens.keys.flatten(0, 1), tokens.lengths.flatten(), threshold).view(valid.shape)
     mean = total / tokens.lengths[..., None].clamp(min=1)
     return mean.masked_fill(~valid, float("-inf")).softmax(-1).masked_fill(~valid, 0.0)
+
+
+def counted_over_all_pairs(
+    keys: Float[Tensor, "rows tokens dim"], lengths: Int[Tensor, "rows"], threshold: float
+) -> Float[Tensor, "rows tokens"]:
+    """As ``counted_similarity``, over all pairs of keys: the definition itself, which never waits for the device.
+
+    The number of operations depends on the size of the similarity matrices alone, of which it holds
+    ``block_entries`` at once.
+    """
+    rows, n, _ = keys.shape
+    index = torch.arange(n, device=keys.device)
+    absent = index >= lengths[:, None]
+    blocks = []
+    at_once = max(1, block_entries(keys.device) // max(1, n * n))
+    for some, gone in zip(keys.split(at_once), absent.split(at_once), strict=True):
+        unit = at_least_float32(some)
+        unit = unit / torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_min(1e-8)
+        unit = unit.masked_fill(gone[..., None], 0.0)
+        similarity = unit @ unit.transpose(-1, -2)
+        similarity.diagonal(dim1=-2, dim2=-1).zero_()
+        # The last column with a near duplicate of each row's key, one behind the end where there is none.
+        newest = ((similarity > threshold) * (index + 1)).amax(-1)
+        found = newest > 0
+        newest = (newest - 1).clamp(min=0)
+        spares = similarity.gather(-1, newest[..., None]).squeeze(-1).masked_fill(~found, 0.0)
+        spared = torch.zeros_like(spares).scatter_add_(-1, newest, spares)
+        blocks.append((similarity.sum(-2) - spared).masked_fill(gone, 0.0))
+    return torch.cat(blocks)
 
 
 def counted_similarity(
@@ -86,6 +116,9 @@ def counted_similarity(
 
     Returns:
         In float32, or float64 for such keys; 0 at and past ``lengths``.
+
+    Made for a CPU: few keys need to be compared with all others, and what is compared fits the processor's caches.
+    ``counted_over_all_pairs`` says the same in a few lines.
     """
     flat, width, entries = keys.flatten(0, 1), keys.shape[1], block_entries(keys.device)
     counted = at_least_float32(keys[:0]).new_zeros(keys.shape[:2])

@@ -28,8 +28,9 @@ class TOVA(Scorer):
         """Attention of the newest query, averaged over the layer's heads token by token."""
         tokens = seen.tokens
         weights = softmax_over(query_logits(seen)[..., -1, :], tokens.valid[:, :, None]).mean(2)
-        at = tokens.positions.long().masked_fill(~tokens.valid, 0).flatten(1)
-        size = int(at.max()) + 1
-        total = weights.new_zeros(at.shape[0], size).scatter_add_(1, at, weights.flatten(1))
-        held = torch.zeros_like(total).scatter_add_(1, at, tokens.valid.flatten(1).to(total.dtype))
-        return (total / held.clamp(min=1)).gather(1, at).reshape(weights.shape)
+        at, order = tokens.positions.masked_fill(~tokens.valid, -1).flatten(1).sort(1)
+        new = torch.cat([torch.zeros_like(at[:, :1]), (at[:, 1:] != at[:, :-1]).long()], 1)
+        token = torch.empty_like(order).scatter_(1, order, new.cumsum(1))  # which of the layer's tokens each entry is
+        total = torch.zeros_like(weights.flatten(1)).scatter_add_(1, token, weights.flatten(1))
+        held = torch.zeros_like(total).scatter_add_(1, token, tokens.valid.flatten(1).to(total.dtype))
+        return (total / held.clamp(min=1)).gather(1, token).reshape(weights.shape)
