@@ -83,7 +83,7 @@ def counted_over_all_pairs(
     The number of operations depends on the size of the similarity matrices alone, of which it holds
     ``block_entries`` at once.
     """
-    rows, n, _ = keys.shape
+    _rows, n, _ = keys.shape
     index = torch.arange(n, device=keys.device)
     absent = index >= lengths[:, None]
     blocks = []
