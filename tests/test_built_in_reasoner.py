@@ -56,6 +56,6 @@ def test_it_brings_its_wave(reasoner):
     cache = ra.Cache(reasoner[0].config, compression)
     assert cache.compression.demand_profile is not None
     assert cache.compression.demand_profile.source["model"] == BUILT_IN == model_name(reasoner[0].config)
-    totals = [int(cache.budgets.totals(layer, 1)[0]) for layer in range(cache.shape.layers)]
+    totals = [cache.ragged.totals.fixed(layer) for layer in range(cache.shape.layers)]
     assert len(set(totals)) > 1
     assert sum(totals) == cache.shape.layers * cache.shape.kv_heads * 64

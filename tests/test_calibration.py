@@ -574,7 +574,7 @@ def test_simulated_eviction_is_that_of_a_real_cache(scorer):
     simulation = probe._simulations[scorer][0]
     simulation._extend(ids.shape[1])
     for kept, cache in zip(simulation._kept, caches[1:], strict=True):
-        real = cache.layer_caches[0].slab.padded()
+        real = cache.ragged.tokens(0)
         for head in range(3):
             expected = real.positions[0, head, : int(real.lengths[0, head])].sort().values.tolist()
             assert kept[0, head].nonzero().flatten().tolist() == expected

@@ -20,7 +20,7 @@ from reasonalloc import (
     PyramidLayers,
 )
 from reasonalloc.cache.selection import Candidates, rank_candidates, route_heads, select
-from reasonalloc.cache.totals import LayerBudgets
+from reasonalloc.cache.totals import LayerTotals
 from reasonalloc.files import write_atomically
 from reasonalloc.policies.allocation import HEAD_ALLOCATORS, HeadSplit
 
@@ -76,10 +76,20 @@ class Layer:
         return list(range(first)), list(range(recent, length)), others
 
 
+def chosen(candidates: Candidates, budgets: Tensor, by_score: bool = False) -> list[list[list[int]]]:
+    """``[row][head]``: which tokens stay, in the order of storage."""
+    index, kept = select(candidates, budgets, by_score)
+    assert index.shape == candidates.scores.shape
+    assert kept.shape == budgets.shape
+    return [
+        [head[:count].tolist() for head, count in zip(*of_row, strict=True)]
+        for of_row in zip(index, kept.tolist(), strict=True)
+    ]
+
+
 def kept_tokens(layer: Layer, by_score: bool = False) -> dict[tuple[int, int], list[int]]:
-    index, kept = select(layer.candidates(), layer.budgets, by_score)
-    assert index.shape == (layer.batch, layer.heads, int(kept.max()))
-    return {(row, head): index[row, head, : kept[row, head]].tolist() for row, head in layer.rows()}
+    found = chosen(layer.candidates(), layer.budgets, by_score)
+    return {(row, head): found[row][head] for row, head in layer.rows()}
 
 
 # ---- ranking ---------------------------------------------------------------------------------------------
@@ -121,10 +131,10 @@ def test_odd_scores_never_displace_the_window(odd: float) -> None:
     candidates = odd_scores(odd)
     assert torch.isfinite(candidates.scores[0, 0, :3]).all()
     assert candidates.scores[0, 0, 3:].tolist() == [INFINITY, INFINITY, -INFINITY]
-    assert select(candidates, torch.tensor([[2]]), False)[0].tolist() == [[[3, 4]]]
+    assert chosen(candidates, torch.tensor([[2]])) == [[[3, 4]]]
     best = 1 if odd > 0 else 0
-    assert select(candidates, torch.tensor([[3]]), False)[0].tolist() == [[[best, 3, 4]]]
-    assert select(candidates, torch.tensor([[4]]), False)[0].tolist() == [[[0, 1 if odd > 0 else 2, 3, 4]]]
+    assert chosen(candidates, torch.tensor([[3]])) == [[[best, 3, 4]]]
+    assert chosen(candidates, torch.tensor([[4]])) == [[[0, 1 if odd > 0 else 2, 3, 4]]]
 
 
 @pytest.mark.parametrize("by_score", [False, True])
@@ -203,7 +213,7 @@ def test_of_equal_scores_the_lower_index_wins(by_score: bool) -> None:
     scores = torch.tensor([[[1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 0.0]]])
     newest = torch.arange(7) == 6
     candidates = rank_candidates(scores, torch.ones(1, 1, 7, dtype=torch.bool), newest[None, None], torch.tensor([0]))
-    kept = [select(candidates, torch.tensor([[budget]]), by_score)[0][0, 0].tolist() for budget in (2, 3, 5, 6)]
+    kept = [chosen(candidates, torch.tensor([[budget]]), by_score)[0][0] for budget in (2, 3, 5, 6)]
     if by_score:
         assert kept == [[1, 6], [1, 3, 6], [1, 3, 5, 0, 6], [1, 3, 5, 0, 2, 6]]
     else:
@@ -218,9 +228,8 @@ def test_many_ties_are_still_by_index() -> None:
     candidates = rank_candidates(scores, valid, newest, torch.tensor([3]))
     expected = [*range(1003 - 8), *range(tokens - 8, tokens)]
     for by_score in (False, True):
-        index, kept = select(candidates, torch.tensor([[1000, 1000]]), by_score)
-        assert kept.tolist() == [[1003, 1003]]
-        assert index.tolist() == [[expected, expected]]
+        assert len(expected) == 1003
+        assert chosen(candidates, torch.tensor([[1000, 1000]]), by_score) == [[expected, expected]]
 
 
 @pytest.mark.parametrize("by_score", [False, True])
@@ -239,9 +248,8 @@ def test_a_sequences_selection_does_not_depend_on_the_batch(by_score: bool) -> N
         for row in range(layer.batch):
             one = slice(row, row + 1)
             own = rank_candidates(layer.scores[one], layer.valid[one], layer.newest[one], layer.protected[one])
-            index, kept = select(own, layer.budgets[one], by_score)
-            for head in range(layer.heads):
-                assert index[0, head, : kept[0, head]].tolist() == together[row, head]
+            alone = chosen(own, layer.budgets[one], by_score)[0]
+            assert alone == [together[row, head] for head in range(layer.heads)]
 
 
 # ---- routing ---------------------------------------------------------------------------------------------
@@ -348,18 +356,23 @@ BUDGET, WINDOW = 20, 4
 ALL = SHAPE.layers * SHAPE.kv_heads * BUDGET
 
 
-def layer_budgets(layers: Any = None, profile: DemandProfile | None = None) -> LayerBudgets:
+def layer_totals(layers: Any = None, profile: DemandProfile | None = None) -> LayerTotals:
     layers = DynamicLayers() if layers is None else layers
-    return LayerBudgets(Compression(BUDGET, layers=layers, profile=profile, window=WINDOW), SHAPE)
+    return LayerTotals(Compression(BUDGET, layers=layers, profile=profile, window=WINDOW), SHAPE)
 
 
-def table(budgets: LayerBudgets, batch: int) -> np.ndarray[Any, Any]:
-    return np.stack([budgets.totals(layer, batch) for layer in range(SHAPE.layers)], 1)
+def table(totals: LayerTotals, batch: int) -> np.ndarray[Any, Any]:
+    """``[rows, layers]``."""
+    return totals.of(np.arange(SHAPE.layers), np.arange(batch)).T
 
 
-def report_all(budgets: LayerBudgets, demand: Tensor) -> None:
-    for layer in range(SHAPE.layers):
-        budgets.report(layer, demand[:, layer])
+def report(totals: LayerTotals, layer: int, demand: Tensor) -> None:
+    """One layer's demand, ``[rows]``."""
+    totals.report(np.array([layer]), demand[None].double().numpy())
+
+
+def report_all(totals: LayerTotals, demand: Tensor) -> None:
+    totals.report(np.arange(SHAPE.layers), demand.T.double().numpy())
 
 
 def random_demand(batch: int, seed: int) -> Tensor:
@@ -370,120 +383,120 @@ def random_demand(batch: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("layers", ["uniform", "pyramid", "wave", "dynamic", PyramidLayers(3)])
 def test_first_totals_are_the_allocators(layers: Any) -> None:
     profile = DemandProfile.of_layers((9.0, 1.0, 2.0, 3.0, 40.0), SHAPE)
-    budgets = layer_budgets(layers, profile)
-    allocator = budgets.compression.layer_allocator
+    totals = layer_totals(layers, profile)
+    allocator = totals.compression.layer_allocator
     wanted = allocator.allocate(SHAPE, BUDGET, WINDOW, profile).tolist()
-    totals = table(budgets, 3)
-    assert totals.tolist() == [wanted] * 3
-    assert totals.sum(1).tolist() == [ALL] * 3
-    assert (budgets.dynamic is not None) == (layers == "dynamic")
+    split = table(totals, 3)
+    assert split.tolist() == [wanted] * 3
+    assert split.sum(1).tolist() == [ALL] * 3
+    assert (totals.dynamic is not None) == (layers == "dynamic")
 
 
 @pytest.mark.parametrize("layers", ["uniform", "pyramid", "wave"])
 def test_fixed_totals_stay(layers: str) -> None:
-    budgets = layer_budgets(layers, DemandProfile.of_layers((9.0, 1.0, 2.0, 3.0, 40.0), SHAPE))
-    before = table(budgets, 2)
-    budgets.open_round()
-    budgets.select_sequences([1, 1, 0])
-    assert table(budgets, 3).tolist() == [before[0].tolist()] * 3
+    totals = layer_totals(layers, DemandProfile.of_layers((9.0, 1.0, 2.0, 3.0, 40.0), SHAPE))
+    before = table(totals, 2)
+    totals.open_round()
+    totals.select([1, 1, 0])
+    assert table(totals, 3).tolist() == [before[0].tolist()] * 3
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_totals_are_exact_at_every_round(seed: int) -> None:
-    budgets, batch, seen = layer_budgets(), 1 + seed % 4, set()
+    totals, batch, seen = layer_totals(), 1 + seed % 4, set()
     for step in range(12):
         for layer in range(SHAPE.layers):
             if layer == 0:
-                budgets.open_round()
-            totals = table(budgets, batch)
-            assert totals.sum(1).tolist() == [ALL] * batch
-            assert totals.min() >= SHAPE.kv_heads * max(WINDOW, BUDGET / 4)
-            assert totals.max() <= 2 * SHAPE.kv_heads * BUDGET
-            budgets.report(layer, random_demand(batch, 100 * seed + step)[:, layer])
-        seen.add(totals.tobytes())
+                totals.open_round()
+            split = table(totals, batch)
+            assert split.sum(1).tolist() == [ALL] * batch
+            assert split.min() >= SHAPE.kv_heads * max(WINDOW, BUDGET / 4)
+            assert split.max() <= 2 * SHAPE.kv_heads * BUDGET
+            report(totals, layer, random_demand(batch, 100 * seed + step)[:, layer])
+        seen.add(split.tobytes())
     assert len(seen) > 6  # the demands do move the totals
 
 
 def test_totals_follow_the_moving_average_of_reports() -> None:
     allocator = DynamicLayers(decay=0.75)
-    budgets, average = layer_budgets(allocator), None
+    totals, average = layer_totals(allocator), None
     for step in range(5):
         demand = random_demand(2, step).double()
         average = demand if average is None else 0.75 * average + 0.25 * demand
-        report_all(budgets, demand)
-        budgets.open_round()
-        assert table(budgets, 2).tolist() == allocator.split(average, SHAPE, BUDGET, WINDOW).tolist()
+        report_all(totals, demand)
+        totals.open_round()
+        assert table(totals, 2).tolist() == allocator.split(average, SHAPE, BUDGET, WINDOW).tolist()
 
 
 def test_a_round_opens_only_after_all_layers_reported() -> None:
-    budgets = layer_budgets()
+    totals = layer_totals()
     even = [[SHAPE.kv_heads * BUDGET] * SHAPE.layers]
-    budgets.open_round()
-    assert table(budgets, 1).tolist() == even
+    totals.open_round()
+    assert table(totals, 1).tolist() == even
     for layer in range(SHAPE.layers):
-        budgets.open_round()
-        assert table(budgets, 1).tolist() == even
-        budgets.report(layer, torch.tensor([10.0**layer]))
-    assert table(budgets, 1).tolist() == even  # reports take effect with the next round, not within one
-    budgets.open_round()
-    assert table(budgets, 1).tolist() != even
+        totals.open_round()
+        assert table(totals, 1).tolist() == even
+        report(totals, layer, torch.tensor([10.0**layer]))
+    assert table(totals, 1).tolist() == even  # reports take effect with the next round, not within one
+    totals.open_round()
+    assert table(totals, 1).tolist() != even
 
 
 def test_totals_are_the_callers_own() -> None:
-    budgets = layer_budgets()
-    report_all(budgets, random_demand(2, 1))
-    budgets.open_round()
-    before = table(budgets, 2)
-    budgets.totals(0, 2)[:] = 0
-    assert table(budgets, 2).tolist() == before.tolist()
+    totals = layer_totals()
+    report_all(totals, random_demand(2, 1))
+    totals.open_round()
+    before = table(totals, 2)
+    totals.of(np.arange(SHAPE.layers), np.arange(2))[:] = 0
+    assert table(totals, 2).tolist() == before.tolist()
 
 
 def test_sequences_are_split_independently() -> None:
     demand = random_demand(3, 5)
-    together = layer_budgets()
+    together = layer_totals()
     report_all(together, demand)
     together.open_round()
     for row in range(3):
-        alone = layer_budgets()
+        alone = layer_totals()
         report_all(alone, demand[row : row + 1])
         alone.open_round()
         assert table(alone, 1)[0].tolist() == table(together, 3)[row].tolist()
 
 
 @pytest.mark.parametrize("indices", [[2, 0], [1], [0, 0, 2, 1, 1], [0, 1, 2]])
-def test_select_sequences_moves_totals_and_averages(indices: list[int]) -> None:
-    budgets, picked = layer_budgets(), layer_budgets()
+def test_select_moves_totals_and_averages(indices: list[int]) -> None:
+    totals, picked = layer_totals(), layer_totals()
     first, second = random_demand(3, 1), random_demand(3, 2)
-    report_all(budgets, first)
-    budgets.open_round()
-    before = table(budgets, 3)
+    report_all(totals, first)
+    totals.open_round()
+    before = table(totals, 3)
     assert len({row.tobytes() for row in before}) == 3
-    budgets.select_sequences(indices)
-    assert table(budgets, len(indices)).tolist() == before[indices].tolist()
+    totals.select(indices)
+    assert table(totals, len(indices)).tolist() == before[indices].tolist()
     # From here on as if the batch had always been this one.
     report_all(picked, first[indices])
-    for other in (budgets, picked):
+    for other in (totals, picked):
         report_all(other, second[indices])
         other.open_round()
-    assert table(budgets, len(indices)).tolist() == table(picked, len(indices)).tolist()
+    assert table(totals, len(indices)).tolist() == table(picked, len(indices)).tolist()
 
 
-def test_select_sequences_before_any_report() -> None:
-    budgets = layer_budgets()
-    budgets.select_sequences([0, 0])
-    assert table(budgets, 2).sum(1).tolist() == [ALL, ALL]
+def test_select_before_any_report() -> None:
+    totals = layer_totals()
+    totals.select([0, 0])
+    assert table(totals, 2).sum(1).tolist() == [ALL, ALL]
 
 
 def test_reset_forgets_demand_and_batch() -> None:
-    budgets = layer_budgets()
-    report_all(budgets, random_demand(2, 1))
-    budgets.open_round()
-    budgets.reset()
-    budgets.open_round()
-    assert table(budgets, 5).tolist() == [[SHAPE.kv_heads * BUDGET] * SHAPE.layers] * 5
-    report_all(budgets, random_demand(4, 2))
-    budgets.open_round()
-    assert table(budgets, 4).sum(1).tolist() == [ALL] * 4
+    totals = layer_totals()
+    report_all(totals, random_demand(2, 1))
+    totals.open_round()
+    totals.reset()
+    totals.open_round()
+    assert table(totals, 5).tolist() == [[SHAPE.kv_heads * BUDGET] * SHAPE.layers] * 5
+    report_all(totals, random_demand(4, 2))
+    totals.open_round()
+    assert table(totals, 4).sum(1).tolist() == [ALL] * 4
 
 
 # ---- files -----------------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reasonalloc.cache.slab import RaggedSlab
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reasonalloc
 from reasonalloc.cache.attention import BACKENDS, attend_rows, received_attention
 from reasonalloc.cache.selection import rank_candidates, select
+from reasonalloc.cache.spans import Spans
 from reasonalloc.policies.scoring import (
     H2O,
     RKV,
@@ -88,6 +88,12 @@ def observe(seed=0, *, group=2, dtype=torch.float32, window=3, dim=8, value_dim=
     noise = Noise(seed + 6, torch.arange(batch), lengths.amax(-1))
     seen = Observation(tokens, queries, real, 0.7, window, budget, noise, rng(seed + 7))
     return replace(seen, **changes)
+
+
+def changed(tokens, **changes):
+    """The same tokens, some of their tensors replaced."""
+    names = ("keys", "values", "lengths", "positions", "received")
+    return LayerTokens(**{name: changes.get(name, getattr(tokens, name)) for name in names})
 
 
 def keys_with_duplicates(seed=0, dim=24, length=20):
@@ -425,7 +431,7 @@ def test_streaming_ranks_sinks_first_then_the_newest(sinks):
     for b, h, row in rows(seen):
         n = len(row.keys)
         shuffled[b, h, :n] = shuffled[b, h, torch.randperm(n, generator=rng(b * 2 + h))]
-    seen = replace(seen, tokens=replace(seen.tokens, positions=shuffled))
+    seen = replace(seen, tokens=changed(seen.tokens, positions=shuffled))
     got, found = StreamingLLM(sinks).score(seen), 0
     for b, h, row in rows(seen):
         scores = got[b, h].tolist()
@@ -527,7 +533,7 @@ def test_vase_kernel(kernel):
 def large_in_the_window(seen):
     """The same observation, with the largest value ranges where they must not count: in the window."""
     values = torch.where(seen.tokens.newest(seen.window)[..., None], 50 * seen.tokens.values, seen.tokens.values)
-    return replace(seen, tokens=replace(seen.tokens, values=values))
+    return replace(seen, tokens=changed(seen.tokens, values=values))
 
 
 @DTYPES
@@ -637,7 +643,7 @@ def test_vase_draws_for_every_head_and_sequence_anew():
     # Both heads hold the same tokens and see the same queries: only the lottery can tell them apart.
     same = [x[:, :1].expand(-1, 2, *x.shape[2:]) for x in (seen.tokens.keys, seen.tokens.values)]
     queries = seen.queries[:, :2].repeat(1, 2, 1, 1)
-    seen = replace(seen, tokens=replace(seen.tokens, keys=same[0], values=same[1]), queries=queries)
+    seen = replace(seen, tokens=changed(seen.tokens, keys=same[0], values=same[1]), queries=queries)
     probability, order = drawn(VaSE(sinks=1), seen, 0)
     _, other = drawn(VaSE(sinks=1), seen, 1)
     joint = [a * b for a in probability for b in probability]
@@ -649,7 +655,7 @@ def test_queryfree_sketch_is_of_the_norms():
     # normal numbers, so its mean is 1 = |k|^2 and its variance 2 / rank.
     eye = torch.eye(20).expand(len(LENGTHS), 2, 20, 20)
     seen = observe(500, queries=None, real_queries=None)
-    seen = replace(seen, tokens=replace(seen.tokens, keys=eye, values=eye))
+    seen = replace(seen, tokens=changed(seen.tokens, keys=eye, values=eye))
     scorer = QueryFreeVaSE(sinks=0)
     draws = [scorer.score(in_round(seen, i))[0, 0, : LENGTHS[0][0]] for i in range(500)]
     norms = torch.stack(draws).sqrt()
@@ -661,7 +667,7 @@ def test_queryfree_uses_one_gaussian_for_keys_and_values():
     # E |kG|^2 |vG|^2 for unit k = v is 1 + 2 / rank with one G, and 1 with a G of its own for each.
     eye = torch.eye(20).expand(len(LENGTHS), 2, 20, 20)
     seen = observe(510, queries=None, real_queries=None)
-    seen = replace(seen, tokens=replace(seen.tokens, keys=eye, values=eye))
+    seen = replace(seen, tokens=changed(seen.tokens, keys=eye, values=eye))
     scorer = QueryFreeVaSE(sinks=0, rank=4)
     draws = [scorer.score(in_round(seen, i))[0, 0, : LENGTHS[0][0]] for i in range(2000)]
     assert abs(torch.stack(draws).mean() - 1.5) < 0.1
@@ -692,7 +698,7 @@ def test_queryfree_forces_the_sinks_and_no_large_ranges():
     values[:, :, 6, 0] = 100.0  # of a huge range, and of a key without a norm: nobody would draw it
     keys = seen.tokens.keys.clone()
     keys[:, :, 6] = 0.0
-    seen = replace(seen, tokens=replace(seen.tokens, keys=keys, values=values))
+    seen = replace(seen, tokens=changed(seen.tokens, keys=keys, values=values))
     got = QueryFreeVaSE(sinks=2).score(seen)
     alone = QueryFreeVaSE(sinks=0).score(seen)
     sinks = (seen.tokens.positions < 2) & seen.tokens.valid
@@ -708,7 +714,7 @@ def test_queryfree_forces_the_sinks_and_no_large_ranges():
 def test_queryfree_draws_one_sketch_for_every_sequence():
     seen = long_observation(2)
     same = [x[:, :1].expand(-1, 2, *x.shape[2:]) for x in (seen.tokens.keys, seen.tokens.values)]
-    seen = replace(seen, tokens=replace(seen.tokens, keys=same[0], values=same[1]))
+    seen = replace(seen, tokens=changed(seen.tokens, keys=same[0], values=same[1]))
     got = QueryFreeVaSE(sinks=0).score(seen)
     torch.testing.assert_close(got[:, 0], got[:, 1])
     assert ((got[0] - got[1]).abs() > 1e-3 * got[0]).all(), "two sequences share a sketch"
@@ -870,8 +876,8 @@ def test_user_scorer_decides_what_stays():
     cache = reasonalloc.Cache(model.config, compression)
     with torch.no_grad():
         model(torch.randint(50, (2, 40), generator=rng(700)), past_key_values=cache)
-    for layer in cache.layer_caches:
-        positions = layer.slab.padded().positions
+    for layer in range(2):
+        positions = cache.ragged.tokens(layer).positions
         assert positions.tolist() == [[[*range(12, 36, 2), 36, 37, 38, 39]] * 2] * 2
 
 
@@ -888,24 +894,32 @@ def test_a_taken_name_is_refused():
 
 # ---- attention over ragged rows, and what H2O accumulates of it --------------------------------------------
 
-SLAB_LENGTHS = np.array([[13, 1], [9, 12], [8, 10]])
+SPAN_LENGTHS = np.array([[13, 1], [9, 12], [8, 10]])
 
 
-def make_slab(dtype, track=True, lengths=SLAB_LENGTHS, seed=800, dim=6, value_dim=5):
-    """A slab of ragged rows with garbage in its free slots, and the tokens in it."""
+def make_spans(dtype, track=True, lengths=SPAN_LENGTHS, seed=800, dim=6, value_dim=5, room=0, device="cpu"):
+    """Ragged rows with garbage in their free slots, ``room`` more of these in each, and the tokens in them (CPU).
+
+    Accumulated attention lies elsewhere than the slots: each row's is shifted by some places, as in an arena.
+    """
     shape = (*lengths.shape, int(lengths.max()))
     keys, values = randn(seed + 1, *shape, dim).to(dtype), randn(seed + 2, *shape, value_dim).to(dtype)
     received = randn(seed + 3, *shape).abs().float() if track else None
-    positions = torch.arange(shape[-1], dtype=torch.int32).expand(shape)
+    positions = torch.arange(shape[-1]).expand(shape)
     tokens = LayerTokens(keys, values, torch.from_numpy(lengths), positions, received)
-    capacities = lengths + np.arange(lengths.size).reshape(lengths.shape) % 4
-    slab = RaggedSlab(keys, values, capacities, track)
-    slab.keys.copy_(1e3 * randn(seed + 4, *slab.keys.shape))
-    slab.values.copy_(1e3 * randn(seed + 5, *slab.values.shape))
-    if track:
-        slab.received.fill_(7.0)
-    slab.store(tokens, lengths, capacities, lengths.max(1))
-    return slab, tokens
+    capacities = lengths + np.arange(lengths.size).reshape(lengths.shape) % 4 + room
+    starts, slots = capacities.cumsum().reshape(lengths.shape) - capacities, int(capacities.sum())
+    shift = 2 + 3 * np.arange(len(lengths))
+    places = torch.full((slots + int(shift[-1]),), 7.0) if track else None
+    key_slots = (1e3 * randn(seed + 4, slots, dim)).to(dtype)
+    value_slots = (1e3 * randn(seed + 5, slots, value_dim)).to(dtype)
+    for b, h in np.ndindex(*lengths.shape):
+        first, n = int(starts[b, h]), int(lengths[b, h])
+        key_slots[first : first + n], value_slots[first : first + n] = keys[b, h, :n], values[b, h, :n]
+        if track:
+            places[first + shift[b] : first + shift[b] + n] = received[b, h, :n]
+    memory = (None if x is None else x.to(device) for x in (key_slots, value_slots, places))
+    return Spans.of(*memory, starts, lengths, capacities, shift), tokens
 
 
 def ref_attend(query, tokens, scaling, hidden=None):
@@ -940,18 +954,17 @@ def assert_output(got, want, tolerance):
     torch.testing.assert_close(got.double()[defined], want[defined], rtol=tolerance, atol=tolerance)
 
 
-def assert_received(slab, tokens, added, tolerance):
-    """What was there plus what was added; free slots untouched."""
-    free = torch.ones(slab.slots, dtype=torch.bool)
-    for b in range(slab.batch):
-        for h in range(slab.heads):
-            start, n = int(slab.starts[b, h]), int(slab.lengths[b, h])
-            want = tokens.received[b, h, :n].double() + added[b, h, :n]
-            got = slab.received[start : start + n].double()
-            torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-            free[start : start + n] = False
+def assert_received(spans, tokens, added, tolerance):
+    """What was there plus what was added; free places untouched."""
+    received = spans.received.cpu()
+    free = torch.ones(len(received), dtype=torch.bool)
+    for b, h in np.ndindex(*spans.lengths.shape):
+        start, n = int(spans.received_starts[b, h]), int(spans.lengths[b, h])
+        want = tokens.received[b, h, :n].double() + added[b, h, :n]
+        torch.testing.assert_close(received[start : start + n].double(), want, rtol=tolerance, atol=tolerance)
+        free[start : start + n] = False
     assert free.any()
-    assert (slab.received[free] == 7.0).all()
+    assert (received[free] == 7.0).all()
 
 
 def tolerances(dtype):
@@ -965,12 +978,12 @@ ANY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torc
 @ANY_DTYPE
 @GROUPS
 def test_one_query_rows(dtype, group):
-    slab, tokens = make_slab(dtype)
+    spans, tokens = make_spans(dtype)
     query = randn(810, 3, 2 * group, 1, 6).to(dtype)
     out, added = ref_attend(query, tokens, 0.6)
-    assert_output(attend_rows(query, slab, 0.6), out, tolerances(dtype)[0])
-    received_attention(query, slab, 0.6)
-    assert_received(slab, tokens, added, tolerances(dtype)[1])
+    assert_output(attend_rows(query, spans, 0.6), out, tolerances(dtype)[0])
+    received_attention(query, spans, 0.6)
+    assert_received(spans, tokens, added, tolerances(dtype)[1])
 
 
 @pytest.mark.parametrize("track", [True, False])
@@ -980,38 +993,38 @@ def test_one_query_compiled(dtype, group, track):
     pytest.importorskip("numba")
     from reasonalloc.cache.attention.compiled import attend_compiled
 
-    slab, tokens = make_slab(dtype, track)
+    spans, tokens = make_spans(dtype, track)
     query = randn(820, 3, 2 * group, 1, 6).to(dtype)
     out, added = ref_attend(query, tokens, 0.6)
-    got = attend_compiled(query, slab, 0.6)
+    got = attend_compiled(query, spans, 0.6)
     assert got.dtype == dtype
     # It computes in float32: in bfloat16 only the final rounding of the output is coarse.
     assert_output(got, out, 2e-5 if dtype == torch.float32 else 2**-8)
     if track:
-        assert_received(slab, tokens, added, 2e-5)
+        assert_received(spans, tokens, added, 2e-5)
 
 
 @pytest.mark.parametrize("name", ["rows", "compiled"])
 def test_backends_accumulate_over_steps(name):
     if name == "compiled":
         pytest.importorskip("numba")
-    slab, tokens = make_slab(torch.float32)
+    spans, tokens = make_spans(torch.float32)
     attend, total = BACKENDS[name](), 0.0
     for step in range(3):
         query = randn(830 + step, 3, 4, 1, 6).float()
         out, added = ref_attend(query, tokens, 0.6)
-        assert_output(attend(query, slab, 0.6), out, 2e-5)
+        assert_output(attend(query, spans, 0.6), out, 2e-5)
         total = total + added
-    assert_received(slab, tokens, total, 2e-5)
+    assert_received(spans, tokens, total, 2e-5)
 
 
 def test_backends_do_not_overflow_on_large_logits():
     pytest.importorskip("numba")
-    slab, tokens = make_slab(torch.float32)
+    spans, tokens = make_spans(torch.float32)
     query = 100 * randn(840, 3, 4, 1, 6).float()
     out, _ = ref_attend(query, tokens, 1.0)
     for name in ("rows", "compiled"):
-        assert_output(BACKENDS[name]()(query, slab, 1.0), out, 1e-3)
+        assert_output(BACKENDS[name]()(query, spans, 1.0), out, 1e-3)
 
 
 # How many of the newest tokens a chunk's queries must not see: no padding, padding before, padding between.
@@ -1022,39 +1035,39 @@ CHUNK_LENGTHS = np.array([[13, 5], [3, 12], [8, 10]])  # each query sees itself,
 @ANY_DTYPE
 @GROUPS
 def test_chunk_with_hidden_tokens(dtype, group):
-    slab, tokens = make_slab(dtype, lengths=CHUNK_LENGTHS)
+    spans, tokens = make_spans(dtype, lengths=CHUNK_LENGTHS)
     query = randn(850, 3, 2 * group, 5, 6)
     padding = (HIDDEN < 0)[:, None, :, None]
     query = torch.where(padding, 1e3 * randn(851, *query.shape), query).to(dtype)
     out, added = ref_attend(query, tokens, 0.6, HIDDEN)
-    assert_output(attend_rows(query, slab, 0.6, HIDDEN.clamp(min=0)), out, tolerances(dtype)[0])
-    received_attention(query, slab, 0.6, HIDDEN)
-    assert_received(slab, tokens, added, tolerances(dtype)[1])
+    assert_output(attend_rows(query, spans, 0.6, HIDDEN.clamp(min=0)), out, tolerances(dtype)[0])
+    received_attention(query, spans, 0.6, HIDDEN)
+    assert_received(spans, tokens, added, tolerances(dtype)[1])
 
 
 def test_chunk_that_sees_everything():
-    slab, tokens = make_slab(torch.float32)
+    spans, tokens = make_spans(torch.float32)
     query = randn(860, 3, 4, 5, 6).float()
     out, added = ref_attend(query, tokens, 0.6)
-    assert_output(attend_rows(query, slab, 0.6), out, 2e-5)
-    received_attention(query, slab, 0.6)
-    assert_received(slab, tokens, added, 2e-5)
+    assert_output(attend_rows(query, spans, 0.6), out, 2e-5)
+    received_attention(query, spans, 0.6)
+    assert_received(spans, tokens, added, 2e-5)
 
 
 @pytest.mark.parametrize("hidden", [None, HIDDEN], ids=["all seen", "hidden"])
 @pytest.mark.parametrize("entries", [1, 50])
 def test_attention_in_blocks_of_queries(monkeypatch, entries, hidden):
     monkeypatch.setattr("reasonalloc.cache.attention.rows._BLOCK_ENTRIES", entries)
-    slab, tokens = make_slab(torch.float32, lengths=CHUNK_LENGTHS)
+    spans, tokens = make_spans(torch.float32, lengths=CHUNK_LENGTHS)
     query = randn(870, 3, 4, 5, 6).float()
     out, added = ref_attend(query, tokens, 0.6, hidden)
-    assert_output(attend_rows(query, slab, 0.6, None if hidden is None else hidden.clamp(min=0)), out, 2e-5)
-    received_attention(query, slab, 0.6, hidden)
-    assert_received(slab, tokens, added, 2e-5)
+    assert_output(attend_rows(query, spans, 0.6, None if hidden is None else hidden.clamp(min=0)), out, 2e-5)
+    received_attention(query, spans, 0.6, hidden)
+    assert_received(spans, tokens, added, 2e-5)
 
 
 def test_queries_that_are_padding_only_add_nothing():
-    slab, _ = make_slab(torch.float32)
-    before = slab.received.clone()
-    received_attention(1e3 * randn(880, 3, 4, 5, 6).float(), slab, 0.6, torch.full((3, 5), -1))
-    assert torch.equal(slab.received, before)
+    spans, _ = make_spans(torch.float32)
+    before = spans.received.clone()
+    received_attention(1e3 * randn(880, 3, 4, 5, 6).float(), spans, 0.6, torch.full((3, 5), -1))
+    assert torch.equal(spans.received, before)

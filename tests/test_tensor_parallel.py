@@ -29,13 +29,13 @@ for method in ("rkv", "reasonalloc"):
     compression = ra.Compression.method(method, budget, interval=interval)
     cache = ra.Cache(model.config, compression, recorder=recorder, tensor_parallel=model.tp_size)
     out = model.generate(ids, past_key_values=cache, max_new_tokens=new, min_new_tokens=new, do_sample=False)
-    slabs = [layer.slab for layer in cache.layer_caches]
+    layers = [cache.ragged.tokens(layer) for layer in range(cache.shape.layers)]
     found[method] = {
         "tokens": out[0].tolist(),
-        "positions": [[slab.padded().positions[0, h, : slab.lengths[0, h]].tolist() for h in range(slab.heads)]
-                      for slab in slabs],
-        "rounds": [sum(sum(routing.budgets[0]) for routing in recorder.routings[i : i + len(slabs)])
-                   for i in range(0, len(recorder.routings), len(slabs))],
+        "positions": [[own[:n].tolist() for own, n in zip(tokens.positions[0], tokens.lengths[0].tolist())]
+                      for tokens in layers],
+        "rounds": [sum(sum(routing.budgets[0]) for routing in recorder.routings[i : i + len(layers)])
+                   for i in range(0, len(recorder.routings), len(layers))],
     }
 try:
     model.generate(ids, past_key_values=ra.Cache(model.config, compression), max_new_tokens=2)
@@ -85,9 +85,9 @@ def test_ranks_keep_what_one_process_keeps(folder, parts):
         torch.arange(3, 20)[None], past_key_values=cache, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
     )
     assert [part["rkv"]["tokens"] for part in parts] == [out[0].tolist()] * 2
-    for layer, inner in enumerate(cache.layer_caches):
-        slab = inner.slab
-        single = [slab.padded().positions[0, h, : slab.lengths[0, h]].tolist() for h in range(4)]
+    for layer in range(2):
+        tokens = cache.ragged.tokens(layer)
+        single = [tokens.positions[0, h, : tokens.lengths[0, h]].tolist() for h in range(4)]
         assert [head for part in parts for head in part["rkv"]["positions"][layer]] == single
     assert cache.stats().evicted > 0
 

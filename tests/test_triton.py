@@ -1,5 +1,9 @@
-"""The CUDA kernels: on the CPU by Triton's interpreter (see conftest), and compiled for real GPUs without one."""
+"""The CUDA kernels: on a GPU where there is one, else on the CPU by Triton's interpreter (see conftest).
 
+Without a GPU they are compiled for real ones, too.
+"""
+
+import gc
 import os
 import subprocess
 import sys
@@ -7,15 +11,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_scorers import GROUPS, assert_output, assert_received, make_slab, randn, ref_attend, tolerances
+from test_scorers import GROUPS, assert_output, assert_received, make_spans, randn, ref_attend, tolerances
 
 pytest.importorskip("triton")
 
 from reasonalloc.cache.attention import triton_decode
 from reasonalloc.cache.attention.triton_decode import ChunkTable, TritonDecode
-from reasonalloc.cache.slab import RaggedSlab
-from reasonalloc.policies.scoring.tokens import LayerTokens
 
+INTERPRETED = triton_decode._INTERPRETED
+DEVICE = "cpu" if INTERPRETED else "cuda"
+RUNS = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="no GPU, and no interpreter asked for")
 HALF = {torch.float16: 4e-3, torch.bfloat16: 2e-2}
 COMPILE = """
 import sys
@@ -28,7 +33,7 @@ dtype, dim = sys.argv[1], int(sys.argv[2])
 tile = triton_decode.tile_of(dim, dim, {"bf16": 2, "fp32": 4}[dtype])
 pointers = {
     **dict.fromkeys(("query", "keys", "values", "out"), f"*{dtype}"),
-    "starts": "*i64", "lengths": "*i64",
+    "starts": "*i64", "lengths": "*i64", "places": "*i64",
     "rows": "*i32", "offsets": "*i32", "first": "*i32", "scaling": "fp32",
 }
 sizes = {
@@ -52,6 +57,16 @@ HALVES = [(dtype, 16, 16, True) for dtype in HALF]
 SINGLE = [(torch.float32, 16, 16, False), (torch.float32, 16, 16, True), (torch.float32, 64, 16, True)]
 
 
+def check(attend, query, spans, tokens, scaling, tolerance):
+    """Outputs, with everything but the reference where the kernels run; returns what each token was given."""
+    out, added = ref_attend(query, tokens, scaling)
+    got = attend(query.to(DEVICE), spans, scaling)
+    assert got.dtype == query.dtype
+    assert_output(got.cpu(), out, tolerance)
+    return added
+
+
+@RUNS
 @pytest.mark.parametrize(
     ("dtype", "chunk", "tile", "track"), [*HALVES, *SINGLE, (torch.float32, 256, 64, True)], ids=str
 )
@@ -59,31 +74,28 @@ SINGLE = [(torch.float32, 16, 16, False), (torch.float32, 16, 16, True), (torch.
 def test_one_query(monkeypatch, dtype, group, chunk, tile, track):
     monkeypatch.setattr(triton_decode, "_CHUNK", chunk)
     monkeypatch.setattr(triton_decode, "tile_of", lambda *_: tile)
-    slab, tokens = make_slab(dtype, track, lengths=LONG)
+    spans, tokens = make_spans(dtype, track, lengths=LONG, device=DEVICE)
     query = randn(860, 3, 2 * group, 1, 6).to(dtype)
-    out, added = ref_attend(query, tokens, 0.6)
     attend = TritonDecode()
-    got = attend(query, slab, 0.6)
-    assert len(attend._table.rows) == (-(-slab.capacities // chunk)).sum()
-    assert got.dtype == dtype
-    assert_output(got, out, HALF.get(dtype, tolerances(torch.float32)[0]))
+    added = check(attend, query, spans, tokens, 0.6, HALF.get(dtype, tolerances(torch.float32)[0]))
+    assert len(attend._tables[spans].rows) == (-(-spans.capacities // chunk)).sum()
     if track:
-        assert_received(slab, tokens, added, HALF.get(dtype, 2e-5))
+        assert_received(spans, tokens, added, HALF.get(dtype, 2e-5))
 
 
+@RUNS
 def test_large_logits_and_empty_chunks(monkeypatch):
     monkeypatch.setattr(triton_decode, "_CHUNK", 16)
-    slab, tokens = make_slab(torch.float32, lengths=LONG)
-    slab.grow(slab.capacities + 40)  # whole chunks without a live token
-    query = 100 * randn(861, 3, 4, 1, 6).float()
-    assert_output(TritonDecode()(query, slab, 1.0), ref_attend(query, tokens, 1.0)[0], 1e-3)
+    room = 40  # whole chunks without a live token
+    spans, tokens = make_spans(torch.float32, lengths=LONG, room=room, device=DEVICE)
+    check(TritonDecode(), 100 * randn(861, 3, 4, 1, 6).float(), spans, tokens, 1.0, 1e-3)
 
 
 def test_chunks_cover_every_slot_once():
-    slab, _ = make_slab(torch.float32)
+    spans, _ = make_spans(torch.float32)
     for chunk in (1, 3, 5, 1000):
-        table = ChunkTable.of(slab, chunk)
-        capacities = slab.capacities.reshape(-1)
+        table = ChunkTable.of(spans, chunk)
+        capacities = spans.capacities.reshape(-1)
         covered = [[] for _ in capacities]
         for row, offset in zip(table.rows.tolist(), table.offsets.tolist(), strict=True):
             covered[row] += range(offset, min(offset + chunk, capacities[row]))
@@ -92,16 +104,22 @@ def test_chunks_cover_every_slot_once():
         assert table.first.tolist() == [*starts, len(table.rows)]
 
 
+@RUNS
 def test_the_table_follows_the_spans():
-    slab, tokens = make_slab(torch.float32)
+    """Made once for all steps between two rounds; a round makes other spans, and the old ones' table goes with them."""
+    spans, tokens = make_spans(torch.float32, device=DEVICE)
     attend, query = TritonDecode(), randn(862, 3, 4, 1, 6).float()
-    attend(query, slab, 0.6)
-    first = attend._table
-    attend(query, slab, 0.6)
-    assert attend._table is first, "made once for all steps between two routings"
-    slab.grow(slab.capacities + np.array([[300, 1], [2, 500], [0, 7]]))
-    assert_output(attend(query, slab, 0.6), ref_attend(query, tokens, 0.6)[0], 2e-5)
-    assert attend._table is not first
+    check(attend, query, spans, tokens, 0.6, 2e-5)
+    first = attend._tables[spans]
+    check(attend, query, spans, tokens, 0.6, 2e-5)
+    assert attend._tables[spans] is first
+    moved, tokens = make_spans(torch.float32, room=np.array([[300, 1], [2, 500], [0, 7]]), device=DEVICE)
+    check(attend, query, moved, tokens, 0.6, 2e-5)
+    assert len(attend._tables) == 2, "other layers' spans have tables of their own"
+    assert attend._tables[moved] is not first
+    del spans
+    gc.collect()
+    assert [*attend._tables] == [moved]
 
 
 @pytest.mark.parametrize(
@@ -128,17 +146,21 @@ def test_heads_that_are_too_wide():
         triton_decode.tile_of(2048, 2048, 4)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ, reason="needs a GPU, uninterpreted"
-)
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU, uninterpreted")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_on_a_gpu(dtype):
-    """TRITON_INTERPRET= pytest tests/test_triton.py, on a machine that has one."""
-    slab, tokens = make_slab(dtype, lengths=LONG * 9, dim=64, value_dim=64)
-    out, _ = ref_attend(query := randn(863, 3, 8, 1, 64).to(dtype), tokens, 0.1)
-    on_gpu = RaggedSlab(tokens.keys.cuda(), tokens.values.cuda(), slab.capacities, True)
-    moved = LayerTokens(
-        *(x.cuda() for x in (tokens.keys, tokens.values, tokens.lengths, tokens.positions, tokens.received))
-    )
-    on_gpu.store(moved, slab.lengths, slab.capacities, slab.seen)
-    assert_output(TritonDecode()(query.cuda(), on_gpu, 0.1).cpu(), out, HALF.get(dtype, 2e-5))
+    """As wide and long as models are, by the kernels' own choice of chunk and tile."""
+    spans, tokens = make_spans(dtype, lengths=LONG * 9, dim=64, value_dim=64, device="cuda")
+    added = check(TritonDecode(), randn(863, 3, 8, 1, 64).to(dtype), spans, tokens, 0.1, HALF.get(dtype, 2e-5))
+    assert_received(spans, tokens, added, HALF.get(dtype, 2e-5))
+
+
+def test_a_gpu_is_used_where_there_is_one():
+    """conftest asks for the interpreter only where there is no GPU."""
+    asked = "import os, sys; sys.path.insert(0, sys.argv[1]); import torch; torch.cuda.is_available = lambda: {}; "
+    asked += "import conftest; print(os.environ.get('TRITON_INTERPRET'))"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    for available, wanted in ((True, "None"), (False, "1")):
+        command = [sys.executable, "-c", asked.format(available), os.path.dirname(__file__)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == wanted

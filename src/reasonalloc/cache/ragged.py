@@ -509,7 +509,9 @@ class RaggedCache:
                 self.table.phases[chunk.rows] = Phase.DECODING
                 self._compress_due(chunk.rows)
             else:
-                self._settle_rows(chunk.rows, int(chunk.columns == 1))
+                prompt = self.prompts.get(int(chunk.rows[0]))
+                alone = chunk.columns == 1 and prompt is not None and prompt.counts.max() <= 1
+                self._settle_rows(chunk.rows, int(alone))  # the last token of a longer prompt is no decoding step
         if self.step.decode is not None:
             self._compress_due(self.step.decode.rows)
 

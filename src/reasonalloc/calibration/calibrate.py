@@ -207,11 +207,15 @@ def _generate(
             break
         if step % probe.settings.block == 0 and step and len(running) < len(alive):
             keep = [i for i, row in enumerate(alive) if row in running]
-            alive, tokens, position = [alive[i] for i in keep], [tokens[i] for i in keep], position[keep]
+            alive, tokens = [alive[i] for i in keep], [tokens[i] for i in keep]
+            mask, position = mask[keep], position[keep]
             cache.batch_select_indices(torch.tensor(keep))
             probe.select_sequences(keep)
         ids = torch.tensor(tokens, device=model.device)[:, None]
-        logits = model(ids, position_ids=position, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        logits = model(
+            ids, attention_mask=mask, position_ids=position, **{CACHE_ARGUMENT: cache}, logits_to_keep=1
+        ).logits
         position = position + 1
         meter.advance((step + 1) * len(prompts))
     cache.ragged.flush()
