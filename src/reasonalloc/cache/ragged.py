@@ -163,6 +163,7 @@ class RaggedCache:
         self.holding = False
         self._speculation: _Speculation | None = None
         self._decode: Decode | None = None
+        self._moved = False  # whether spans lie elsewhere, or are longer, than ``_decode`` knows
         self._scaling = 1.0
 
     # ---- rows ----
@@ -348,7 +349,7 @@ class RaggedCache:
                 pool.truncate(chunk.rows, columns)
         for layer, queries in enumerate(speculation.queries):
             self._observe(layer, kept, queries.without_last(columns) if columns else queries)
-        self._decode = None
+        self._moved = True
         if first is not None:
             own = kept.counts if self.prompt_columns is None else np.minimum(kept.counts, self.prompt_columns)
             self._protect(chunk.rows, own)
@@ -427,6 +428,9 @@ class RaggedCache:
         if decode is None or not np.array_equal(decode.rows, rows):
             assert self.backend is not None
             self._decode = decode = Decode(self.table, self.pools, rows, self.backend)
+        elif self._moved:
+            decode.fill()
+        self._moved = False
         self.table.phases[rows] = Phase.DECODING
         decode.advance()
         return decode
@@ -450,7 +454,7 @@ class RaggedCache:
         tokens.add(0, key, value, chunk)
         keys, values, _ = tokens.of(0)
         pool.extend(layer, chunk.rows, keys, values, chunk.counts)
-        self._decode = None
+        self._moved = True
 
     def _make_room(self, pool: Pool, counts: HostInts) -> None:
         """Enlarge a batch's spans if they cannot take so many tokens; of a full cache by a quarter, to copy rarely."""
@@ -464,7 +468,7 @@ class RaggedCache:
         if self.totals is None:
             needed = needed + lengths // 4 + self.compression.interval
         pool.grow(np.maximum(capacities, needed))
-        self._decode = None
+        self._moved = True
 
     # ---- observing ----
 
@@ -559,14 +563,14 @@ class RaggedCache:
         if parts:
             assert self.round is not None
             self.round.run(parts, self._scaling, self.columns)
-            self._decode = None
+            self._moved = True
 
     def _store(self, held: PromptTokens, capacities: HostInts) -> None:
         """Bring a whole prompt into its pool."""
         keys, values, first = held.source()
         received = held.tokens().received
         held.pool.rewrite(held.rows, Survivors(keys, values, first, held.lengths, received=received), capacities)
-        self._decode = None
+        self._moved = True
 
 
 def _neighbours(

@@ -60,10 +60,12 @@ class Chunk:
 
 
 class Decode:
-    """One token of each of some rows, for as long as the spans stay where they are.
+    """One token of each of some rows, for as long as the same rows decode.
 
-    Made after a round, or where other rows decode; from then on a step changes numbers in place (``advance``), a few
-    operations for all layers together. What a layer does is in ``layer``.
+    What the host knows of the rows is copied to where the keys are (``fill``), for all layers together, when a round
+    has moved their spans; a step then changes these numbers in place, in a few operations for all layers
+    (``advance``). The tensors are never replaced. On a CPU they are the host's own memory. They are int64 everywhere:
+    a slot times its channels does not fit int32 in a large pool.
 
     Attributes:
         rows: which rows of the table.
@@ -72,55 +74,72 @@ class Decode:
 
     def __init__(self, table: Table, pools: Sequence[Pool], rows: HostInts, backend: AttentionBackend) -> None:
         self.table, self.rows, self._backend = table, rows, backend
-        device = pools[0].keys.device
+        self._layers = [(pool, g) for pool in pools for g in range(len(pool.layers))]
+        self._device = device = pools[0].keys.device
+        shape = (table.layers, len(rows), table.heads)
         everything = len(rows) == table.rows and bool((rows == np.arange(table.rows)).all())
-        self._own = not everything  # whether the numbers are copies of the table's, which must be counted, too
+        # All rows: the table's own numbers, which change by themselves. Some: copies.
         self._at: slice | HostInts = slice(None) if everything else rows
-        starts, lengths, capacities = (x[:, self._at] for x in (table.starts, table.lengths, table.capacities))
-        self._lengths = lengths
-        flat = (table.layers, -1)
-        self._slots = on_device((starts + lengths - 1).reshape(flat), device)  # ``advance`` comes before the first use
-        of_layers = [(pool, g) for pool in pools for g in range(len(pool.layers))]
-        shift = np.stack([pool.shift[g, rows] for pool, g in of_layers])
-        places = starts + shift[..., None]
-        self._places = None
-        if pools[0].received is not None:
-            self._places = on_device((places + lengths - 1).reshape(flat), device)
+        self._copied = not everything
+        self._shift = np.stack([pool.shift[g, rows] for pool, g in self._layers])[..., None]
+        self._places = np.zeros(shape, dtype=np.int64)
+        numbers = (table.starts, table.lengths, table.capacities)
+        self._starts, self._lengths, self._capacities = (x[:, self._at] for x in numbers)
+        self._sent = [on_device(x, device) for x in (self._starts, self._lengths, self._places)]
+        self._slots, self._received_at = (torch.empty(shape, dtype=torch.int64, device=device) for _ in range(2))
         ring = pools[0].queries
-        self._size, self._heads = ring.size, ring.heads
-        self._cursor = on_device(table.pushed[rows] - 1, device)[:, None]
-        base = np.stack([pool.queries.base[g, rows] for pool, g in of_layers])
+        self._size, self._heads, self._tracks = ring.size, ring.heads, pools[0].received is not None
+        self._cursor = torch.empty(len(rows), 1, dtype=torch.int64, device=device)
+        base = np.stack([pool.queries.base[g, rows] for pool, g in self._layers])
         self._base = on_device(base[..., None] + np.arange(self._heads), device)
         self._ring = torch.empty_like(self._base)
-        sent = [on_device(x, device) for x in (starts, lengths, places)]
-        self._counted = sent[1]
+        self._of_layer = [
+            tuple(x[layer].view(-1) for x in (self._slots, self._received_at, self._ring))
+            for layer in range(table.layers)
+        ]
+        self.fill()
+
+    def fill(self) -> None:
+        """Copy what the table says of the rows, after their spans have moved."""
+        table, device = self.table, self._device
+        if self._copied:
+            for own, numbers in (
+                (self._starts, table.starts),
+                (self._lengths, table.lengths),
+                (self._capacities, table.capacities),
+            ):
+                own[:] = numbers[:, self._at]
+        np.add(self._starts, self._shift, out=self._places)
+        if device.type != "cpu":
+            for tensor, numbers in zip(self._sent, (self._starts, self._lengths, self._places), strict=True):
+                tensor.copy_(on_device(numbers, device))
+        before = self._lengths - 1  # ``advance`` comes before the first use
+        self._slots.copy_(on_device(self._starts + before, device))
+        self._received_at.copy_(on_device(self._places + before, device))
+        self._cursor.copy_(on_device(table.pushed[self.rows, None] - 1, device))
+        starts, lengths, places = self._sent
         self.spans = [
             Spans(
                 pool.keys, pool.values, pool.received,
-                starts[layer], lengths[layer], capacities[layer],
-                sent[0][layer], sent[1][layer], places[layer], sent[2][layer],
+                self._starts[layer], self._lengths[layer], self._capacities[layer],
+                starts[layer], lengths[layer], self._places[layer], places[layer],
             )
-            for layer, (pool, _) in enumerate(of_layers)
+            for layer, (pool, _) in enumerate(self._layers)
         ]  # fmt: skip
-        self._rings = [pool.queries.memory for pool, _ in of_layers]
-        self._of_layer = [
-            (slots, None if self._places is None else self._places[layer], ring.flatten())
-            for layer, (slots, ring) in enumerate(zip(self._slots, self._ring, strict=True))
-        ]
 
     def advance(self) -> None:
         """Count the tokens that now come, once for all layers."""
         table, rows = self.table, self.rows
         table.lengths[:, self._at] += 1
-        if self._own:
+        if self._copied:
             self._lengths += 1
         for counts in (table.seen, table.steps, table.pushed):
             counts[rows] += 1
+        if self._device.type != "cpu":
+            self._sent[1].add_(1)
         self._slots.add_(1)
-        if self._slots.device.type != "cpu":  # on the CPU the spans' tensors share the host's memory
-            self._counted.add_(1)
-        if self._places is not None:
-            self._places.add_(1)
+        if self._tracks:
+            self._received_at.add_(1)
         if self._size:
             self._cursor.add_(1)
             torch.add(self._base, (self._cursor % self._size) * self._heads, out=self._ring)
@@ -135,14 +154,13 @@ class Decode:
     ) -> Float[Tensor, "rows query_heads 1 value_dim"]:
         """What a layer does in a step: it scatters keys, values and queries, and attends."""
         spans = self.spans[layer]
-        slots, places, ring = self._of_layer[layer]
+        slots, received_at, ring = self._of_layer[layer]
         spans.keys.index_copy_(0, slots, key.reshape(-1, key.shape[-1]))
         spans.values.index_copy_(0, slots, value.reshape(-1, value.shape[-1]))
         if self._size:
-            self._rings[layer].index_copy_(0, ring, query.reshape(-1, query.shape[-1]))
-        if places is not None:
-            assert spans.received is not None
-            spans.received.index_fill_(0, places, 0.0)
+            self._layers[layer][0].queries.memory.index_copy_(0, ring, query.reshape(-1, query.shape[-1]))
+        if spans.received is not None:
+            spans.received.index_fill_(0, received_at, 0.0)
         return self._backend.attend(query, spans, scaling)
 
 
