@@ -315,7 +315,7 @@ def test_rejected_tokens_leave_no_trace(method):
 @pytest.mark.parametrize("method", ["rkv", "h2o"])
 def test_of_a_long_speculative_pass_only_the_last_queries_are_held(method, monkeypatch):
     """A prompt is such a pass in assisted decoding. What can be rolled back is as right as ever."""
-    monkeypatch.setattr("reasonalloc.cache.ragged.SPECULATED", 16)
+    monkeypatch.setattr("reasonalloc.cache.speculation.SPECULATED", 16)
     model = tiny_model(dtype=torch.float64)
     text = torch.randint(2, 97, (1, 120), generator=torch.Generator().manual_seed(4))
     outputs = []

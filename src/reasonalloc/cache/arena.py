@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from reasonalloc.policies.allocation import ModelShape
 from reasonalloc.policies.compression import Compression
@@ -77,3 +79,31 @@ class ArenaLayout:
 
     def _rows_of(self, nbytes: int) -> int:
         return -(-nbytes // self.row_bytes)
+
+
+def neighbours(
+    numbers: list[int], memory: Mapping[int, Tensor], layouts: Mapping[int, ArenaLayout], most: int
+) -> list[list[int]]:
+    """Layers in groups of at most ``most`` whose memory lies one behind the other, and is laid out alike."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        last = groups[-1][-1] if groups else None
+        if (
+            last is not None
+            and len(groups[-1]) < most
+            and layouts[last] == layouts[number]
+            and memory[last].data_ptr() + memory[last].nbytes == memory[number].data_ptr()
+            and memory[last].untyped_storage().data_ptr() == memory[number].untyped_storage().data_ptr()
+        ):
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return groups
+
+
+def joined(memory: list[Tensor]) -> Tensor:
+    """Memory that lies one behind the other, as one tensor."""
+    first = memory[0]
+    if len(memory) == 1:
+        return first
+    return torch.as_strided(first, (len(memory), *first.shape), (first.numel(), *first.stride()))

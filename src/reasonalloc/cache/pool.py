@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -169,6 +170,12 @@ class Pool:
         """Which of this pool's layers a layer is."""
         return layer - int(self.layers[0])
 
+    def of_layer(self, layer: int) -> Pool:
+        """One layer of it, the same memory, to be read."""
+        one, local = copy.copy(self), self.local(layer)
+        one.layers, one.shift = self.layers[local : local + 1], self.shift[local : local + 1]
+        return one
+
     # ---- reading ----
 
     def slots_of(self, layers: HostInts, rows: HostInts, width: int) -> Int[Tensor, "batch heads width"]:
@@ -221,10 +228,12 @@ class Pool:
             shift = np.repeat(self.shift[self.local(layer), rows], (filled.sum(1)))
             self.received.index_fill_(0, on_device(target + shift, device), 0.0)
         table.lengths[layer, rows] += counts[:, None]
+        table.moves += 1
 
     def truncate(self, rows: HostInts, tokens: int) -> None:
         """Forget the newest ``tokens`` of every span of these rows."""
         self.table.lengths[self.layers[:, None], rows] -= tokens
+        self.table.moves += 1
 
     def grow(self, capacities: HostInts) -> None:
         """Larger spans for all rows of an owned pool, same content. ``[layers, rows, heads]``."""
@@ -275,6 +284,7 @@ class Pool:
             setattr(self, name, memory)
         table.starts[of], table.lengths[of], table.capacities[of] = starts, tokens.kept, capacities
         table.settled[of] = tokens.kept if tokens.positions is not None else 0
+        table.moves += 1
 
     def select(self, rows: Sequence[int], old: Table) -> None:
         """Keep, repeat and reorder the rows of an owned pool; ``old`` is a copy of the table before its ``select``."""

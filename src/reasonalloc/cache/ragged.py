@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reasonalloc.cache.arena import ArenaLayout
+from reasonalloc.cache.arena import ArenaLayout, joined, neighbours
 from reasonalloc.cache.attention import (
     AttentionBackend,
     attend_rows,
@@ -31,43 +29,20 @@ from reasonalloc.cache.attention import (
     choose_backend,
     received_attention,
 )
-from reasonalloc.cache.pool import Pool, Survivors
-from reasonalloc.cache.prompt import Prompt, PromptTokens
+from reasonalloc.cache.pool import Pool
+from reasonalloc.cache.prompt import Prompt
 from reasonalloc.cache.queries import Queries
 from reasonalloc.cache.recorder import Recorder
-from reasonalloc.cache.round import Held, PoolTokens, Round
+from reasonalloc.cache.round import PoolTokens, Round
+from reasonalloc.cache.schedule import Probe, Schedule
 from reasonalloc.cache.spans import Spans
+from reasonalloc.cache.speculation import Speculation
 from reasonalloc.cache.step import Chunk, Decode, Step
 from reasonalloc.cache.table import HostInts, Phase, Table
 from reasonalloc.cache.totals import LayerTotals
 from reasonalloc.policies.allocation import ModelShape
 from reasonalloc.policies.compression import Compression
 from reasonalloc.policies.scoring.tokens import LayerTokens
-
-SPECULATED = 1024  # tokens of a forward pass that can be rolled back
-
-
-class Probe(Protocol):
-    """Watches a full cache: once per interval, and right after the prompt, it may look at all that a layer holds.
-
-    Attributes:
-        observed_queries: how many of the last queries it reads.
-        needs_received: whether the attention received by every token must be accumulated for it.
-    """
-
-    observed_queries: int
-    needs_received: bool
-
-    def observe(self, layer: int, tokens: LayerTokens, queries: Queries, scaling: float, steps: int) -> None:
-        """What the layer holds now; ``steps`` tokens were decoded since the last call."""
-
-
-@dataclass
-class _Speculation:
-    """A chunk whose tokens may be taken back: what it was, and its queries, layer by layer."""
-
-    chunk: Chunk
-    queries: list[Queries]
 
 
 class RaggedCache:
@@ -143,28 +118,32 @@ class RaggedCache:
         table = Table(len(numbers), len(memory[numbers[0]]), self.shape.kv_heads)
         table.streams[:] = 0  # what a request draws must not depend on the arena that it got
         pools = []
-        for group in _neighbours(numbers, memory, layouts, self._layers_at_once(memory[numbers[0]].device)):
+        for group in neighbours(numbers, memory, layouts, self._layers_at_once(memory[numbers[0]].device)):
             layers = [numbers.index(number) for number in group]
-            pools.append(Pool.lent(table, layers, _joined([memory[n] for n in group]), layouts[group[0]]))
+            pools.append(Pool.lent(table, layers, joined([memory[n] for n in group]), layouts[group[0]]))
         self._start(table, pools, np.array(numbers))
         layout = layouts[numbers[0]]
         self._choose(memory[numbers[0]].device, layout.dtype, layout.dim)
 
     def _start(self, table: Table, pools: list[Pool], numbers: HostInts) -> None:
-        self.table, self.pools = table, pools
-        self.round = (
-            None if self.totals is None else Round(self.compression, table, self.totals, numbers, self.recorder)
-        )
+        self.table = table
+        self._keep_pools(pools)
+        totals = self.totals
+        self.round = None if totals is None else Round(self.compression, table, totals, numbers, self.recorder)
+        self._schedule = Schedule(table, self.compression.interval, self.round, self.probe)
         self.step = Step(None, (), table.layers)
         self.backend: AttentionBackend | None = None
         self.columns = 0
         self.prompt_columns: int | None = None
         self.prompts: dict[int, Prompt] = {}  # by their first row
         self.holding = False
-        self._speculation: _Speculation | None = None
+        self._speculation: Speculation | None = None
         self._decode: Decode | None = None
-        self._moved = False  # whether spans lie elsewhere, or are longer, than ``_decode`` knows
         self._scaling = 1.0
+
+    def _keep_pools(self, pools: list[Pool]) -> None:
+        self.pools = pools
+        self._pool_of = [pool for pool in pools for _ in pool.layers]
 
     # ---- rows ----
 
@@ -247,7 +226,7 @@ class RaggedCache:
 
     def is_new(self, chunk: Chunk) -> bool:
         """Whether these are their rows' first tokens, so that the engine attends by itself and calls ``take``."""
-        prompt = self.prompts.get(int(chunk.rows[0]))
+        prompt = self._prompt(chunk)
         return prompt is not None and bool((prompt.counts == chunk.counts).all())
 
     def take(
@@ -281,7 +260,7 @@ class RaggedCache:
     ) -> Float[Tensor, "rows query_heads queries value_dim"]:
         """Append a chunk to what is cached of its rows, and attend to all of it, causally."""
         self._scaling = scaling
-        prompt = self.prompts.get(int(chunk.rows[0]))
+        prompt = self._prompt(chunk)
         if prompt is not None:
             prompt.add(layer, key, value, chunk)
             spans = prompt.spans(layer)
@@ -295,13 +274,10 @@ class RaggedCache:
     def end_layer(self, layer: int) -> None:
         """A layer has run. At the end of a pool its chunks are compressed, at the end of the pass the rows due."""
         self.step.done += 1
-        pool = self._pool(layer)
-        if layer == pool.layers[-1] and not self.holding:
+        if self.step.chunks and layer == self._pool_of[layer].layers[-1] and not self.holding:
             for chunk in self.step.chunks:
-                if (chunk.ends_prompt and chunk.columns > 1) or (
-                    chunk.ends_prompt and int(chunk.rows[0]) in self.prompts
-                ):
-                    self._compress_chunk(pool, chunk.rows)
+                if chunk.ends_prompt and (chunk.columns > 1 or self._prompt(chunk) is not None):
+                    self._compress(self._pool_of[layer], chunk.rows)
         if self.step.done == self.table.layers:
             self._end_step()
 
@@ -310,8 +286,8 @@ class RaggedCache:
         for row in rows:
             prompt = self.prompts[row]
             for pool in self.pools:
-                self._compress_chunk(pool, prompt.rows)
-            self._settle_rows(prompt.rows, int(prompt.counts[0] == 1))  # a single token is a decoding step, too
+                self._compress(pool, prompt.rows)
+            self._settle(prompt.rows)
 
     # ---- speculation ----
 
@@ -329,54 +305,42 @@ class RaggedCache:
             if columns:
                 raise ValueError(f"cannot roll back {columns} tokens of a compressed cache, only the last 0")
             return
-        speculation = self._speculation
-        chunk = speculation.chunk
-        known = min(chunk.columns, SPECULATED)
-        if not 0 <= columns <= known:
-            raise ValueError(f"cannot roll back {columns} tokens of a compressed cache, only the last {known}")
-        if columns and chunk.real is not None:
-            raise ValueError("cannot roll back a padded chunk: decode speculatively with batch size 1")
+        chunk, queries = self._speculation.without_last(columns)
         self._speculation = None
-        kept = chunk.without_last(columns) if columns else chunk
-        first = self.prompts.get(int(chunk.rows[0]))
-        self.table.seen[chunk.rows] -= columns
-        self.table.pushed[chunk.rows] -= columns
+        rows, prompt = chunk.rows, self._prompt(chunk)
+        self.table.seen[rows] -= columns
+        self.table.pushed[rows] -= columns
         self.columns -= columns
-        if first is not None:
-            first.counts = first.counts - columns
+        if prompt is not None:
+            prompt.counts = prompt.counts - columns
         else:
             for pool in self.pools:
-                pool.truncate(chunk.rows, columns)
-        for layer, queries in enumerate(speculation.queries):
-            self._observe(layer, kept, queries.without_last(columns) if columns else queries)
-        self._moved = True
-        if first is not None:
-            own = kept.counts if self.prompt_columns is None else np.minimum(kept.counts, self.prompt_columns)
-            self._protect(chunk.rows, own)
+                pool.truncate(rows, columns)
+        for layer, of_layer in enumerate(queries):
+            self._observe(layer, chunk, of_layer)
+        if prompt is not None:
+            known = self.prompt_columns
+            self._protect(rows, chunk.counts if known is None else np.minimum(chunk.counts, known))
             for pool in self.pools:
-                self._compress_chunk(pool, chunk.rows)
-            self._settle_rows(chunk.rows, 0)
-            self.table.phases[chunk.rows] = Phase.DECODING
-            return
-        self.table.phases[chunk.rows] = Phase.DECODING
-        self.table.steps[chunk.rows] += kept.columns
-        self._compress_due(chunk.rows)
+                self._compress(pool, rows)
+            self._settle(rows)
+            self.table.steps[rows] = 0
+        else:
+            self.table.steps[rows] += chunk.columns
+            self._schedule.after_steps(self.pools, rows, self._scaling, self.columns)
+        self.table.phases[rows] = Phase.DECODING
 
     # ---- what a scorer or a test sees ----
 
     def tokens(self, layer: int) -> LayerTokens:
         """What a layer holds of all rows, padded: a copy where keys or values are asked for."""
-        pool = self._pool(layer)
-        one = copy.copy(pool)
-        one.layers = np.array([layer])
-        one.shift = pool.shift[pool.local(layer)][None]
-        return PoolTokens(one, self.rows).tokens()
+        return PoolTokens(self._pool_of[layer].of_layer(layer), self.rows).tokens()
 
     def flush(self) -> None:
         """Show the probe what was decoded since the last interval ended."""
         if self.probe is not None and self.table.rows and self.table.steps[0]:
             for pool in self.pools:
-                self._show(pool)
+                self._schedule.show(pool, self._scaling)
             self.table.steps[:] = 0
 
     # ---- taking tokens in ----
@@ -392,7 +356,7 @@ class RaggedCache:
         size, layers = self._layers_at_once(key.device), self.table.layers
         groups = [range(first, min(first + size, layers)) for first in range(0, layers, size)]
         like = (key, value, self._window, query.shape[1], self._tracks_received)
-        self.pools = [Pool.owned(self.table, group, *like) for group in groups]
+        self._keep_pools([Pool.owned(self.table, group, *like) for group in groups])
 
     def _choose(self, device: torch.device, dtype: torch.dtype, dim: int) -> None:
         self.backend = choose_backend(self._attention, device, dtype, dim, self._tracks_received)
@@ -428,18 +392,18 @@ class RaggedCache:
         if decode is None or not np.array_equal(decode.rows, rows):
             assert self.backend is not None
             self._decode = decode = Decode(self.table, self.pools, rows, self.backend)
-        elif self._moved:
+        elif decode.moves != self.table.moves:
             decode.fill()
-        self._moved = False
         self.table.phases[rows] = Phase.DECODING
         decode.advance()
         return decode
 
-    def _pool(self, layer: int) -> Pool:
-        return next(pool for pool in self.pools if layer in pool.layers)
+    def _prompt(self, chunk: Chunk) -> Prompt | None:
+        """The prompt that a chunk belongs to, while it lies beside the pools."""
+        return self.prompts.get(int(chunk.rows[0]))
 
     def _spans(self, layer: int, rows: HostInts) -> Spans:
-        pool, table = self._pool(layer), self.table
+        pool, table = self._pool_of[layer], self.table
         of = (layer, rows)
         return Spans.of(
             pool.keys, pool.values, pool.received,
@@ -447,14 +411,13 @@ class RaggedCache:
         )  # fmt: skip
 
     def _extend(self, layer: int, chunk: Chunk, key: Tensor, value: Tensor) -> None:
-        pool = self._pool(layer)
+        pool = self._pool_of[layer]
         if layer == pool.layers[0]:
             self._make_room(pool, chunk.counts)
         tokens = Prompt(chunk.rows, 1, False)
         tokens.add(0, key, value, chunk)
         keys, values, _ = tokens.of(0)
         pool.extend(layer, chunk.rows, keys, values, chunk.counts)
-        self._moved = True
 
     def _make_room(self, pool: Pool, counts: HostInts) -> None:
         """Enlarge a batch's spans if they cannot take so many tokens; of a full cache by a quarter, to copy rarely."""
@@ -466,9 +429,8 @@ class RaggedCache:
         if (needed <= capacities).all():
             return
         if self.totals is None:
-            needed = needed + lengths // 4 + self.compression.interval
+            needed = needed + self._schedule.room(lengths)
         pool.grow(np.maximum(capacities, needed))
-        self._moved = True
 
     # ---- observing ----
 
@@ -478,29 +440,18 @@ class RaggedCache:
             self._observe(layer, chunk, queries)
             return
         if self._speculation is None:
-            self._speculation = _Speculation(chunk, [])
-        # A whole prompt's queries, of all layers, would be larger than the cache.
-        some = queries if self._tracks_received else queries.last(self._window + SPECULATED)
-        self._speculation.queries.append(Queries(some.states.clone(), some.real) if some is not queries else some)
+            self._speculation = Speculation(chunk)
+        self._speculation.hold(queries, None if self._tracks_received else self._window)
 
     def _observe(self, layer: int, chunk: Chunk, queries: Queries) -> None:
-        pool = self._pool(layer)
+        pool = self._pool_of[layer]
         counts = np.minimum(chunk.counts, len(queries))
         pushed = self.table.pushed[chunk.rows] - counts
         pool.queries.push(pool.local(layer), chunk.rows, queries, counts, pushed)
         if self._tracks_received:
-            prompt = self.prompts.get(int(chunk.rows[0]))
+            prompt = self._prompt(chunk)
             spans = self._spans(layer, chunk.rows) if prompt is None else prompt.spans(layer)
             received_attention(queries.states, spans, self._scaling, chunk.hidden(queries.states.device))
-
-    def _show(self, pool: Pool) -> None:
-        """Let the probe look at a pool's layers, of all rows."""
-        assert self.probe is not None
-        rows, table = self.rows, self.table
-        for g, layer in enumerate(pool.layers.tolist()):
-            count = int(min(pool.queries.size, table.pushed.max()))
-            queries = pool.queries.read(np.array([g]), rows, table.pushed, count)
-            self.probe.observe(layer, self.tokens(layer), queries, self._scaling, int(table.steps[0]))
 
     # ---- compressing ----
 
@@ -508,94 +459,21 @@ class RaggedCache:
         for chunk in self.step.chunks:
             if self.holding or not chunk.ends_prompt:
                 continue
-            if chunk.columns == 1 and int(chunk.rows[0]) not in self.prompts:
-                self.table.steps[chunk.rows] += 1  # a decoding step in which some rows only padded
+            if chunk.columns > 1 or self._prompt(chunk) is not None:
+                self._settle(chunk.rows)
+            else:  # a decoding step in which some rows only padded
+                self.table.steps[chunk.rows] += 1
                 self.table.phases[chunk.rows] = Phase.DECODING
-                self._compress_due(chunk.rows)
-            else:
-                prompt = self.prompts.get(int(chunk.rows[0]))
-                alone = chunk.columns == 1 and prompt is not None and prompt.counts.max() <= 1
-                self._settle_rows(chunk.rows, int(alone))  # the last token of a longer prompt is no decoding step
+                self._schedule.after_steps(self.pools, chunk.rows, self._scaling, self.columns)
         if self.step.decode is not None:
-            self._compress_due(self.step.decode.rows)
+            self._schedule.after_steps(self.pools, self.step.decode.rows, self._scaling, self.columns)
 
-    def _settle_rows(self, rows: HostInts, steps: int) -> None:
-        """A chunk is in the pools: the interval begins anew."""
-        self.prompts.pop(int(rows[0]), None)
-        self.table.steps[rows] = steps
+    def _settle(self, rows: HostInts) -> None:
+        """A chunk is in the pools: the interval begins anew. A single token is a step, also as a prompt."""
+        prompt = self.prompts.pop(int(rows[0]), None)
+        self.table.steps[rows] = int(prompt is not None and prompt.counts.max() <= 1)
 
-    def _compress_due(self, rows: HostInts) -> None:
-        """One round of the rows that have decoded an interval, in all layers where one of them is over its total."""
-        due = rows[self.table.steps[rows] >= self.compression.interval]
-        if not len(due):
-            return
-        if self.probe is not None:
-            for pool in self.pools:
-                self._show(pool)
-        self.table.steps[due] = 0
-        if self.round is None:
-            return
-        assert self.totals is not None
-        self.totals.open_round()
-        parts: list[Held] = [PoolTokens(pool, due) for pool in self.pools]
-        self._run([part for part in parts if self.round.is_due(part.pool.layers, due, part.lengths)])
-
-    def _compress_chunk(self, pool: Pool, rows: HostInts) -> None:
-        """After a chunk: one round of its rows in one pool; a prompt is brought into the pool."""
+    def _compress(self, pool: Pool, rows: HostInts) -> None:
+        """After a chunk of these rows has passed the layers of a pool."""
         prompt = self.prompts.get(int(rows[0]))
-        held: Held = PoolTokens(pool, rows) if prompt is None else PromptTokens(prompt, pool)
-        if self.totals is not None and self.round is not None:
-            if pool is self.pools[0]:
-                self.totals.open_round()
-            if self.round.is_due(pool.layers, rows, held.lengths):
-                self._run([held])
-            elif isinstance(held, PromptTokens):
-                protected = self.table.protected[rows][:, None]
-                self._store(held, self.round.first_capacities(pool.layers, rows) + protected)
-        elif isinstance(held, PromptTokens):
-            self._store(held, held.lengths + held.lengths // 4 + self.compression.interval)
-        if prompt is not None:
-            prompt.let_go(pool.layers)
-        if self.probe is not None:
-            self._show(pool)
-
-    def _run(self, parts: list[Held]) -> None:
-        if parts:
-            assert self.round is not None
-            self.round.run(parts, self._scaling, self.columns)
-            self._moved = True
-
-    def _store(self, held: PromptTokens, capacities: HostInts) -> None:
-        """Bring a whole prompt into its pool."""
-        keys, values, first = held.source()
-        received = held.tokens().received
-        held.pool.rewrite(held.rows, Survivors(keys, values, first, held.lengths, received=received), capacities)
-        self._moved = True
-
-
-def _neighbours(
-    numbers: list[int], memory: Mapping[int, Tensor], layouts: Mapping[int, ArenaLayout], most: int
-) -> list[list[int]]:
-    """Layers in groups of at most ``most`` whose memory lies one behind the other, and is laid out alike."""
-    groups: list[list[int]] = []
-    for number in numbers:
-        last = groups[-1][-1] if groups else None
-        if (
-            last is not None
-            and len(groups[-1]) < most
-            and layouts[last] == layouts[number]
-            and memory[last].data_ptr() + memory[last].nbytes == memory[number].data_ptr()
-            and memory[last].untyped_storage().data_ptr() == memory[number].untyped_storage().data_ptr()
-        ):
-            groups[-1].append(number)
-        else:
-            groups.append([number])
-    return groups
-
-
-def _joined(memory: list[Tensor]) -> Tensor:
-    """Memory that lies one behind the other, as one tensor."""
-    first = memory[0]
-    if len(memory) == 1:
-        return first
-    return torch.as_strided(first, (len(memory), *first.shape), (first.numel(), *first.stride()))
+        self._schedule.after_chunk(pool, pool is self.pools[0], rows, prompt, self._scaling, self.columns)

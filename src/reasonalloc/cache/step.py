@@ -70,6 +70,7 @@ class Decode:
     Attributes:
         rows: which rows of the table.
         spans: of each layer, the new tokens included.
+        moves: of the table when it was last read.
     """
 
     def __init__(self, table: Table, pools: Sequence[Pool], rows: HostInts, backend: AttentionBackend) -> None:
@@ -102,6 +103,7 @@ class Decode:
     def fill(self) -> None:
         """Copy what the table says of the rows, after their spans have moved."""
         table, device = self.table, self._device
+        self.moves = table.moves
         if self._copied:
             for own, numbers in (
                 (self._starts, table.starts),

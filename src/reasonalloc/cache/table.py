@@ -51,6 +51,7 @@ class Table:
         protected: ``[rows]``, leading tokens of every head that stay on top of the budget.
         streams: ``[rows]``, which random numbers a row draws: a row that moves takes its stream along.
         phases: ``[rows]``, a ``Phase`` each.
+        moves: how often spans were moved, or changed otherwise than by a decoding step.
     """
 
     def __init__(self, layers: int, rows: int, heads: int) -> None:
@@ -63,6 +64,7 @@ class Table:
         self.seen, self.steps, self.pushed, self.protected = (np.zeros(rows, np.int64) for _ in range(4))
         self.streams = np.arange(rows)
         self.phases = np.full(rows, Phase.EMPTY, dtype=np.int64)
+        self.moves = 0
 
     @property
     def layers(self) -> int:
@@ -86,9 +88,12 @@ class Table:
         for counts in (self.seen, self.steps, self.pushed, self.protected):
             counts[rows] = 0
         self.phases[rows] = Phase.EMPTY
+        self.moves += 1
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep, repeat and reorder rows; their starts are the pools' to set."""
         index = np.asarray(rows, dtype=np.int64)
         for name, value in vars(self).items():
-            setattr(self, name, value[:, index] if value.ndim == 3 else value[index])
+            if isinstance(value, np.ndarray):
+                setattr(self, name, value[:, index] if value.ndim == 3 else value[index])
+        self.moves += 1

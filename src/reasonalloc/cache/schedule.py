@@ -1,0 +1,113 @@
+"""When rounds take place: after a chunk, and whenever rows have decoded an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from reasonalloc.cache.pool import Pool, Survivors
+from reasonalloc.cache.prompt import Prompt, PromptTokens
+from reasonalloc.cache.queries import Queries
+from reasonalloc.cache.round import Held, PoolTokens, Round
+from reasonalloc.cache.table import HostInts, Table
+from reasonalloc.policies.scoring.tokens import LayerTokens
+
+
+class Probe(Protocol):
+    """Watches a full cache: once per interval, and right after the prompt, it may look at all that a layer holds.
+
+    Attributes:
+        observed_queries: how many of the last queries it reads.
+        needs_received: whether the attention received by every token must be accumulated for it.
+    """
+
+    observed_queries: int
+    needs_received: bool
+
+    def observe(self, layer: int, tokens: LayerTokens, queries: Queries, scaling: float, steps: int) -> None:
+        """What the layer holds now; ``steps`` tokens were decoded since the last call."""
+
+
+class Schedule:
+    """Decides when which rows are compressed, and brings prompts into the pools.
+
+    Time is counted in decoding steps, not in tokens, so that a padded batch is compressed when its single rows would
+    be: after every chunk, and after every ``interval`` steps.
+    """
+
+    def __init__(self, table: Table, interval: int, round: Round | None, probe: Probe | None) -> None:
+        self.table, self.interval, self.round, self.probe = table, interval, round, probe
+
+    def after_steps(self, pools: Sequence[Pool], rows: HostInts, scaling: float, columns: int) -> None:
+        """After a step: one round of those rows that have decoded an interval, in every pool that one of them needs.
+
+        Args:
+            pools: all of them.
+            rows: that have decoded a token.
+            scaling: factor of the attention logits.
+            columns: tokens seen, for the recorder.
+        """
+        due = rows[self.table.steps[rows] >= self.interval]
+        if not len(due):
+            return
+        for pool in pools:
+            self.show(pool, scaling)
+        self.table.steps[due] = 0
+        if self.round is None:
+            return
+        self.round.totals.open_round()
+        parts: list[Held] = [PoolTokens(pool, due) for pool in pools]
+        parts = [part for part in parts if self.round.is_due(part.pool.layers, due, part.lengths)]
+        if parts:
+            self.round.run(parts, scaling, columns)
+
+    def after_chunk(
+        self, pool: Pool, first: bool, rows: HostInts, prompt: Prompt | None, scaling: float, columns: int
+    ) -> None:
+        """After a chunk has passed the layers of a pool: one round of its rows there; a prompt moves into the pool.
+
+        Args:
+            pool: whose layers have seen the chunk.
+            first: whether these are the first of all layers.
+            rows: of the chunk.
+            prompt: their prompt, if it lies beside the pool.
+            scaling, columns: as for ``after_steps``.
+        """
+        held: Held = PoolTokens(pool, rows) if prompt is None else PromptTokens(prompt, pool)
+        if self.round is not None and first:
+            self.round.totals.open_round()
+        if self.round is not None and self.round.is_due(pool.layers, rows, held.lengths):
+            self.round.run([held], scaling, columns)
+        elif isinstance(held, PromptTokens):
+            self._store(held)
+        if prompt is not None:
+            prompt.let_go(pool.layers)
+        self.show(pool, scaling)
+
+    def room(self, lengths: HostInts) -> HostInts:
+        """Spare slots for tokens to come, where a cache keeps everything: a quarter, so that it is copied rarely."""
+        return lengths // 4 + self.interval
+
+    def show(self, pool: Pool, scaling: float) -> None:
+        """Let the probe look at a pool's layers, of all rows."""
+        if self.probe is None:
+            return
+        rows, table = np.arange(self.table.rows), self.table
+        count = int(min(pool.queries.size, table.pushed.max()))
+        for layer in pool.layers.tolist():
+            queries = pool.queries.read(np.array([pool.local(layer)]), rows, table.pushed, count)
+            tokens = PoolTokens(pool.of_layer(layer), rows).tokens()
+            self.probe.observe(layer, tokens, queries, scaling, int(table.steps[0]))
+
+    def _store(self, held: PromptTokens) -> None:
+        """Bring a whole prompt into its pool."""
+        keys, values, first = held.source()
+        if self.round is None:
+            capacities = held.lengths + self.room(held.lengths)
+        else:
+            protected = self.table.protected[held.rows][:, None]
+            capacities = self.round.first_capacities(held.pool.layers, held.rows) + protected
+        received = held.tokens().received
+        held.pool.rewrite(held.rows, Survivors(keys, values, first, held.lengths, received=received), capacities)
