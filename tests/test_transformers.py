@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import warnings
 
 import pytest
@@ -90,6 +91,25 @@ def test_a_copied_cache_goes_on_as_the_original_would(backend, budget):
         got, got_kept = answer(cache)
         assert torch.equal(got, want)
         assert got_kept == kept
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize("method", ["reasonalloc", "h2o"])
+def test_a_cache_copied_while_it_decodes_has_numbers_of_its_own(method, make):
+    model = tiny_model(dtype=torch.float64)
+    chunks = random_chunks((30,), 60)
+    original = ra.Cache(model.config, compression(method))
+    outputs = {"copied": [], "original": []}
+    with torch.no_grad():
+        for ids, _ in chunks[:21]:
+            model(ids, past_key_values=original)
+        copied = make(original)
+        for name, cache in (("copied", copied), ("original", original)):
+            for ids, _ in chunks[21:]:
+                outputs[name].append(model(ids, past_key_values=cache).logits)
+    for one, other in zip(*outputs.values(), strict=True):
+        assert torch.equal(one, other)
+    assert copied.stats().kept == original.stats().kept
 
 
 def test_a_prompt_read_in_inference_mode_can_be_gone_on_with():

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,6 +141,10 @@ class RaggedCache:
         self._speculation: Speculation | None = None
         self._decode: Decode | None = None
         self._scaling = 1.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy (copy.deepcopy, pickle) prepares its steps anew: they look into the table's own numbers."""
+        return {**vars(self), "_decode": None, "step": Step(None, self.step.chunks, self.step.done)}
 
     def _keep_pools(self, pools: list[Pool]) -> None:
         self.pools = pools
