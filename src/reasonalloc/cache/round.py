@@ -2,29 +2,29 @@
 
     score    every pool's tokens, one padded batch a pool: layers x rows
     split    pooled counts and R(.), once for all layers and rows
-    select   which tokens stay, likewise
     copy     the new numbers to the host, in one piece
-    move     every pool's survivors, whole tokens, in place
+    move     which tokens stay, and every pool's survivors, whole tokens, in place
 
 Up to the copy nothing waits for the device. A pool's layers share a batch, so the number of operations depends on the
-number of pools, not of layers or rows; its copy of the keys is what a round takes beside the cache.
+number of pools, not of layers or rows. What a round takes beside the cache is a pool's copy of the keys, or of the
+survivors, and the scores of all tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from reasonalloc.cache.pool import Pool, Survivors
 from reasonalloc.cache.queries import Queries
 from reasonalloc.cache.recorder import Recorder, Routing
-from reasonalloc.cache.selection import Candidates, rank_candidates, route_heads, select
+from reasonalloc.cache.selection import Candidates, kept_of, rank_candidates, route_heads, select
 from reasonalloc.cache.table import HostInts, Table, on_device
 from reasonalloc.cache.totals import LayerTotals
 from reasonalloc.policies.allocation import HeadAllocator, attention_demand
@@ -85,15 +85,6 @@ class PoolTokens:
         return self.pool.keys, self.pool.values, self.pool.table.starts[self.pool.layers[:, None], self.rows]
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """One pool's part of the batch after scoring."""
-
-    held: Held
-    tokens: LayerTokens
-    scores: Float[Tensor, "batch heads tokens"]
-
-
 class Round:
     """Carries out rounds for one cache.
 
@@ -148,27 +139,26 @@ class Round:
         totals = self.totals.of(self.numbers[layers], rows)
         device = parts[0].pool.keys.device
         with torch.autocast(device.type, enabled=False):
-            scored, demands = self._score(parts, totals, scaling)
-            candidates = self._candidates(scored, rows)
+            ranked, wrong, demands = self._score(parts, totals, scaling)
+            candidates = _side_by_side(ranked)
             split = route_heads(
                 self._allocator(layers), candidates, on_device(totals.reshape(-1), device), self.compression.kept_window
             )
-            index, kept = select(candidates, split.budgets, self.compression.storage_order == "score")
-        wrong = torch.stack([(part.scores.isnan() & part.tokens.valid).any() for part in scored]).any()
-        threshold = split.threshold if split.threshold is not None else index.new_zeros(0)
-        numbers = [kept, split.budgets, threshold, wrong, *demands]
+            del ranked
+        threshold = split.threshold if split.threshold is not None else candidates.scores.new_zeros(0)
+        numbers = [kept_of(candidates, split.budgets), split.budgets, threshold, wrong, *demands]
         # Every number of tokens is exact in float64.
         copied = torch.cat([x.flatten().to(torch.float64) for x in numbers]).cpu().numpy()
         parts_of = np.split(copied, np.cumsum([x.numel() for x in numbers])[:-1])
         if parts_of[3][0]:
-            scorer = self.compression.token_scorer
-            raise ValueError(f"scorer {type(scorer).__name__} returned NaN for a cached token: every score is a number")
+            name = type(self.compression.token_scorer).__name__
+            raise ValueError(f"scorer {name} returned NaN for a cached token: every score is a number")
         shape = (len(layers), len(rows), heads)
         stays, budgets = (x.astype(np.int64).reshape(shape) for x in parts_of[:2])
         if demands:
             self.totals.report(self.numbers[layers], np.concatenate(parts_of[4:]).reshape(shape[:2]))
-        self._move(scored, index, stays, budgets)
         held = np.concatenate([part.lengths for part in parts])
+        self._move(parts, candidates, split.budgets, stays, budgets)
         self._count(layers, held, stays)
         if self.recorder is not None:
             found = parts_of[2].reshape(shape[:2]) if split.threshold is not None else None
@@ -182,10 +172,10 @@ class Round:
 
     def _score(
         self, parts: Sequence[Held], totals: HostInts, scaling: float
-    ) -> tuple[list[_Scored], list[Float[Tensor, "batch"]]]:
-        """Scores of every part, and what dynamic layers measure."""
+    ) -> tuple[list[Candidates], Bool[Tensor, "1"], list[Float[Tensor, "batch"]]]:
+        """Every part's candidates, whether a score is NaN, and what dynamic layers measure."""
         scorer, dynamic = self.compression.token_scorer, self.totals.dynamic
-        scored, demands, first = [], [], 0
+        ranked, wrong, demands, first = [], [], [], 0
         for part in parts:
             count = len(part.pool.layers)
             seen = self._observe(part, totals[first : first + count], scaling)
@@ -196,14 +186,17 @@ class Round:
                 demands.append(mean_over_queries(measured, demand[..., None]).mean((1, 2, 3)))
             wanted = scorer.observed_queries
             scores = scorer.score(_with_queries(seen, self._queries(part, wanted) if wanted else None))
-            if scores.shape != seen.tokens.positions.shape:
+            tokens = seen.tokens
+            if scores.shape != tokens.positions.shape:
                 raise ValueError(
                     f"scorer {type(scorer).__name__} returned shape {tuple(scores.shape)}, "
-                    f"expected one score per token: {tuple(seen.tokens.positions.shape)}"
+                    f"expected one score per token: {tuple(tokens.positions.shape)}"
                 )
-            tokens = seen.tokens.without_states()
-            scored.append(_Scored(part, tokens, scores))
-        return scored, demands
+            valid = tokens.valid
+            wrong.append((scores.isnan() & valid).any())
+            spared = on_device(np.tile(self.table.protected[part.rows], count), tokens.device)
+            ranked.append(rank_candidates(scores, valid, tokens.newest(self.compression.kept_window), spared))
+        return ranked, torch.stack(wrong).any()[None], demands
 
     def _observe(self, part: Held, totals: HostInts, scaling: float) -> Observation:
         tokens, table, rows = part.tokens(), self.table, part.rows
@@ -232,23 +225,6 @@ class Round:
         pool = part.pool
         return pool.queries.read(pool.layers - pool.layers[0], part.rows, self.table.pushed[part.rows], count)
 
-    def _candidates(self, scored: Sequence[_Scored], rows: HostInts) -> Candidates:
-        """All parts' scores as one batch, padded to the widest."""
-        widest = max(part.scores.shape[-1] for part in scored)
-        ranked = []
-        for part in scored:
-            tokens, layers = part.tokens, len(part.held.pool.layers)
-            spared = on_device(np.tile(self.table.protected[rows], layers), tokens.device)
-            newest = tokens.newest(self.compression.kept_window)
-            ranked.append(rank_candidates(part.scores, tokens.valid, newest, spared))
-        if len(ranked) == 1:
-            return ranked[0]
-        pad = torch.nn.functional.pad
-        scores = [pad(x.scores, (0, widest - x.scores.shape[-1]), value=float("-inf")) for x in ranked]
-        return Candidates(
-            torch.cat(scores), torch.cat([x.lengths for x in ranked]), torch.cat([x.protected for x in ranked])
-        )
-
     def _allocator(self, layers: HostInts) -> HeadAllocator:
         """The head allocator of a batch of these layers."""
         key = tuple(self.numbers[layers].tolist())
@@ -259,17 +235,19 @@ class Round:
             )
         return self._allocators[key]
 
-    def _move(self, scored: Sequence[_Scored], index: Tensor, stays: HostInts, budgets: HostInts) -> None:
-        first = 0
-        for part in scored:
-            pool, rows = part.held.pool, part.held.rows
+    def _move(
+        self, parts: Sequence[Held], candidates: Candidates, split: Tensor, stays: HostInts, budgets: HostInts
+    ) -> None:
+        """Select and move the survivors, a part at a time."""
+        by_score, first = self.compression.storage_order == "score", 0
+        for part in parts:
+            pool, rows = part.pool, part.rows
             of = slice(first, first + len(pool.layers))
             batch = slice(of.start * len(rows), of.stop * len(rows))
             first = of.stop
-            keys, values, begin = part.held.source()
-            survivors = Survivors(
-                keys, values, begin, stays[of], index[batch], part.tokens.positions, part.tokens.received
-            )
+            index, _ = select(candidates.part(batch, int(part.lengths.max())), split[batch], by_score)
+            tokens, (keys, values, begin) = part.tokens(), part.source()
+            survivors = Survivors(keys, values, begin, stays[of], index, tokens.positions, tokens.received)
             protected = self.table.protected[rows][:, None]
             pool.rewrite(rows, survivors, budgets[of] + protected + self.compression.interval)
 
@@ -286,3 +264,14 @@ def _with_queries(seen: Observation, queries: Queries | None) -> Observation:
     if queries is None:
         return seen
     return Observation(**{**vars(seen), "queries": queries.states, "real_queries": queries.real})
+
+
+def _side_by_side(ranked: list[Candidates]) -> Candidates:
+    """All parts' candidates as one batch, padded to the widest."""
+    if len(ranked) == 1:
+        return ranked[0]
+    widest = max(x.scores.shape[-1] for x in ranked)
+    scores = [F.pad(x.scores, (0, widest - x.scores.shape[-1]), value=float("-inf")) for x in ranked]
+    return Candidates(
+        torch.cat(scores), *(torch.cat([getattr(x, n) for x in ranked]) for n in ("lengths", "protected"))
+    )

@@ -28,6 +28,10 @@ class Candidates:
     lengths: Int[Tensor, "batch heads"]
     protected: Int[Tensor, "batch"]
 
+    def part(self, rows: slice, width: int) -> Candidates:
+        """Some rows of the batch, padded to ``width`` tokens."""
+        return Candidates(self.scores[rows, :, :width], self.lengths[rows], self.protected[rows])
+
 
 def rank_candidates(
     scores: Float[Tensor, "batch heads tokens"],
@@ -61,6 +65,11 @@ def route_heads(
     return HeadSplit(torch.where(over[:, None], split.budgets, even), split.threshold)
 
 
+def kept_of(candidates: Candidates, budgets: Int[Tensor, "batch heads"]) -> Int[Tensor, "batch heads"]:
+    """How many tokens each head keeps: protected ones, and of the others as many as the budget."""
+    return torch.minimum(budgets, candidates.lengths) + candidates.protected[:, None]
+
+
 def select(
     candidates: Candidates, budgets: Int[Tensor, "batch heads"], by_score: bool
 ) -> tuple[Int[Tensor, "batch heads tokens"], Int[Tensor, "batch heads"]]:
@@ -73,7 +82,7 @@ def select(
     scores = candidates.scores
     index = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
     outside = index < candidates.protected[:, None, None]
-    kept = torch.minimum(budgets, candidates.lengths) + candidates.protected[:, None]
+    kept = kept_of(candidates, budgets)
     # Protected tokens first: inside a head they and the window rank above all scores.
     order = scores.masked_fill(outside, float("inf")).argsort(dim=-1, descending=True, stable=True)
     if by_score:

@@ -71,11 +71,6 @@ class LayerTokens:
         """Which entries are among a head's last ``window`` tokens."""
         return self.valid & (self.index >= self.lengths[..., None] - window)
 
-    def without_states(self) -> LayerTokens:
-        """The same tokens, their keys and values let go of."""
-        gone = self.positions.new_empty(0)
-        return LayerTokens(gone, gone, self.lengths, self.positions, self.received)
-
     def gather(self, index: Int[Tensor, "batch heads kept"], lengths: Int[Tensor, "batch heads"]) -> LayerTokens:
         """The tokens at ``index`` (any token of the head past ``lengths``), a copy."""
         rows = torch.arange(index.shape[0] * index.shape[1], device=index.device).view(*index.shape[:2], 1)
