@@ -25,7 +25,7 @@ class Unwatched(DemandProbe):
 
     def observe(self, *args: Any) -> None:
         if self._sums is None:
-            self._start(len(args[1].keys))
+            self._start(len(args[1].lengths))  # its keys would be gathered
             self._rows += 1
 
 

@@ -5,8 +5,8 @@
 Both decode the same tokens on the same model. A measured block is one whole interval, its compression included;
 blocks of the methods alternate, so that a change of the machine's speed meets both alike. Ratios are per pair,
 of the whole block and of its compression.
-A round's stages are timed as well: gather (a padded copy of the layer), score, route (budgets of heads and layers),
-select, repack.
+A round's stages are timed as well: score (with the padded copies of keys that a scorer asks for, and what dynamic
+layers measure), route (budgets of heads and layers), select, move (the survivors, to where their new spans begin).
 """
 
 import argparse
@@ -19,12 +19,13 @@ import torch
 from common import random_ids, random_model, save, seconds_per_step
 
 import reasonalloc as ra
-from reasonalloc.cache import compressor
-from reasonalloc.cache.slab import RaggedSlab
+from reasonalloc.cache import round as rounds
+from reasonalloc.cache.pool import Pool
+from reasonalloc.cache.totals import LayerTotals
 from reasonalloc.engines.models import CACHE_ARGUMENT
 
 INTERVAL = 128
-STAGES = ("all", "gather", "score", "route", "select", "repack")
+STAGES = ("all", "score", "route", "select", "move")
 Clock = dict[str, float]
 
 
@@ -46,9 +47,7 @@ def main() -> None:
     for name in names:
         caches[name] = ra.Cache(model.config, ra.Compression.method(name, options.budget))
         with torch.no_grad():
-            model(prompt, **{CACHE_ARGUMENT: caches[name]})
-        time_scoring(caches[name], clock)
-        time_compressions(caches[name], clock)
+            model(prompt, **{CACHE_ARGUMENT: caches[name]}, logits_to_keep=1)
         seconds_per_step(model, caches[name], ids, INTERVAL)  # warm up: compilation, allocator
     for repeat in range(options.repeats):
         for name in names if repeat % 2 else reversed(names):  # neither is always first
@@ -103,28 +102,20 @@ def timed(inner: Callable[..., Any], clock: Clock, stage: str) -> Callable[..., 
 
 
 def time_stages(clock: Clock) -> None:
-    """Time what every compression calls."""
-    for owner, name, stage in (
-        (RaggedSlab, "padded", "gather"),
-        (compressor.LayerCompressor, "_report_demand", "route"),
-        (compressor, "route_heads", "route"),
-        (compressor, "rank_candidates", "select"),
-        (compressor, "select", "select"),
-        (RaggedSlab, "store", "repack"),
-    ):
+    """Time what every round calls, and the round as a whole."""
+    owners: list[tuple[Any, str, str]] = [
+        (rounds.Round, "_score", "score"),
+        (LayerTotals, "open_round", "route"),
+        (LayerTotals, "report", "route"),
+        (rounds, "route_heads", "route"),
+        (rounds, "rank_candidates", "select"),
+        (rounds, "select", "select"),
+        (Pool, "rewrite", "move"),
+        (LayerTotals, "open_round", "all"),
+        (rounds.Round, "run", "all"),
+    ]
+    for owner, name, stage in owners:
         setattr(owner, name, timed(getattr(owner, name), clock, stage))
-
-
-def time_scoring(cache: ra.Cache, clock: Clock) -> None:
-    """Time this cache's scorer."""
-    scorer = cache.compression.token_scorer
-    object.__setattr__(scorer, "score", timed(scorer.score, clock, "score"))  # a frozen dataclass
-
-
-def time_compressions(cache: ra.Cache, clock: Clock) -> None:
-    """Time every compression of this cache as a whole."""
-    for layer in cache.layer_caches:
-        layer._compress = timed(layer._compress, clock, "all")  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

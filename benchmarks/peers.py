@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--libraries", nargs="+", default=["reasonalloc", "kvpress", "transformers"])
     options = vars(parser.parse_args())
     rounds, libraries = options.pop("rounds"), options.pop("libraries")
-    pythons = {"reasonalloc": sys.executable, "transformers": sys.executable, "kvpress": peer_python()}
+    pythons = {name: peer_python() if name == "kvpress" else sys.executable for name in libraries}
     worker = str(Path(__file__).parent / "peer_worker.py")
     settings = [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
