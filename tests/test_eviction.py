@@ -538,3 +538,15 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_atomically(tmp_path / "run.json", "not bytes")  # type: ignore[arg-type]
     assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("layers", ["uniform", "pyramid", "dynamic", {"name": "random-split", "split_seed": 1}])
+def test_totals_do_not_depend_on_the_default_device(layers: Any) -> None:
+    """An engine builds a model under ``with torch.device("cuda")``; "meta" tensors have no numbers to read."""
+    expected = table(layer_totals(layers), 2)
+    with torch.device("meta"):
+        totals = layer_totals(layers)
+        if totals.dynamic is not None:
+            report_all(totals, torch.ones(2, SHAPE.layers, device="cpu"))
+            totals.open_round()
+    np.testing.assert_array_equal(table(totals, 2), expected)
