@@ -15,7 +15,6 @@ import torch
 import transformers
 
 import reasonalloc as ra
-from reasonalloc.engines.models import CACHE_ARGUMENT
 from reasonalloc.files import write_atomically
 
 SMOLLM2 = {
@@ -99,6 +98,8 @@ def seconds_per_step(model: Any, cache: Any, ids: torch.Tensor, steps: int) -> f
 
     Of several tokens at once, a prompt, only the last one's logits are made: a prompt's would be gigabytes.
     """
+    from reasonalloc.engines.models import CACHE_ARGUMENT  # here: benchmarks/versions.py runs this file with others
+
     model.set_attn_implementation("reasonalloc" if isinstance(cache, ra.Cache) else "sdpa")
     finish(ids.device)
     began = time.perf_counter()
