@@ -221,14 +221,15 @@ class RaggedCache:
         if self._speculation is not None:  # nobody rolled back: the speculation is over
             self.rollback(0)
             self.holding = False
+        self.step = Step(None, chunks)  # from here on an interruption shows
         index = np.asarray(decoding, dtype=np.int64)
         if len(index):
             self.end_prompts([row for row in index.tolist() if row in self.prompts])
         for chunk in chunks:
             self._begin_chunk(chunk)
         self.columns += columns
-        decode = self._prepare(index) if len(index) else None
-        self.step = Step(decode, chunks)
+        if len(index):
+            self.step.decode = self._prepare(index)
         return self.step
 
     def decode(
@@ -293,7 +294,6 @@ class RaggedCache:
 
     def end_layer(self, layer: int) -> None:
         """A layer has run. At the end of a pool its chunks are compressed, at the end of the pass the rows due."""
-        self.step.done += 1
         pool = self._pool(layer)
         if layer == pool.layers[-1] and not self.holding:
             for chunk in self.step.chunks:
@@ -301,8 +301,9 @@ class RaggedCache:
                     chunk.ends_prompt and int(chunk.rows[0]) in self.prompts
                 ):
                     self._compress_chunk(pool, chunk.rows)
-        if self.step.done == self.table.layers:
+        if self.step.done + 1 == self.table.layers:
             self._end_step()
+        self.step.done += 1  # last: what was interrupted here is not done
 
     def end_prompts(self, rows: Sequence[int]) -> None:
         """All of these rows' prompts was taken in: compress them, and bring what stays into the pools."""
@@ -336,6 +337,7 @@ class RaggedCache:
         if columns and chunk.real is not None:
             raise ValueError("cannot roll back a padded chunk: decode speculatively with batch size 1")
         self._speculation = None
+        self.step.done -= 1  # until it is settled, an interruption shows
         kept = chunk.without_last(columns) if columns else chunk
         first = self.prompts.get(int(chunk.rows[0]))
         self.table.seen[chunk.rows] -= columns
@@ -355,11 +357,11 @@ class RaggedCache:
             for pool in self.pools:
                 self._compress_chunk(pool, chunk.rows)
             self._settle_rows(chunk.rows, 0)
-            self.table.phases[chunk.rows] = Phase.DECODING
-            return
+        else:
+            self.table.steps[chunk.rows] += kept.columns
+            self._compress_due(chunk.rows)
         self.table.phases[chunk.rows] = Phase.DECODING
-        self.table.steps[chunk.rows] += kept.columns
-        self._compress_due(chunk.rows)
+        self.step.done += 1
 
     # ---- what a scorer or a test sees ----
 

@@ -139,6 +139,7 @@ class Round:
             step: tokens seen, padding included, for the recorder.
 
         Raises:
+            TypeError: the scorer returned no tensor.
             ValueError: the scorer returned scores of the wrong shape, or NaN.
         """
         rows, heads = parts[0].rows, self.table.heads
@@ -194,6 +195,11 @@ class Round:
                 demands.append(mean_over_queries(measured, demand[..., None]).mean((1, 2, 3)))
             wanted = scorer.observed_queries
             scores = scorer.score(_with_queries(seen, self._queries(part, wanted) if wanted else None))
+            if not isinstance(scores, Tensor):
+                raise TypeError(
+                    f"scorer {type(scorer).__name__} returned {type(scores).__name__}, expected a tensor of one score "
+                    f"per token: {tuple(seen.tokens.positions.shape)}"
+                )
             if scores.shape != seen.tokens.positions.shape:
                 raise ValueError(
                     f"scorer {type(scorer).__name__} returned shape {tuple(scores.shape)}, "
