@@ -206,14 +206,15 @@ class RaggedCache:
         if self._speculation is not None:  # nobody rolled back: the speculation is over
             self.rollback(0)
             self.holding = False
+        self.step = Step(None, chunks)  # from here on an interruption shows
         index = np.asarray(decoding, dtype=np.int64)
         if len(index):
             self.end_prompts([row for row in index.tolist() if row in self.prompts])
         for chunk in chunks:
             self._begin_chunk(chunk)
         self.columns += columns
-        decode = self._prepare(index) if len(index) else None
-        self.step = Step(decode, chunks)
+        if len(index):
+            self.step.decode = self._prepare(index)
         return self.step
 
     def decode(
@@ -278,13 +279,13 @@ class RaggedCache:
 
     def end_layer(self, layer: int) -> None:
         """A layer has run. At the end of a pool its chunks are compressed, at the end of the pass the rows due."""
-        self.step.done += 1
         if self.step.chunks and layer == self._pool_of[layer].layers[-1] and not self.holding:
             for chunk in self.step.chunks:
                 if chunk.ends_prompt and (chunk.columns > 1 or self._prompt(chunk) is not None):
                     self._compress(self._pool_of[layer], chunk.rows)
-        if self.step.done == self.table.layers:
+        if self.step.done + 1 == self.table.layers:
             self._end_step()
+        self.step.done += 1  # last: what was interrupted here is not done
 
     def end_prompts(self, rows: Sequence[int]) -> None:
         """All of these rows' prompts was taken in: compress them, and bring what stays into the pools."""
@@ -312,6 +313,7 @@ class RaggedCache:
             return
         chunk, queries = self._speculation.without_last(columns)
         self._speculation = None
+        self.step.done -= 1  # until it is settled, an interruption shows
         rows, prompt = chunk.rows, self._prompt(chunk)
         self.table.seen[rows] -= columns
         self.table.pushed[rows] -= columns
@@ -334,6 +336,7 @@ class RaggedCache:
             self.table.steps[rows] += chunk.columns
             self._schedule.after_steps(self.pools, rows, self._scaling, self.columns)
         self.table.phases[rows] = Phase.DECODING
+        self.step.done += 1
 
     # ---- what a scorer or a test sees ----
 

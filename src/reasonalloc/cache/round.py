@@ -132,6 +132,7 @@ class Round:
             step: tokens seen, padding included, for the recorder.
 
         Raises:
+            TypeError: the scorer returned no tensor.
             ValueError: the scorer returned scores of the wrong shape, or NaN.
         """
         rows, heads = parts[0].rows, self.table.heads
@@ -187,6 +188,11 @@ class Round:
             wanted = scorer.observed_queries
             scores = scorer.score(_with_queries(seen, self._queries(part, wanted) if wanted else None))
             tokens = seen.tokens
+            if not isinstance(scores, Tensor):
+                raise TypeError(
+                    f"scorer {type(scorer).__name__} returned {type(scores).__name__}, expected a tensor of one score "
+                    f"per token: {tuple(tokens.positions.shape)}"
+                )
             if scores.shape != tokens.positions.shape:
                 raise ValueError(
                     f"scorer {type(scorer).__name__} returned shape {tuple(scores.shape)}, "

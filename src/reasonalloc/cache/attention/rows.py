@@ -57,6 +57,13 @@ def received_attention(
     ``hidden`` = -1. The weights are never held for more than a block of queries.
     """
     assert spans.received is not None
+    with torch.autocast(query.device.type, enabled=False):  # a scorer's numbers are not the model's
+        _add_received(query, spans, scaling, hidden, spans.received)
+
+
+def _add_received(
+    query: Tensor, spans: Spans, scaling: float, hidden: Int[Tensor, "batch queries"] | None, received: Tensor
+) -> None:
     query_heads, queries = query.shape[1:3]
     group = query_heads // spans.heads
     for b, h, start, place, length in _rows(spans):
@@ -71,7 +78,7 @@ def received_attention(
                 own = hidden[b, some]
                 weights = logits.masked_fill(~_visible(length, own.clamp(min=0)), float("-inf")).softmax(-1)
                 weights = weights.masked_fill((own < 0)[:, None], 0.0)
-            spans.received[place : place + length] += weights.sum((0, 1))
+            received[place : place + length] += weights.sum((0, 1))
 
 
 def _rows(spans: Spans) -> Iterator[tuple[int, int, int, int, int]]:

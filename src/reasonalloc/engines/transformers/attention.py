@@ -63,8 +63,8 @@ def attention_forward(
         else:
             out = layer.ragged.decode(layer.index, query, key, value, scaling).transpose(1, 2).contiguous()
         layer.ragged.end_layer(layer.index)
-    if torch.is_grad_enabled() and query.requires_grad:
-        out = _NoGradient.apply(query, out)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        out = _NoGradient.apply(out, query, key, value)
     return out, None
 
 
@@ -72,7 +72,7 @@ class _NoGradient(torch.autograd.Function):
     """Attention over a ragged cache, where gradients are enabled: using it is right, asking for a gradient is not."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, out: Tensor) -> Tensor:
+    def forward(ctx: Any, out: Tensor, *states: Tensor) -> Tensor:
         """The output itself."""
         return out.view_as(out)
 

@@ -16,7 +16,7 @@ from reasonalloc.cache.step import Chunk
 from reasonalloc.cache.totals import check_ranks
 from reasonalloc.engines.models import ATTENTION_NAME, UnsupportedModelError, architecture, check_states, model_shape
 from reasonalloc.engines.transformers.attention import tag
-from reasonalloc.engines.transformers.continuation import Continuation
+from reasonalloc.engines.transformers.continuation import Continuation, Origin, no_new_tokens
 from reasonalloc.policies.allocation import HEAD_ALLOCATORS, LAYER_ALLOCATORS
 from reasonalloc.policies.compression import AUTO_PROFILE, Compression
 from reasonalloc.policies.registry import profile_source
@@ -33,22 +33,34 @@ class _Pass:
 
     def begin(self, mask: Tensor | None, batch: int, columns: int, positions: object) -> None:
         """Before the first layer: what comes, and whether it goes on with what is cached."""
-        ragged, seen = self.ragged, self.ragged.columns
-        rows = np.arange(batch)
+        ragged, continuation, seen = self.ragged, self.continuation, self.ragged.columns
         if seen and batch != ragged.table.rows:
             raise ValueError(
                 f"the cache holds {ragged.table.rows} sequences, and {batch} come: go on with the same batch, or pass "
                 "a new cache, or call reset() on this one"
             )
-        chunk = self.continuation.read(mask, rows, columns, seen)
+        origin = Origin.find(batch, columns)
+        continuation.check_call(origin, seen, columns)
+        real = continuation.read(mask, batch, columns, seen)
+        rows = np.arange(batch)
+        if columns == 1 and real is None and seen and not ragged.holding:
+            self.chunk = None
+            continuation.note(None, origin.ids, seen, columns)
+            ragged.begin(rows)
+            return
+        self.chunk = chunk = Chunk.of(rows, columns) if real is None else Chunk.masked(rows, real)
         if columns > 1:
-            text = self.continuation.check_text(seen, columns)
             if seen:
-                self.continuation.check_positions(positions, chunk, ragged.table.seen, seen)
-            ragged.prompt_columns = text
-        decodes = columns == 1 and chunk.real is None and seen > 0 and not ragged.holding
-        self.chunk = None if decodes else chunk
-        ragged.begin(rows if decodes else (), () if decodes else (chunk,), columns)
+                continuation.check_positions(positions, chunk, ragged.table.seen, seen)
+            ragged.prompt_columns = None if origin.call is None else _real_columns(chunk, origin.call.text.shape[1])
+        continuation.note(chunk.real, origin.ids, seen, columns)
+        ragged.begin((), (chunk,), columns)
+
+
+def _real_columns(chunk: Chunk, columns: int) -> int:
+    """How many of a chunk's first columns are tokens, where padding is on the left, in its longest sequence."""
+    padding = chunk.columns - int(chunk.counts.max(initial=0))
+    return max(columns - padding, 0)
 
 
 class RaggedLayer(cache_utils.CacheLayerMixin):
@@ -97,14 +109,21 @@ class RaggedLayer(cache_utils.CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Tag the new keys with this layer; the attention function stores them."""
+        """Tag the new keys with this layer; the attention function stores them.
+
+        Raises:
+            ValueError: what is cached has another dtype.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if not key_states.shape[2]:
-            raise ValueError(
-                f"there are no new tokens: the text is not longer than the {self.ragged.columns} tokens that the cache "
-                "has seen, so it is another text; pass a new cache, or call reset() on this one"
-            )
+        if self.index == 0 and self.ragged.pools:
+            pool = self.ragged.pools[0]
+            held, come = (pool.keys.dtype, pool.values.dtype), (key_states.dtype, value_states.dtype)
+            if come != held:
+                raise ValueError(
+                    f"the cache holds keys and values of {held}, and {come} come: run the model under the same "
+                    "torch.autocast throughout, or call reset() on the cache"
+                )
         self.pending = True
         return tag(key_states, self), value_states
 
@@ -113,7 +132,13 @@ class RaggedLayer(cache_utils.CacheLayerMixin):
         return self.ragged.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks are logical, too."""
+        """Masks are logical, too.
+
+        Raises:
+            ValueError: there are no new tokens: ``generate`` cut off more than there was.
+        """
+        if not query_length:
+            raise ValueError(no_new_tokens(self.ragged.columns))
         return self.ragged.columns + query_length, 0
 
     def get_max_length(self) -> int:
@@ -247,8 +272,9 @@ class Cache(cache_utils.Cache):
         if self.layers[layer_idx - 1].pending or self.layers[layer_idx].pending:
             self._forget_pending()
             raise RuntimeError(
-                "the model's attention does not read the ragged cache: load the model with "
-                f"attn_implementation={ATTENTION_NAME!r}, or call model.set_attn_implementation({ATTENTION_NAME!r})"
+                "the model's attention does not read the ragged cache, or was interrupted before it did: load the "
+                f"model with attn_implementation={ATTENTION_NAME!r}, or call "
+                f"model.set_attn_implementation({ATTENTION_NAME!r}), and reset() on the cache"
             )
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
