@@ -5,6 +5,7 @@ a device and do not count. The numbers are bounds on launches: a step's must not
 neither with rows nor with the layers that share a pool.
 """
 
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -171,3 +172,23 @@ def test_arenas_are_as_few_operations(method, counted):
         found.append(rounds[-1].total())
     assert len(set(found)) == 1, found
     assert found[0] <= 400
+
+
+class Remembering(ra.RKV):
+    """R-KV that looks, whenever it is asked, for keys that it was shown before."""
+
+    alive, shown = [], []
+
+    def score(self, seen):
+        self.alive.append(sum(keys() is not None for keys in self.shown))
+        self.shown.append(weakref.ref(seen.tokens.keys))
+        return super().score(seen)
+
+
+def test_a_round_holds_one_pools_keys_at_a_time():
+    model = tiny_model(num_hidden_layers=4)
+    ragged = ra.Cache(model.config, ra.Compression(24, Remembering(), "uniform", interval=16), layers_at_once=1)
+    model.generate(prompts([10])[0], past_key_values=ragged, max_new_tokens=60, do_sample=False)
+    assert len(Remembering.alive) >= 8, "two rounds of four layers"
+    assert not any(Remembering.alive)
+    assert not any(keys() is not None for keys in Remembering.shown)

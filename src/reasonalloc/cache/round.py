@@ -175,34 +175,43 @@ class Round:
         self, parts: Sequence[Held], totals: HostInts, scaling: float
     ) -> tuple[list[Candidates], Bool[Tensor, "1"], list[Float[Tensor, "batch"]]]:
         """Every part's candidates, whether a score is NaN, and what dynamic layers measure."""
-        scorer, dynamic = self.compression.token_scorer, self.totals.dynamic
         ranked, wrong, demands, first = [], [], [], 0
         for part in parts:
             count = len(part.pool.layers)
-            seen = self._observe(part, totals[first : first + count], scaling)
+            candidates, is_nan, demand = self._score_part(part, totals[first : first + count], scaling)
             first += count
-            if dynamic is not None:
-                measured = _with_queries(seen, self._queries(part, dynamic.queries))
-                demand = attention_demand(attention_weights(measured, seen.tokens.valid), dynamic.rho)
-                demands.append(mean_over_queries(measured, demand[..., None]).mean((1, 2, 3)))
-            wanted = scorer.observed_queries
-            scores = scorer.score(_with_queries(seen, self._queries(part, wanted) if wanted else None))
-            tokens = seen.tokens
-            if not isinstance(scores, Tensor):
-                raise TypeError(
-                    f"scorer {type(scorer).__name__} returned {type(scores).__name__}, expected a tensor of one score "
-                    f"per token: {tuple(tokens.positions.shape)}"
-                )
-            if scores.shape != tokens.positions.shape:
-                raise ValueError(
-                    f"scorer {type(scorer).__name__} returned shape {tuple(scores.shape)}, "
-                    f"expected one score per token: {tuple(tokens.positions.shape)}"
-                )
-            valid = tokens.valid
-            wrong.append((scores.isnan() & valid).any())
-            spared = on_device(np.tile(self.table.protected[part.rows], count), tokens.device)
-            ranked.append(rank_candidates(scores, valid, tokens.newest(self.compression.kept_window), spared))
+            ranked.append(candidates)
+            wrong.append(is_nan)
+            demands += demand
         return ranked, torch.stack(wrong).any()[None], demands
+
+    def _score_part(
+        self, part: Held, totals: HostInts, scaling: float
+    ) -> tuple[Candidates, Bool[Tensor, ""], list[Float[Tensor, "batch"]]]:
+        """As ``_score``, for one part: when it returns, its copy of the keys is gone."""
+        scorer, dynamic, demands = self.compression.token_scorer, self.totals.dynamic, []
+        seen = self._observe(part, totals, scaling)
+        if dynamic is not None:
+            measured = _with_queries(seen, self._queries(part, dynamic.queries))
+            demand = attention_demand(attention_weights(measured, seen.tokens.valid), dynamic.rho)
+            demands.append(mean_over_queries(measured, demand[..., None]).mean((1, 2, 3)))
+        wanted = scorer.observed_queries
+        scores = scorer.score(_with_queries(seen, self._queries(part, wanted) if wanted else None))
+        tokens = seen.tokens
+        if not isinstance(scores, Tensor):
+            raise TypeError(
+                f"scorer {type(scorer).__name__} returned {type(scores).__name__}, expected a tensor of one score "
+                f"per token: {tuple(tokens.positions.shape)}"
+            )
+        if scores.shape != tokens.positions.shape:
+            raise ValueError(
+                f"scorer {type(scorer).__name__} returned shape {tuple(scores.shape)}, "
+                f"expected one score per token: {tuple(tokens.positions.shape)}"
+            )
+        valid = tokens.valid
+        spared = on_device(np.tile(self.table.protected[part.rows], len(part.pool.layers)), tokens.device)
+        ranked = rank_candidates(scores, valid, tokens.newest(self.compression.kept_window), spared)
+        return ranked, (scores.isnan() & valid).any(), demands
 
     def _observe(self, part: Held, totals: HostInts, scaling: float) -> Observation:
         tokens, table, rows = part.tokens(), self.table, part.rows
