@@ -98,7 +98,9 @@ def seconds_per_step(model: Any, cache: Any, ids: torch.Tensor, steps: int) -> f
 
     Of several tokens at once, a prompt, only the last one's logits are made: a prompt's would be gigabytes.
     """
-    from reasonalloc.engines.models import CACHE_ARGUMENT  # here: benchmarks/versions.py runs this file with others
+    from reasonalloc.engines.transformers.names import (
+        CACHE_ARGUMENT,  # here: benchmarks/versions.py runs this file with others
+    )
 
     model.set_attn_implementation("reasonalloc" if isinstance(cache, ra.Cache) else "sdpa")
     finish(ids.device)

@@ -17,8 +17,8 @@ from common import in_own_processes, random_model, save
 from resident import ENVIRONMENT, Peak, resident
 
 import reasonalloc as ra
-from reasonalloc.engines.models import CACHE_ARGUMENT
 from reasonalloc.engines.transformers.cache import kv_bytes
+from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
 from reasonalloc.policies.scoring import rkv
 
 

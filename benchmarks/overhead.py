@@ -22,7 +22,7 @@ import reasonalloc as ra
 from reasonalloc.cache import round as rounds
 from reasonalloc.cache.pool import Pool
 from reasonalloc.cache.totals import LayerTotals
-from reasonalloc.engines.models import CACHE_ARGUMENT
+from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
 
 INTERVAL = 128
 STAGES = ("all", "score", "route", "select", "move")

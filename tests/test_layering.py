@@ -15,6 +15,9 @@ ORDER = [
     ("files",),
     ("policies",),
     ("tasks",),
+    ("cache.table",),
+    ("cache.spans",),
+    ("cache.attention",),
     ("cache",),
     ("engines",),
     ("engines.transformers", "engines.vllm"),
@@ -25,7 +28,7 @@ ORDER = [
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 ARRAYS = ("policies", "cache", "engines", "calibration", "reasoner", "evaluation", "cli")
-MODELS = ("engines.models", "engines.transformers", "calibration", "reasoner", "evaluation", "cli")
+MODELS = ("engines.transformers", "calibration", "reasoner", "evaluation", "cli")
 LIBRARIES = {  # which parts may import what is not Python's own
     "torch": ARRAYS,
     "numpy": ARRAYS,
@@ -37,7 +40,7 @@ LIBRARIES = {  # which parts may import what is not Python's own
     "transformers": MODELS,
     "tokenizers": MODELS,
     "huggingface_hub": MODELS,
-    "packaging": ("engines.models",),
+    "packaging": ("engines.transformers.names",),
     "vllm": ("engines.vllm",),
     "prometheus_client": ("engines.vllm",),
     "safetensors": ("reasoner.train",),

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 import reasonalloc as ra
 from reasonalloc.cache.pool import Pool
-from reasonalloc.engines.models import CACHE_ARGUMENT
+from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
 
 METHODS = [name for name in ra.METHODS if name != "full"]
 DRAWN = {"random", "vase", "vase-queryfree"}  # a draw depends on the row of the batch, by design

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from reasonalloc.calibration import CalibrationSettings, DemandProbe, ProbePrompt, built_in_prompts
 from reasonalloc.calibration.sensitivity import loss_sensitivity
-from reasonalloc.engines.models import CACHE_ARGUMENT, architecture, model_shape
+from reasonalloc.engines.models import architecture, model_shape
 from reasonalloc.engines.transformers.cache import Cache
 from reasonalloc.engines.transformers.loading import encode, model_name
+from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
 from reasonalloc.files import write_atomically
 from reasonalloc.policies.allocation import DemandProfile, PromptDemand, merge
 from reasonalloc.policies.allocation.profile import differences

@@ -75,9 +75,9 @@ def _answer(
 
     from reasonalloc.cache.recorder import Recorder
     from reasonalloc.calibration.auto import auto_profile
-    from reasonalloc.engines.models import CACHE_ARGUMENT
     from reasonalloc.engines.transformers import Cache
     from reasonalloc.engines.transformers.loading import encode, load, quiet
+    from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
     from reasonalloc.files import write_atomically
     from reasonalloc.policies.compression import AUTO_PROFILE
 

@@ -6,16 +6,12 @@ import json
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 
 from reasonalloc.policies.allocation import ModelShape
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ATTENTION_NAME = "reasonalloc"
 FULL_ATTENTION = {"full_attention", "attention"}
-# What models and `generate` call their cache; the old name still works after 5.24, with a warning at every call.
-CACHE_ARGUMENT = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 
 
 class UnsupportedModelError(ValueError):

@@ -9,10 +9,10 @@ import torch
 import transformers
 
 from reasonalloc.cache.recorder import Recorder
-from reasonalloc.engines.models import CACHE_ARGUMENT
 from reasonalloc.engines.transformers.cache import Cache
 from reasonalloc.engines.transformers.generation import OnStep, drop_finished
 from reasonalloc.engines.transformers.loading import encode, ranks
+from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
 from reasonalloc.evaluation.footprint import Footprint
 from reasonalloc.policies.compression import Compression
 

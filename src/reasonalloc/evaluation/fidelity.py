@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reasonalloc.engines.models import CACHE_ARGUMENT
 from reasonalloc.engines.transformers.cache import Cache
 from reasonalloc.engines.transformers.loading import ranks
+from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
 from reasonalloc.evaluation.footprint import Footprint
 from reasonalloc.policies.compression import Compression
 

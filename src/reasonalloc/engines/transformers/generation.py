@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonalloc.engines.models import CACHE_ARGUMENT
 from reasonalloc.engines.transformers.cache import Cache
+from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
 
 OnStep = Callable[[Tensor, Tensor], None]  # rows, tokens
 _PER_STEP = (
