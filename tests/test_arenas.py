@@ -284,3 +284,17 @@ def test_layers_share_a_pool_where_their_memory_is_one():
     assert pools(one, 1) == [1, 1, 1]
     assert pools(lambda nbytes: one(nbytes, (0, 2, 1)), 3) == [1, 1, 1], "the second lies behind the third"
     assert pools(lambda n: {i: torch.zeros(2, n, dtype=torch.uint8) for i in range(LAYERS)}, 3) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "reason"),
+    [
+        (ra.Compression(None), "budget"),
+        (ra.Compression(24, layers="dynamic"), "dynamic|measured"),
+        (ra.Compression(24, layers="uniform", prompt="protect"), "protect"),
+    ],
+)
+def test_what_has_no_bound_is_refused_where_arenas_are_made(chosen, reason):
+    ragged = RaggedCache(chosen, ra.ModelShape(1, HEADS, HEADS * GROUP, DIM))
+    with pytest.raises(ValueError, match=f"arenas have a fixed size: .*({reason})"):
+        ragged.lend({0: torch.zeros(2, 64)}, {})

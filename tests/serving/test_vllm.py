@@ -129,6 +129,16 @@ class TwoRanks(HeadAllocator):
         return HeadSplit(torch.cat(parts, 1), None)
 
 
+def test_prompts_that_take_turns_are_not_compressed_half_way(tmp_path):
+    """With --long-prefill-token-threshold a prompt pauses while others go on; it keeps what one in one piece keeps."""
+    asked = {"method": "rkv", "budget": 48, "interval": 32}
+    long = prompts(4, 200, 260, seed=5)
+    turns = {"long_prefill_token_threshold": 16, "max_num_batched_tokens": 40, "max_num_seqs": 4}
+    ours = run(tmp_path, asked, prompts=long, tokens=64, options=turns)
+    alone = run(tmp_path, asked, prompts=long, tokens=64, options={"max_num_seqs": 1})
+    assert ours["tokens"] == alone["tokens"]
+
+
 def test_requests_together_equal_requests_alone(tmp_path):
     asked = {"method": "reasonalloc-head", "budget": 48, "interval": 32}
     together = prompts(8, 5, 300, seed=2)
