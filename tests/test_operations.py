@@ -156,6 +156,40 @@ class Served:
             self.ragged.end_layer(layer)
 
 
+def test_between_two_rounds_nothing_is_copied_to_the_device(monkeypatch):
+    """An engine that frees no arena, step for step, does not make a step read the table anew."""
+    served = Served(2, 3, 2)
+    served.prompt(40)
+    served.step()
+    filled, fill = [], Decode.fill
+    monkeypatch.setattr(Decode, "fill", lambda decode: filled.append(fill(decode)))
+    for _ in range(15):
+        served.ragged.free([])
+        served.step()
+    assert not filled
+    served.step()
+    assert len(filled) == 1, "after a round"
+
+
+@pytest.mark.parametrize("change", ["rows leave", "it grows"])
+def test_memory_that_is_replaced_is_let_go_of_at_once(change):
+    """What a step knows of the old memory does not keep it."""
+    model = tiny_model()
+    text, _ = prompts([120, 120])
+    budget = 24 if change == "rows leave" else None
+    full = ra.Cache(model.config, ra.Compression(budget, layers="uniform", heads="uniform", interval=16))
+    with torch.no_grad():
+        for part in text[:, :50].split([40, *[1] * 10], 1):
+            model(part, past_key_values=full)
+        old = [weakref.ref(x) for pool in full.ragged.pools for x in (pool.keys, pool.values)]
+        if change == "rows leave":
+            full.batch_select_indices(torch.tensor([1]))
+        else:
+            for part in text[:, 50:].split(1, 1):
+                model(part, past_key_values=full)
+    assert all(tensor() is None for tensor in old)
+
+
 @pytest.mark.parametrize("method", ["reasonalloc-head", "h2o"])
 def test_arenas_are_as_few_operations(method, counted):
     torch.manual_seed(0)

@@ -174,6 +174,8 @@ class Pool:
         """One layer of it, the same memory, to be read."""
         one, local = copy.copy(self), self.local(layer)
         one.layers, one.shift = self.layers[local : local + 1], self.shift[local : local + 1]
+        ring = self.queries
+        one.queries = QueryRing(ring.memory, ring.base[local : local + 1], ring.size, ring.heads)
         return one
 
     # ---- reading ----
@@ -242,10 +244,8 @@ class Pool:
         width = int(kept.max(initial=0))
         places = self.places_of(layers, rows, self.slots_of(layers, rows, width))
         stored = None if self.received is None else self.received[places]
-        settled = table.settled[layers].copy()
-        tokens = Survivors(
-            self.keys, self.values, table.starts[layers].copy(), kept, None, self.positions[places], stored
-        )
+        settled = table.settled[layers]
+        tokens = Survivors(self.keys, self.values, table.starts[layers], kept, None, self.positions[places], stored)
         self.rewrite(rows, tokens, capacities)
         table.settled[layers] = settled
 

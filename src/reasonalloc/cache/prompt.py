@@ -20,7 +20,7 @@ class Prompt:
     """Keys and values of some rows' first tokens, layer by layer.
 
     A prompt is kept whole until it ends, however it is cut into chunks: what is forgotten does not depend on the
-    cuts. Usually it lasts for one layer only, since a prompt in one piece is compressed layer by layer.
+    cuts. A prompt in one piece is compressed pool by pool, and so lies here no longer than a pool's layers run.
 
     Attributes:
         rows: which rows of the table.
@@ -45,6 +45,8 @@ class Prompt:
         """Take in a layer's part of a chunk, padding left out; ``counts`` includes it already."""
         if chunk.real is not None:
             key, value = drop_padding(key, chunk.real), drop_padding(value, chunk.real)
+        elif not chunk.ends_prompt:  # it stays for a while, and the engine's tensors are those of its whole batch
+            key, value = key.clone(), value.clone()
         received = key.new_zeros(key.shape[:3], dtype=torch.float32) if self._track_received else None
         old, old_value, old_received = self._keys[layer], self._values[layer], self._received[layer]
         if old is not None and old_value is not None:  # of one row: only a server cuts prompts
@@ -85,11 +87,6 @@ class Prompt:
         self.rows, self.counts = np.arange(len(index)), self.counts[index]
         for tensors in (self._keys, self._values, self._received):
             tensors[:] = [None if x is None else x[index] for x in tensors]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(x.nbytes for x in (*self._keys, *self._values) if x is not None)
 
 
 class PromptTokens:

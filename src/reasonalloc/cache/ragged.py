@@ -159,10 +159,11 @@ class RaggedCache:
 
     def free(self, rows: Sequence[int]) -> None:
         """These requests have ended: their arenas are empty, and what of their prompts lies elsewhere is let go of."""
-        gone = np.asarray(rows, dtype=np.int64)
-        self.table.clear(gone)
-        for row in gone.tolist():
-            self.prompts.pop(row, None)
+        if not len(rows):
+            return
+        self.table.clear(np.asarray(rows, dtype=np.int64))
+        for row in rows:
+            self.prompts.pop(int(row), None)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep, repeat and reorder the rows of a batch (beams, several samples, finished rows).
@@ -175,6 +176,9 @@ class RaggedCache:
         wrong = [row for row in rows if not 0 <= row < self.table.rows]
         if wrong:
             raise IndexError(f"the cache holds {self.table.rows} sequences, there is no sequence {wrong[0]}")
+        self.rollback(0)
+        self.step.done -= 1  # until it is done, an interruption shows
+        self._let_go()
         old = copy.copy(self.table)
         self.table.select(rows)
         for pool in self.pools:
@@ -183,7 +187,12 @@ class RaggedCache:
             prompt.select(rows)
         if self.totals is not None:
             self.totals.select(rows)
+        self.step.done += 1
+
+    def _let_go(self) -> None:
+        """The rows, or the pools' memory, change: nothing may hold on to what was."""
         self._decode = None
+        self.step.decode = None
 
     # ---- a forward pass ----
 
@@ -210,6 +219,8 @@ class RaggedCache:
         index = np.asarray(decoding, dtype=np.int64)
         if len(index):
             self.end_prompts([row for row in index.tolist() if row in self.prompts])
+        if chunks and not len(index) and self._decode is not None:
+            self._decode.let_go()
         for chunk in chunks:
             self._begin_chunk(chunk)
         self.columns += columns
@@ -247,7 +258,7 @@ class RaggedCache:
         """Take in a chunk of rows that were empty.
 
         Unless it is held or goes on, it is compressed as soon as the last layer of its pool has it: at no time does
-        more than a pool's prompt lie beside its compressed form.
+        more than a pool's prompt lie beside its compressed form (twice that, where a pool has several layers).
         """
         self._scaling = scaling
         if not self.pools:
@@ -394,6 +405,7 @@ class RaggedCache:
 
     def _prepare(self, rows: HostInts) -> Decode:
         if self.totals is None and (self.table.lengths >= self.table.capacities).any():
+            self._let_go()
             for pool in self.pools:
                 self._make_room(pool, np.ones(1, dtype=np.int64))
         decode = self._decode
@@ -474,7 +486,10 @@ class RaggedCache:
                 self.table.phases[chunk.rows] = Phase.DECODING
                 self._schedule.after_steps(self.pools, chunk.rows, self._scaling, self.columns)
         if self.step.decode is not None:
-            self._schedule.after_steps(self.pools, self.step.decode.rows, self._scaling, self.columns)
+            rows, self.step.decode = self.step.decode.rows, None
+            if self._decode is not None and (self.table.steps[rows] >= self.compression.interval).any():
+                self._decode.let_go()
+            self._schedule.after_steps(self.pools, rows, self._scaling, self.columns)
 
     def _settle(self, rows: HostInts) -> None:
         """A chunk is in the pools: the interval begins anew. A single token is a step, also as a prompt."""

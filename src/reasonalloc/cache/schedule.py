@@ -97,9 +97,9 @@ class Schedule:
         rows, table = np.arange(self.table.rows), self.table
         count = int(min(pool.queries.size, table.pushed.max()))
         for layer in pool.layers.tolist():
-            queries = pool.queries.read(np.array([pool.local(layer)]), rows, table.pushed, count)
-            tokens = PoolTokens(pool.of_layer(layer), rows).tokens()
-            self.probe.observe(layer, tokens, queries, scaling, int(table.steps[0]))
+            one = pool.of_layer(layer)
+            queries = one.queries.read(np.zeros(1, dtype=np.int64), rows, table.pushed, count)
+            self.probe.observe(layer, PoolTokens(one, rows).tokens(), queries, scaling, int(table.steps[0]))
 
     def _store(self, held: PromptTokens) -> None:
         """Bring a whole prompt into its pool."""

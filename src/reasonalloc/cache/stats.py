@@ -77,8 +77,8 @@ def _size(count: float) -> str:
 def collect(ragged: RaggedCache, method: dict[str, str]) -> CacheStats:
     """The statistics of a cache."""
     table, pools, totals = ragged.table, ragged.pools, ragged.totals
-    layers = np.arange(table.layers)
     rounds = ragged.round
+    layers = np.arange(table.layers) if rounds is None else rounds.numbers
     return CacheStats(
         seen=ragged.columns,
         batch=table.rows,

@@ -85,7 +85,9 @@ class Decode:
         self._shift = np.stack([pool.shift[g, rows] for pool, g in self._layers])[..., None]
         self._places = np.zeros(shape, dtype=np.int64)
         numbers = (table.starts, table.lengths, table.capacities)
-        self._starts, self._lengths, self._capacities = (x[:, self._at] for x in numbers)
+        # Views, or compact copies: a layer's part of them lies in one piece.
+        own = (lambda x: np.ascontiguousarray(x[:, rows])) if self._copied else (lambda x: x)
+        self._starts, self._lengths, self._capacities = map(own, numbers)
         self._sent = [on_device(x, device) for x in (self._starts, self._lengths, self._places)]
         self._slots, self._received_at = (torch.empty(shape, dtype=torch.int64, device=device) for _ in range(2))
         ring = pools[0].queries
@@ -128,6 +130,10 @@ class Decode:
             )
             for layer, (pool, _) in enumerate(self._layers)
         ]  # fmt: skip
+
+    def let_go(self) -> None:
+        """Forget the pools' memory, which may be replaced; ``fill`` before the next step."""
+        self.spans, self.moves = [], -1
 
     def advance(self) -> None:
         """Count the tokens that now come, once for all layers."""

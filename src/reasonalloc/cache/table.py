@@ -88,12 +88,11 @@ class Table:
         for counts in (self.seen, self.steps, self.pushed, self.protected):
             counts[rows] = 0
         self.phases[rows] = Phase.EMPTY
-        self.moves += 1
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep, repeat and reorder rows; their starts are the pools' to set."""
         index = np.asarray(rows, dtype=np.int64)
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray):
-                setattr(self, name, value[:, index] if value.ndim == 3 else value[index])
+                setattr(self, name, np.ascontiguousarray(value[:, index] if value.ndim == 3 else value[index]))
         self.moves += 1

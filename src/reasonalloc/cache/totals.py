@@ -19,8 +19,7 @@ from reasonalloc.policies.compression import Compression
 class LayerTotals:
     """Tokens of every layer and row, summing to ``layers * heads * budget`` for each row at any time.
 
-    Layers run one after another. The first layer opens a round; with a dynamic allocator the totals of a round come
-    from the demands that all layers reported in the rounds before.
+    With a dynamic allocator the totals of a round come from the demands that all layers reported in the rounds before.
 
     Attributes:
         dynamic: the allocator, if it measures demand while decoding.

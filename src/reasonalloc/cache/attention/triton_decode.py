@@ -64,6 +64,10 @@ class TritonDecode:
     def __init__(self) -> None:
         self._tables: WeakKeyDictionary[Spans, ChunkTable] = WeakKeyDictionary()
 
+    def __reduce__(self) -> Any:
+        """A copy remembers nothing: it has spans of its own."""
+        return TritonDecode, ()
+
     def __call__(
         self, query: Float[Tensor, "batch query_heads 1 dim"], spans: Spans, scaling: float
     ) -> Float[Tensor, "batch query_heads 1 value_dim"]:

@@ -227,7 +227,7 @@ class Cache(cache_utils.Cache):
                 on a CPU, which takes least memory; eight elsewhere.
 
         Raises:
-            UnsupportedModelError: the model's attention is not supported, see ``support.model_shape``.
+            UnsupportedModelError: the model's attention is not supported, see ``engines.models.model_shape``.
             ValueError: there is no such backend, the model uses another attention implementation, the profile is of
                 another model, or the ranks cannot share the heads or a policy that gives every head its own budget.
         """
@@ -287,8 +287,8 @@ class Cache(cache_utils.Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given sequences, in that order; an index may be repeated."""
         rows = indices.nonzero().flatten().tolist() if indices.dtype == torch.bool else indices.tolist()
-        self._pass.continuation.select(rows)
         self.ragged.select(rows)
+        self._pass.continuation.select(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give each beam the history of the beam that it continues."""

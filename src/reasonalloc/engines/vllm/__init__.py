@@ -4,5 +4,5 @@ Set REASONALLOC, for instance to '{"method": "reasonalloc", "budget": 1024, "pro
 the rest by its entry point. Without it vLLM is left as it is.
 
 How it fits: to vLLM's scheduler a request takes one block per layer, however long it grows; that block is an arena
-(``reasonalloc.cache.arenas``). vLLM's block tables, admission and preemption work on arenas without knowing.
+(``reasonalloc.cache.arena``). vLLM's block tables, admission and preemption work on arenas without knowing.
 """

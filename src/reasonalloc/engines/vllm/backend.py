@@ -30,7 +30,7 @@ _logger = logging.getLogger("vllm.reasonalloc")  # below vLLM's own, so that it 
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptPart:
     """Tokens of one request's prompt in a batch.
 
     Attributes:
@@ -56,7 +56,7 @@ class Batch:
 
     arenas: list[int]
     rows: Tensor | slice
-    prompts: list[Prompt]
+    prompts: list[PromptPart]
 
     @classmethod
     def read(cls, batch: Any) -> Batch:
@@ -73,7 +73,7 @@ class Batch:
                 rows.append(start)
             elif stop > start:
                 chunk = Chunk.of(np.array([arena]), stop - start, ends_prompt=False)
-                prompts.append(Prompt(chunk, slice(start, stop), stop - start == length))
+                prompts.append(PromptPart(chunk, slice(start, stop), stop - start == length))
         if rows and rows[-1] - rows[0] + 1 == len(rows):
             return cls(decoding, slice(rows[0], rows[-1] + 1), prompts)
         return cls(decoding, torch.tensor(rows, dtype=torch.long, device=table.device), prompts)

@@ -44,18 +44,25 @@ def update_states(runner: Any, scheduler_output: Any) -> Any:
     """In the place of ``GPUModelRunner._update_states``, where a worker hears which requests have ended.
 
     Their arenas are emptied, and the memory of prompts that had not ended is let go of. A request that pauses is none
-    of these.
+    of these. What arena a request has is noted when it gets it: one that was preempted has lost its arena, perhaps to
+    another.
     """
     from reasonalloc.engines.vllm.backend import attentions
 
-    ended = [runner.requests[name] for name in scheduler_output.finished_req_ids if name in runner.requests]
-    arenas = [blocks[0] for request in ended for blocks in request.block_ids if blocks]
+    owners: dict[int, str] = vars(runner).setdefault("arena_owners", {})
+    arenas = [arena for arena, name in owners.items() if name in scheduler_output.finished_req_ids]
+    for arena in arenas:
+        del owners[arena]
     if arenas:
         for attention in attentions(runner.compilation_config.static_forward_context).values():
             if attention.impl.running is not None:
                 attention.impl.running.cache.free(arenas)
                 break
-    return runner.stock_update_states(scheduler_output)
+    done = runner.stock_update_states(scheduler_output)
+    given = [request.req_id for request in scheduler_output.scheduled_new_reqs]
+    for name in (*given, *scheduler_output.scheduled_cached_reqs.resumed_req_ids):
+        owners.update({blocks[0]: name for blocks in runner.requests[name].block_ids if blocks})
+    return done
 
 
 def arena_spec(attention: Any, vllm_config: Any) -> Any:

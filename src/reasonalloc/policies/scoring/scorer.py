@@ -18,10 +18,10 @@ from reasonalloc.policies.scoring.tokens import LayerTokens
 
 @dataclass(frozen=True)
 class Observation:
-    """All that a scorer may look at when one layer is compressed.
+    """All that a scorer may look at in a round. The batch holds the sequences of one layer, or of several.
 
     Attributes:
-        tokens: the layer's cached tokens.
+        tokens: the cached tokens.
         queries: the last queries after rotary embedding, oldest first, as many as the scorer asked for (fewer
             early in a sequence, see ``real_queries``); None if it asked for none.
         real_queries: which of the queries exist; False marks padding.
