@@ -180,26 +180,24 @@ class Pool:
 
     # ---- reading ----
 
-    def slots_of(self, layers: HostInts, rows: HostInts, width: int) -> Int[Tensor, "batch heads width"]:
+    def slots_of(self, rows: HostInts, width: int) -> Int[Tensor, "batch heads width"]:
         """The first ``width`` slots of each span, batch layer-major; past a span's end any slot."""
-        starts = self.table.starts[layers[:, None], rows].reshape(-1, self.table.heads)
+        starts = self.table.starts[self.layers[:, None], rows].reshape(-1, self.table.heads)
         at = torch.arange(width, device=self.keys.device)
         return (on_device(starts, self.keys.device)[..., None] + at).clamp_(max=max(len(self.keys) - 1, 0))
 
-    def places_of(
-        self, layers: HostInts, rows: HostInts, slots: Int[Tensor, "batch heads width"]
-    ) -> Int[Tensor, "batch heads width"]:
+    def places_of(self, rows: HostInts, slots: Int[Tensor, "batch heads width"]) -> Int[Tensor, "batch heads width"]:
         """Where in ``positions`` and ``received`` the numbers of these slots are."""
-        shift = self.shift[layers[:, None] - self.layers[0], rows].reshape(-1)
+        shift = self.shift[:, rows].reshape(-1)
         places = slots + on_device(shift, slots.device)[:, None, None]
         return places.clamp_(max=max(len(self.positions) - 1, 0))
 
     def positions_of(
-        self, layers: HostInts, rows: HostInts, places: Int[Tensor, "batch heads width"]
+        self, rows: HostInts, places: Int[Tensor, "batch heads width"]
     ) -> Int[Tensor, "batch heads width"]:
         """Positions of the first tokens of each span: stored for the settled ones, counted for the younger."""
         table, device = self.table, self.keys.device
-        of = (layers[:, None], rows)
+        of = (self.layers[:, None], rows)
         first = (table.seen[rows][None, :, None] - table.lengths[of]).reshape(-1, table.heads)
         settled = on_device(table.settled[of].reshape(-1, table.heads), device)[..., None]
         at = torch.arange(places.shape[-1], device=device)
@@ -242,7 +240,7 @@ class Pool:
         table, layers, rows = self.table, self.layers, np.arange(self.table.rows)
         kept = table.lengths[layers]
         width = int(kept.max(initial=0))
-        places = self.places_of(layers, rows, self.slots_of(layers, rows, width))
+        places = self.places_of(rows, self.slots_of(rows, width))
         stored = None if self.received is None else self.received[places]
         settled = table.settled[layers]
         tokens = Survivors(self.keys, self.values, table.starts[layers], kept, None, self.positions[places], stored)
@@ -271,13 +269,12 @@ class Pool:
         self.keys = _moved(self.keys, tokens.keys, source, target, slots)
         self.values = _moved(self.values, tokens.values, source, target, slots)
         shift = on_device(np.repeat(self.shift[:, rows].reshape(-1), heads), device)
-        places = target + shift[span] if self.is_lent else target
-        spare = 0 if self.is_lent else slots
+        places = target + shift[span]
         for name, numbers in (("positions", tokens.positions), ("received", tokens.received)):
             memory = getattr(self, name)
             if memory is None:
                 continue
-            memory = memory if self.is_lent or len(memory) == spare else memory.new_empty(spare)
+            memory = memory if self.is_lent or len(memory) == slots else memory.new_empty(slots)
             if numbers is not None:
                 stored = numbers.flatten()[span * numbers.shape[-1] + chosen].to(memory.dtype)
                 memory.index_copy_(0, places, stored)

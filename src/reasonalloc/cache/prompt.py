@@ -13,7 +13,7 @@ from reasonalloc.cache.pool import Pool
 from reasonalloc.cache.spans import Spans
 from reasonalloc.cache.step import Chunk
 from reasonalloc.cache.table import HostInts, on_device
-from reasonalloc.policies.scoring.tokens import LayerTokens, drop_padding
+from reasonalloc.policies.scoring.tokens import LayerTokens
 
 
 class Prompt:
@@ -43,9 +43,8 @@ class Prompt:
         chunk: Chunk,
     ) -> None:
         """Take in a layer's part of a chunk, padding left out; ``counts`` includes it already."""
-        if chunk.real is not None:
-            key, value = drop_padding(key, chunk.real), drop_padding(value, chunk.real)
-        elif not chunk.ends_prompt:  # it stays for a while, and the engine's tensors are those of its whole batch
+        key, value = chunk.packed(key), chunk.packed(value)
+        if not chunk.ends_prompt:  # it stays for a while, and the engine's tensors are those of its whole batch
             key, value = key.clone(), value.clone()
         received = key.new_zeros(key.shape[:3], dtype=torch.float32) if self._track_received else None
         old, old_value, old_received = self._keys[layer], self._values[layer], self._received[layer]

@@ -76,8 +76,8 @@ class QueryRing:
         chosen = states.transpose(1, 2)[on_device(row, device), on_device(nth, device)]
         self.memory.index_copy_(0, on_device(places, device), chosen.reshape(-1, self.memory.shape[1]))
 
-    def read(self, layers: HostInts, rows: HostInts, pushed: HostInts, count: int) -> Queries:
-        """The last ``count`` queries of ``rows`` in each of ``layers``: ``[layers * rows, query_heads, count, dim]``.
+    def read(self, rows: HostInts, pushed: HostInts, count: int) -> Queries:
+        """The last ``count`` queries of ``rows`` in each layer: ``[layers * rows, query_heads, count, dim]``.
 
         Of a row that has fewer, the missing ones come first and are not real.
         """
@@ -85,11 +85,11 @@ class QueryRing:
         age = np.arange(count - 1, -1, -1)
         exists = age < held[:, None]
         nth = (pushed[:, None] - 1 - np.where(exists, age, 0)) % self.size  # one that exists, in place of a missing one
-        at = self.base[layers[:, None], rows][:, :, None, None] + np.arange(self.heads)[:, None]
+        at = self.base[:, rows][:, :, None, None] + np.arange(self.heads)[:, None]
         places = at + nth[:, None, :] * self.heads
         device = self.memory.device
         states = self.memory.index_select(0, on_device(places.reshape(-1), device))
-        states = states.view(len(layers) * len(rows), self.heads, count, self.memory.shape[1])
+        states = states.view(len(self.base) * len(rows), self.heads, count, self.memory.shape[1])
         if exists.all():
             return Queries(states)
-        return Queries(states, on_device(np.tile(exists, (len(layers), 1)), device))
+        return Queries(states, on_device(np.tile(exists, (len(self.base), 1)), device))

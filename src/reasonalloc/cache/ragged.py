@@ -178,7 +178,7 @@ class RaggedCache:
             raise IndexError(f"the cache holds {self.table.rows} sequences, there is no sequence {wrong[0]}")
         self.rollback(0)
         self.step.done -= 1  # until it is done, an interruption shows
-        self._let_go()
+        self._decode = self.step.decode = None  # it reads the old numbers, and holds the old memory
         old = copy.copy(self.table)
         self.table.select(rows)
         for pool in self.pools:
@@ -190,9 +190,9 @@ class RaggedCache:
         self.step.done += 1
 
     def _let_go(self) -> None:
-        """The rows, or the pools' memory, change: nothing may hold on to what was."""
-        self._decode = None
-        self.step.decode = None
+        """The pools' memory may be replaced: what a step knows of it must not keep the old."""
+        if self._decode is not None:
+            self._decode.let_go()
 
     # ---- a forward pass ----
 
@@ -219,8 +219,8 @@ class RaggedCache:
         index = np.asarray(decoding, dtype=np.int64)
         if len(index):
             self.end_prompts([row for row in index.tolist() if row in self.prompts])
-        if chunks and not len(index) and self._decode is not None:
-            self._decode.let_go()
+        if chunks and not len(index):
+            self._let_go()
         for chunk in chunks:
             self._begin_chunk(chunk)
         self.columns += columns
@@ -292,7 +292,7 @@ class RaggedCache:
         """A layer has run. At the end of a pool its chunks are compressed, at the end of the pass the rows due."""
         if self.step.chunks and layer == self._pool_of[layer].layers[-1] and not self.holding:
             for chunk in self.step.chunks:
-                if chunk.ends_prompt and (chunk.columns > 1 or self._prompt(chunk) is not None):
+                if chunk.ends_prompt and self._settles(chunk):
                     self._compress(self._pool_of[layer], chunk.rows)
         if self.step.done + 1 == self.table.layers:
             self._end_step()
@@ -345,7 +345,7 @@ class RaggedCache:
             self.table.steps[rows] = 0
         else:
             self.table.steps[rows] += chunk.columns
-            self._schedule.after_steps(self.pools, rows, self._scaling, self.columns)
+            self._after_steps(rows)
         self.table.phases[rows] = Phase.DECODING
         self.step.done += 1
 
@@ -434,10 +434,7 @@ class RaggedCache:
         pool = self._pool_of[layer]
         if layer == pool.layers[0]:
             self._make_room(pool, chunk.counts)
-        tokens = Prompt(chunk.rows, 1, False)
-        tokens.add(0, key, value, chunk)
-        keys, values, _ = tokens.of(0)
-        pool.extend(layer, chunk.rows, keys, values, chunk.counts)
+        pool.extend(layer, chunk.rows, chunk.packed(key), chunk.packed(value), chunk.counts)
 
     def _make_room(self, pool: Pool, counts: HostInts) -> None:
         """Enlarge a batch's spans if they cannot take so many tokens; of a full cache by a quarter, to copy rarely."""
@@ -479,17 +476,26 @@ class RaggedCache:
         for chunk in self.step.chunks:
             if self.holding or not chunk.ends_prompt:
                 continue
-            if chunk.columns > 1 or self._prompt(chunk) is not None:
+            if self._settles(chunk):
                 self._settle(chunk.rows)
             else:  # a decoding step in which some rows only padded
                 self.table.steps[chunk.rows] += 1
                 self.table.phases[chunk.rows] = Phase.DECODING
-                self._schedule.after_steps(self.pools, chunk.rows, self._scaling, self.columns)
+                self._after_steps(chunk.rows)
         if self.step.decode is not None:
             rows, self.step.decode = self.step.decode.rows, None
-            if self._decode is not None and (self.table.steps[rows] >= self.compression.interval).any():
-                self._decode.let_go()
-            self._schedule.after_steps(self.pools, rows, self._scaling, self.columns)
+            self._after_steps(rows)
+
+    def _after_steps(self, rows: HostInts) -> None:
+        """These rows have decoded a token: one round of those that are due."""
+        due = self._schedule.due(rows)
+        if len(due):
+            self._let_go()
+            self._schedule.after_interval(self.pools, due, self._scaling, self.columns)
+
+    def _settles(self, chunk: Chunk) -> bool:
+        """Whether an interval begins anew with it; a later token that comes alone, beside padding, is a step."""
+        return chunk.columns > 1 or self._prompt(chunk) is not None
 
     def _settle(self, rows: HostInts) -> None:
         """A chunk is in the pools: the interval begins anew. A single token is a step, also as a prompt."""

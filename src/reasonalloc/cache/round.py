@@ -64,10 +64,10 @@ class PoolTokens:
 
     def tokens(self) -> LayerTokens:
         """Gathered from the pool; keys and values when they are asked for."""
-        pool, layers, rows = self.pool, self.pool.layers, self.rows
+        pool, rows = self.pool, self.rows
         width = int(self.lengths.max(initial=0))
-        slots = pool.slots_of(layers, rows, width)
-        places = pool.places_of(layers, rows, slots)
+        slots = pool.slots_of(rows, width)
+        places = pool.places_of(rows, slots)
 
         def pick(memory: Tensor) -> Tensor:
             return memory.index_select(0, slots.flatten()).view(*slots.shape, memory.shape[1])
@@ -76,7 +76,7 @@ class PoolTokens:
             lambda: pick(pool.keys),
             lambda: pick(pool.values),
             on_device(self.lengths.reshape(slots.shape[:2]), slots.device),
-            pool.positions_of(layers, rows, places),
+            pool.positions_of(rows, places),
             None if pool.received is None else pool.received[places],
         )
 
@@ -237,8 +237,7 @@ class Round:
         )
 
     def _queries(self, part: Held, count: int) -> Queries:
-        pool = part.pool
-        return pool.queries.read(pool.layers - pool.layers[0], part.rows, self.table.pushed[part.rows], count)
+        return part.pool.queries.read(part.rows, self.table.pushed[part.rows], count)
 
     def _allocator(self, layers: HostInts) -> HeadAllocator:
         """The head allocator of a batch of these layers."""

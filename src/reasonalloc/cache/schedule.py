@@ -40,18 +40,19 @@ class Schedule:
     def __init__(self, table: Table, interval: int, round: Round | None, probe: Probe | None) -> None:
         self.table, self.interval, self.round, self.probe = table, interval, round, probe
 
-    def after_steps(self, pools: Sequence[Pool], rows: HostInts, scaling: float, columns: int) -> None:
-        """After a step: one round of those rows that have decoded an interval, in every pool that one of them needs.
+    def due(self, rows: HostInts) -> HostInts:
+        """Those of the rows that have decoded an interval."""
+        return rows[self.table.steps[rows] >= self.interval]
+
+    def after_interval(self, pools: Sequence[Pool], due: HostInts, scaling: float, columns: int) -> None:
+        """One round of rows that have decoded an interval, in every pool where one of them is over its total.
 
         Args:
             pools: all of them.
-            rows: that have decoded a token.
+            due: these rows.
             scaling: factor of the attention logits.
             columns: tokens seen, for the recorder.
         """
-        due = rows[self.table.steps[rows] >= self.interval]
-        if not len(due):
-            return
         for pool in pools:
             self.show(pool, scaling)
         self.table.steps[due] = 0
@@ -73,7 +74,7 @@ class Schedule:
             first: whether these are the first of all layers.
             rows: of the chunk.
             prompt: their prompt, if it lies beside the pool.
-            scaling, columns: as for ``after_steps``.
+            scaling, columns: as for ``after_interval``.
         """
         held: Held = PoolTokens(pool, rows) if prompt is None else PromptTokens(prompt, pool)
         if self.round is not None and first:
@@ -98,7 +99,7 @@ class Schedule:
         count = int(min(pool.queries.size, table.pushed.max()))
         for layer in pool.layers.tolist():
             one = pool.of_layer(layer)
-            queries = one.queries.read(np.zeros(1, dtype=np.int64), rows, table.pushed, count)
+            queries = one.queries.read(rows, table.pushed, count)
             self.probe.observe(layer, PoolTokens(one, rows).tokens(), queries, scaling, int(table.steps[0]))
 
     def _store(self, held: PromptTokens) -> None:

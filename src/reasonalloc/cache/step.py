@@ -14,6 +14,7 @@ from reasonalloc.cache.attention import AttentionBackend
 from reasonalloc.cache.pool import Pool
 from reasonalloc.cache.spans import Spans
 from reasonalloc.cache.table import HostInts, Table, on_device
+from reasonalloc.policies.scoring.tokens import drop_padding
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class Chunk:
     def without_last(self, columns: int) -> Chunk:
         """The same without its newest tokens, none of them padding."""
         return Chunk.of(self.rows, self.columns - columns, self.ends_prompt)
+
+    def packed(self, states: Float[Tensor, "rows heads queries dim"]) -> Float[Tensor, "rows heads queries dim"]:
+        """A layer's states of the chunk, padding left out: each row's real tokens come first."""
+        return states if self.real is None else drop_padding(states, self.real)
 
     def hidden(self, device: torch.device) -> Int[Tensor, "rows queries"]:
         """How many of the chunk's tokens each query must not see; -1 for padding."""
