@@ -13,6 +13,7 @@ ROOT = Path(reasonalloc.__file__).parent
 # Each part may import itself and the parts before it, neither its neighbours nor those behind. The longest name counts.
 ORDER = [
     ("files",),
+    ("kernels",),
     ("policies",),
     ("tasks",),
     ("cache.table",),
@@ -27,7 +28,7 @@ ORDER = [
     ("__init__", "__main__"),
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
-ARRAYS = ("policies", "cache", "engines", "calibration", "reasoner", "evaluation", "cli")
+ARRAYS = ("kernels", "policies", "cache", "engines", "calibration", "reasoner", "evaluation", "cli")
 MODELS = ("engines.transformers", "calibration", "reasoner", "evaluation", "cli")
 LIBRARIES = {  # which parts may import what is not Python's own
     "torch": ARRAYS,
@@ -36,7 +37,7 @@ LIBRARIES = {  # which parts may import what is not Python's own
     "scipy": ("calibration", "evaluation"),
     "numba": ("cache.attention",),
     "llvmlite": ("cache.attention",),
-    "triton": ("cache.attention",),
+    "triton": ("kernels",),
     "transformers": MODELS,
     "tokenizers": MODELS,
     "huggingface_hub": MODELS,
