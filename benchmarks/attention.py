@@ -48,7 +48,7 @@ def ragged_spans(shape: Shape, batch: int, budget: int, like: torch.Tensor) -> S
     capacities = budgets + INTERVAL
     ends = capacities.cumsum().reshape(capacities.shape)
     keys, values = (like.new_empty(int(capacities.sum()), shape.dim).normal_() for _ in range(2))
-    return Spans.of(keys, values, None, ends - capacities, budgets + INTERVAL // 2, capacities)
+    return Spans.of(keys, values, None, ends - capacities, budgets + INTERVAL // 2)
 
 
 def padded_gather(query: torch.Tensor, spans: Spans, scaling: float) -> torch.Tensor:

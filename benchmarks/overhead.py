@@ -108,7 +108,7 @@ def time_stages(clock: Clock) -> None:
         (LayerTotals, "open_round", "route"),
         (LayerTotals, "report", "route"),
         (rounds, "route_heads", "route"),
-        (rounds, "rank_candidates", "select"),
+        (rounds, "rank", "select"),
         (rounds, "select", "select"),
         (Pool, "rewrite", "move"),
         (LayerTotals, "open_round", "all"),

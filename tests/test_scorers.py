@@ -919,7 +919,7 @@ def make_spans(dtype, track=True, lengths=SPAN_LENGTHS, seed=800, dim=6, value_d
         if track:
             places[first + shift[b] : first + shift[b] + n] = received[b, h, :n]
     memory = (None if x is None else x.to(device) for x in (key_slots, value_slots, places))
-    return Spans.of(*memory, starts, lengths, capacities, shift), tokens
+    return Spans.of(*memory, starts, lengths, shift), tokens
 
 
 def ref_attend(query, tokens, scaling, hidden=None):

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from reasonalloc.cache.moving import Source
 from reasonalloc.cache.pool import Pool
 from reasonalloc.cache.spans import Spans
 from reasonalloc.cache.step import Chunk
@@ -72,7 +73,6 @@ class Prompt:
             None if received is None else received.view(-1),
             starts,
             lengths,
-            np.full_like(lengths, width),
         )
 
     def let_go(self, layers: HostInts) -> None:
@@ -98,24 +98,31 @@ class PromptTokens:
         shape = (len(pool.layers), len(prompt.rows), pool.table.heads)
         self.lengths = np.broadcast_to(prompt.counts[:, None], shape).copy()
 
-    def tokens(self) -> LayerTokens:
-        """All of them; the prompt's own memory where the pool has one layer."""
-        device = self.of_layers[0][0].device
-        lengths = on_device(self.lengths.reshape(-1, self.lengths.shape[-1]), device)
-        positions = torch.arange(self.width, device=device).expand(*lengths.shape, -1)
-        received = [x for _, _, x in self.of_layers if x is not None]
+    def tokens(self, first: int, last: int) -> LayerTokens:
+        """As ``round.Held``; the prompt's own memory where this is one layer."""
+        of_layers = self.of_layers[first:last]
+        lengths = self._lengths(first, last).flatten(0, 1)
+        positions = torch.arange(self.width, device=lengths.device).expand(*lengths.shape, -1)
+        received = [x for _, _, x in of_layers if x is not None]
         return LayerTokens(
-            lambda: _one([key for key, _, _ in self.of_layers]),
-            lambda: _one([value for _, value, _ in self.of_layers]),
+            lambda: _one([key for key, _, _ in of_layers]),
+            lambda: _one([value for _, value, _ in of_layers]),
             lengths,
             positions,
             _one(received) if received else None,
+            self.width,
         )
 
-    def source(self) -> tuple[Tensor, Tensor, HostInts]:
-        """The prompt's memory; spans of ``width`` tokens one behind the other."""
+    def source(self) -> Source:
+        """The prompt's memory; spans of ``width`` tokens one behind the other, all of them in order."""
         keys, values = (_one([x[i] for x in self.of_layers]).flatten(0, 2) for i in (0, 1))  # type: ignore[misc]
-        return keys, values, np.arange(self.lengths.size).reshape(self.lengths.shape) * self.width
+        received = [x for _, _, x in self.of_layers if x is not None]
+        begin = np.arange(self.lengths.size).reshape(self.lengths.shape) * self.width
+        first = on_device(begin, keys.device)
+        return Source(keys, values, first, _one(received).flatten() if received else None, first)
+
+    def _lengths(self, first: int, last: int) -> Int[Tensor, "layers rows heads"]:
+        return on_device(self.lengths[first:last], self.of_layers[0][0].device)
 
 
 def _one(tensors: list[Tensor]) -> Tensor:

@@ -13,8 +13,8 @@ and says when rows come and go (``select``, ``free``) and when tokens are only s
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,9 @@ from reasonalloc.cache.schedule import Probe, Schedule
 from reasonalloc.cache.spans import Spans
 from reasonalloc.cache.speculation import Speculation
 from reasonalloc.cache.step import Chunk, Decode, Step
-from reasonalloc.cache.table import HostInts, Phase, Table
+from reasonalloc.cache.table import DeviceTable, HostInts, Phase, Table
 from reasonalloc.cache.totals import LayerTotals
+from reasonalloc.kernels import launch
 from reasonalloc.policies.allocation import ModelShape
 from reasonalloc.policies.compression import Compression
 from reasonalloc.policies.scoring.tokens import LayerTokens
@@ -98,7 +99,7 @@ class RaggedCache:
 
     def reset(self) -> None:
         """Forget everything, memory included; not for lent memory."""
-        self._start(Table(self.shape.layers, 0, self.shape.kv_heads), [], np.arange(self.shape.layers))
+        self._start(Table(self.shape.layers, 0, self.shape.kv_heads), np.arange(self.shape.layers))
         if self.totals is not None:
             self.totals.reset()
 
@@ -118,17 +119,19 @@ class RaggedCache:
         numbers = sorted(memory)
         table = Table(len(numbers), len(memory[numbers[0]]), self.shape.kv_heads)
         table.streams[:] = 0  # what a request draws must not depend on the arena that it got
-        pools = []
+        device, pools = DeviceTable(table, memory[numbers[0]].device), []
         for group in neighbours(numbers, memory, layouts, self._layers_at_once(memory[numbers[0]].device)):
             layers = [numbers.index(number) for number in group]
-            pools.append(Pool.lent(table, layers, joined([memory[n] for n in group]), layouts[group[0]]))
-        self._start(table, pools, np.array(numbers))
+            pools.append(Pool.lent(table, device, layers, joined([memory[n] for n in group]), layouts[group[0]]))
+        self._start(table, np.array(numbers), device, pools)
         layout = layouts[numbers[0]]
         self._choose(memory[numbers[0]].device, layout.dtype, layout.dim)
 
-    def _start(self, table: Table, pools: list[Pool], numbers: HostInts) -> None:
-        self.table = table
-        self._keep_pools(pools)
+    def _start(
+        self, table: Table, numbers: HostInts, device: DeviceTable | None = None, pools: Sequence[Pool] = ()
+    ) -> None:
+        self.table, self._device = table, device
+        self._keep_pools(list(pools))
         totals = self.totals
         self.round = None if totals is None else Round(self.compression, table, totals, numbers, self.recorder)
         self._schedule = Schedule(table, self.compression.interval, self.round, self.probe)
@@ -138,12 +141,13 @@ class RaggedCache:
         self.prompt_columns: int | None = None
         self.prompts: dict[int, Prompt] = {}  # by their first row
         self.holding = False
+        self.is_recording = False
         self._speculation: Speculation | None = None
         self._decode: Decode | None = None
         self._scaling = 1.0
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy (copy.deepcopy, pickle) prepares its steps anew: they look into the table's own numbers."""
+        """A copy (copy.deepcopy, pickle) prepares its steps anew."""
         return {**vars(self), "_decode": None, "step": Step(None, self.step.chunks, self.step.done)}
 
     def _keep_pools(self, pools: list[Pool]) -> None:
@@ -161,7 +165,10 @@ class RaggedCache:
         """These requests have ended: their arenas are empty, and what of their prompts lies elsewhere is let go of."""
         if not len(rows):
             return
-        self.table.clear(np.asarray(rows, dtype=np.int64))
+        index = np.asarray(rows, dtype=np.int64)
+        self.table.clear(index)
+        if self._device is not None:
+            self._device.clear(index)
         for row in rows:
             self.prompts.pop(int(row), None)
 
@@ -179,10 +186,11 @@ class RaggedCache:
         self.rollback(0)
         self.step.done -= 1  # until it is done, an interruption shows
         self._decode = self.step.decode = None  # it reads the old numbers, and holds the old memory
-        old = copy.copy(self.table)
         self.table.select(rows)
+        if self._device is not None:
+            self._device.select(self.table)
         for pool in self.pools:
-            pool.select(rows, old)
+            pool.select(rows)
         for prompt in self.prompts.values():
             prompt.select(rows)
         if self.totals is not None:
@@ -294,7 +302,7 @@ class RaggedCache:
             for chunk in self.step.chunks:
                 if chunk.ends_prompt and self._settles(chunk):
                     self._compress(self._pool_of[layer], chunk.rows)
-        if self.step.done + 1 == self.table.layers:
+        if self.step.done + 1 == self.table.layers and not self.is_recording:
             self._end_step()
         self.step.done += 1  # last: what was interrupted here is not done
 
@@ -305,6 +313,71 @@ class RaggedCache:
             for pool in self.pools:
                 self._compress(pool, prompt.rows)
             self._settle(prompt.rows)
+
+    # ---- a step that is recorded once, and replayed ----
+
+    @property
+    def can_record(self) -> str:
+        """Why a decoding step of all rows cannot be recorded in a CUDA graph; "" if it can."""
+        if not self.pools or self.backend is None:
+            return "nothing is cached yet"
+        if self.pools[0].keys.device.type != "cuda":
+            return f"the cache is on a {self.pools[0].keys.device.type} device"
+        if self.backend.reads_host:
+            return f"the attention backend {self.backend.name!r} reads numbers on the host"
+        if self.holding:
+            return "tokens are held back until they are accepted"
+        return ""
+
+    @property
+    def fixed_memory(self) -> tuple[int, ...]:
+        """Addresses of all memory that a recorded step reads and writes. Another value: it must be recorded anew.
+
+        Makes everything ready for the next step: prompts end, a full cache gets room.
+        """
+        return self._ready().fixed()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """For one forward pass of one token for all rows: what a step does on the device, and nothing on the host.
+
+        A CUDA graph records it; a trial run before is one such pass, too. At the end all numbers on the device are as
+        before.
+        """
+        changed = self._ready().changed()
+        saved = [tensor.clone() for tensor in changed]
+        self.is_recording = True
+        try:
+            yield
+        finally:
+            self.is_recording = False
+            self.step = Step(None, (), self.table.layers)
+            for tensor, old in zip(changed, saved, strict=True):
+                tensor.copy_(old)
+
+    def begin_recorded(self) -> None:
+        """In the place of ``begin`` while recording."""
+        assert self._decode is not None
+        self.step = Step(self._decode)
+        self._decode.advance()
+
+    def replay(self, step: Callable[[], None]) -> None:
+        """One decoding step of all rows as it was recorded: ``step`` does the device's part.
+
+        The host counts it, and the rows that are due are compressed.
+        """
+        decode = self._ready()
+        self.table.phases[decode.rows] = Phase.DECODING
+        decode.count()
+        self.columns += 1
+        step()
+        self._after_steps(decode.rows)
+
+    def _ready(self) -> Decode:
+        """The next step of all rows."""
+        self.end_prompts(list(self.prompts))
+        self._make_room_for_a_step()
+        return self._prepared(self.rows)
 
     # ---- speculation ----
 
@@ -328,6 +401,7 @@ class RaggedCache:
         rows, prompt = chunk.rows, self._prompt(chunk)
         self.table.seen[rows] -= columns
         self.table.pushed[rows] -= columns
+        self._count_pushed()
         self.columns -= columns
         if prompt is not None:
             prompt.counts = prompt.counts - columns
@@ -353,7 +427,9 @@ class RaggedCache:
 
     def tokens(self, layer: int) -> LayerTokens:
         """What a layer holds of all rows, padded: a copy where keys or values are asked for."""
-        return PoolTokens(self._pool_of[layer].of_layer(layer), self.rows).tokens()
+        pool = self._pool_of[layer]
+        local = pool.local(layer)
+        return PoolTokens(pool, self.rows).tokens(local, local + 1)
 
     def flush(self) -> None:
         """Show the probe what was decoded since the last interval ended."""
@@ -373,9 +449,13 @@ class RaggedCache:
         """Make the pools of a batch: nothing is known of it before its first tokens."""
         self._choose(key.device, key.dtype, max(key.shape[-1], value.shape[-1]))
         size, layers = self._layers_at_once(key.device), self.table.layers
+        if self.totals is not None and self.totals.dynamic is not None and launch.serve(key.device):
+            size = layers  # what one layer loses another gets: in one pool that is a move in place
         groups = [range(first, min(first + size, layers)) for first in range(0, layers, size)]
         like = (key, value, self._window, query.shape[1], self._tracks_received)
-        self._keep_pools([Pool.owned(self.table, group, *like) for group in groups])
+        self._device = device = DeviceTable(self.table, key.device)
+        self._keep_pools([Pool.owned(self.table, device, group, *like) for group in groups])
+        self._count_pushed()
 
     def _choose(self, device: torch.device, dtype: torch.dtype, dim: int) -> None:
         self.backend = choose_backend(self._attention, device, dtype, dim, self._tracks_received)
@@ -392,6 +472,7 @@ class RaggedCache:
             prompt.counts = prompt.counts + chunk.counts
         self.table.seen[rows] += chunk.counts
         self.table.pushed[rows] += chunk.counts
+        self._count_pushed()
         if self._in_prompt(rows) and not self.holding and (chunk.columns > 1 or prompt is not None):
             self._protect(rows, self.table.protected[rows] + chunk.counts)
 
@@ -404,31 +485,47 @@ class RaggedCache:
             self.table.protected[rows] = tokens
 
     def _prepare(self, rows: HostInts) -> Decode:
+        self._make_room_for_a_step()
+        decode = self._prepared(rows)
+        self.table.phases[rows] = Phase.DECODING
+        decode.count()
+        decode.advance()
+        return decode
+
+    def _make_room_for_a_step(self) -> None:
+        """In a full cache; under a budget a round makes it."""
         if self.totals is None and (self.table.lengths >= self.table.capacities).any():
             self._let_go()
             for pool in self.pools:
                 self._make_room(pool, np.ones(1, dtype=np.int64))
-        decode = self._decode
-        if decode is None or not np.array_equal(decode.rows, rows):
+
+    def _prepared(self, rows: HostInts) -> Decode:
+        """The step of these rows, without having counted their tokens."""
+        if self._decode is None:
             assert self.backend is not None
-            self._decode = decode = Decode(self.table, self.pools, rows, self.backend)
-        elif decode.moves != self.table.moves:
-            decode.fill()
-        self.table.phases[rows] = Phase.DECODING
-        decode.advance()
-        return decode
+            assert self._device is not None
+            some = any(pool.is_lent for pool in self.pools)
+            self._decode = Decode(self.table, self._device, self.pools, self.backend, some)
+        self._decode.prepare(rows)
+        return self._decode
+
+    def _count_pushed(self) -> None:
+        """Chunks of queries were counted on the host, or taken back."""
+        if self._device is not None:
+            self._device.count(self.table.pushed)
 
     def _prompt(self, chunk: Chunk) -> Prompt | None:
         """The prompt that a chunk belongs to, while it lies beside the pools."""
         return self.prompts.get(int(chunk.rows[0]))
 
     def _spans(self, layer: int, rows: HostInts) -> Spans:
-        pool, table = self._pool_of[layer], self.table
-        of = (layer, rows)
-        return Spans.of(
-            pool.keys, pool.values, pool.received,
-            table.starts[of], table.lengths[of], table.capacities[of], pool.shift[pool.local(layer), rows],
-        )  # fmt: skip
+        pool, device = self._pool_of[layer], self._device
+        assert device is not None
+        local, one = pool.local(layer), slice(layer, layer + 1)
+        starts, lengths = (device.read(name, one, rows)[0] for name in ("starts", "lengths"))
+        return Spans(
+            pool.keys, pool.values, pool.received, starts, lengths, pool.of_layers(local, local + 1).places_of(rows)[0]
+        )
 
     def _extend(self, layer: int, chunk: Chunk, key: Tensor, value: Tensor) -> None:
         pool = self._pool_of[layer]

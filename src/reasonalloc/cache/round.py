@@ -2,37 +2,43 @@
 
     score    every pool's tokens, one padded batch a pool: layers x rows
     split    pooled counts and R(.), once for all layers and rows
-    copy     the new numbers to the host, in one piece
     move     which tokens stay, and every pool's survivors, whole tokens, in place
+    copy     the new numbers to the host, in one piece, which takes them in when it needs them
 
-Up to the copy nothing waits for the device. A pool's layers share a batch, so the number of operations depends on the
-number of pools, not of layers or rows. What a round takes beside the cache is a pool's copy of the keys, or of the
-survivors, and the scores of all tokens.
+Nothing waits for the device. A pool's layers share a batch, so the number of operations depends on the number of
+pools, not of layers or rows. What a round takes beside the cache is, where no kernels run, a pool's copy of the keys,
+or of the survivors; and the scores of all tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from reasonalloc.cache.pool import Pool, Survivors
+from reasonalloc.cache.moving import Source, Survivors
+from reasonalloc.cache.pool import Pool
 from reasonalloc.cache.queries import Queries
 from reasonalloc.cache.recorder import Recorder, Routing
-from reasonalloc.cache.selection import Candidates, kept_of, rank_candidates, route_heads, select
+from reasonalloc.cache.selection import Candidates, kept_of, rank, route_heads, select
 from reasonalloc.cache.table import HostInts, Table, on_device
 from reasonalloc.cache.totals import LayerTotals
 from reasonalloc.policies.allocation import HeadAllocator, attention_demand
 from reasonalloc.policies.compression import Compression
 from reasonalloc.policies.scoring.noise import Noise, stream_of
 from reasonalloc.policies.scoring.scorer import Observation
-from reasonalloc.policies.scoring.tokens import LayerTokens
+from reasonalloc.policies.scoring.tokens import LayerTokens, RaggedKeys
 from reasonalloc.policies.scoring.window_attention import attention_weights, mean_over_queries
+
+MOST_LAYERS = 8  # that a batch of scores has: what it takes beside the cache grows with them
 
 
 class Held(Protocol):
@@ -41,18 +47,18 @@ class Held(Protocol):
     Attributes:
         pool: where the survivors go; its layers are the batch.
         rows: which rows.
-        lengths: ``[layers, rows, heads]``, tokens of each span.
+        lengths: ``[layers, rows, heads]``, tokens of each span, on the host.
     """
 
     pool: Pool
     rows: HostInts
     lengths: HostInts
 
-    def tokens(self) -> LayerTokens:
-        """All of them, batch layer-major."""
+    def tokens(self, first: int, last: int) -> LayerTokens:
+        """Those of the pool's layers ``first`` to ``last - 1``, counted within it; batch layer-major."""
 
-    def source(self) -> tuple[Tensor, Tensor, HostInts]:
-        """Keys ``[source, dim]``, values, and where in them each span begins: ``[layers, rows, heads]``."""
+    def source(self) -> Source:
+        """All of them, where they lie."""
 
 
 class PoolTokens:
@@ -60,29 +66,55 @@ class PoolTokens:
 
     def __init__(self, pool: Pool, rows: HostInts) -> None:
         self.pool, self.rows = pool, rows
-        self.lengths = pool.table.lengths[pool.layers[:, None], rows]
+        self.lengths = pool.table.lengths_of(pool.layers, rows)
 
-    def tokens(self) -> LayerTokens:
-        """Gathered from the pool; keys and values when they are asked for."""
-        pool, rows = self.pool, self.rows
-        width = int(self.lengths.max(initial=0))
-        slots = pool.slots_of(rows, width)
-        places = pool.places_of(rows, slots)
+    def tokens(self, first: int, last: int) -> LayerTokens:
+        """Gathered from the pool when they are asked for."""
+        pool, rows = self.pool.of_layers(first, last), self.rows
+        width = int(self.lengths[first:last].max(initial=0))
+
+        @cache
+        def slots() -> Tensor:
+            return pool.slots_of(rows, width)
 
         def pick(memory: Tensor) -> Tensor:
-            return memory.index_select(0, slots.flatten()).view(*slots.shape, memory.shape[1])
+            return memory.index_select(0, slots().flatten()).view(*slots().shape, memory.shape[1])
 
+        received = pool.received
         return LayerTokens(
             lambda: pick(pool.keys),
             lambda: pick(pool.values),
-            on_device(self.lengths.reshape(slots.shape[:2]), slots.device),
-            pool.positions_of(rows, places),
-            None if pool.received is None else pool.received[places],
+            pool.device.read("lengths", pool.section, rows).flatten(0, 1),
+            lambda: pool.positions_of(rows, width),
+            None if received is None else lambda: pool.numbers_of(received, rows, width),
+            width,
+            RaggedKeys(pool.keys, pool.device.read("starts", pool.section, rows).flatten(0, 1)),
         )
 
-    def source(self) -> tuple[Tensor, Tensor, HostInts]:
-        """The pool's memory and the table's starts."""
-        return self.pool.keys, self.pool.values, self.pool.table.starts[self.pool.layers[:, None], self.rows]
+    def source(self) -> Source:
+        """The pool's memory."""
+        return self.pool.source(self.rows)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the host knows of a round before the device has answered.
+
+    Attributes:
+        step: tokens seen, padding included.
+        layers, rows: which; ``layers`` of the table.
+        totals, held: ``[layers, rows]`` and ``[layers, rows, heads]``, tokens before the round.
+        protected: ``[rows]``, tokens on top of the budget.
+        has_threshold: whether the head allocator has one.
+    """
+
+    step: int
+    layers: HostInts
+    rows: HostInts
+    totals: HostInts
+    held: HostInts
+    protected: HostInts
+    has_threshold: bool
 
 
 class Round:
@@ -135,7 +167,7 @@ class Round:
             TypeError: the scorer returned no tensor.
             ValueError: the scorer returned scores of the wrong shape, or NaN.
         """
-        rows, heads = parts[0].rows, self.table.heads
+        rows = parts[0].rows
         layers = np.concatenate([part.pool.layers for part in parts])
         totals = self.totals.of(self.numbers[layers], rows)
         device = parts[0].pool.keys.device
@@ -146,81 +178,79 @@ class Round:
                 self._allocator(layers), candidates, on_device(totals.reshape(-1), device), self.compression.kept_window
             )
             del ranked
+        stays = kept_of(candidates, split.budgets)
         threshold = split.threshold if split.threshold is not None else candidates.scores.new_zeros(0)
-        numbers = [kept_of(candidates, split.budgets), split.budgets, threshold, wrong, *demands]
-        # Every number of tokens is exact in float64.
-        copied = torch.cat([x.flatten().to(torch.float64) for x in numbers]).cpu().numpy()
-        parts_of = np.split(copied, np.cumsum([x.numel() for x in numbers])[:-1])
-        if parts_of[3][0]:
-            name = type(self.compression.token_scorer).__name__
-            raise ValueError(f"scorer {name} returned NaN for a cached token: every score is a number")
-        shape = (len(layers), len(rows), heads)
-        stays, budgets = (x.astype(np.int64).reshape(shape) for x in parts_of[:2])
-        if demands:
-            self.totals.report(self.numbers[layers], np.concatenate(parts_of[4:]).reshape(shape[:2]))
         held = np.concatenate([part.lengths for part in parts])
-        self._move(parts, candidates, split.budgets, stays, budgets)
-        self._count(layers, held, stays)
-        if self.recorder is not None:
-            found = parts_of[2].reshape(shape[:2]) if split.threshold is not None else None
-            for i, layer in enumerate(self.numbers[layers].tolist()):
-                self.recorder.add(
-                    Routing(
-                        step, layer, totals[i].tolist(), budgets[i].tolist(), stays[i].tolist(), held[i].tolist(),
-                        None if found is None else found[i].tolist(),
-                    )
-                )  # fmt: skip
+        outcome = Outcome(step, layers, rows, totals, held, self.table.protected[rows], len(threshold) > 0)
+        # Every number of tokens is exact in float64.
+        numbers = [x.flatten().to(torch.float64) for x in (wrong, stays, split.budgets, threshold, *demands)]
+        if device.type == "cpu":
+            self._refuse_nan(wrong.numpy()[0])  # before anything is forgotten
+        self._move(parts, candidates, split.budgets, stays, totals)
+        pools = [part.pool for part in parts]
+        for pool in pools:
+            self.table.young[pool.layers[:, None], rows] = 0
+        self.table.expect(rows, torch.cat(numbers), lambda found: self._land(outcome, pools, found))
 
     def _score(
         self, parts: Sequence[Held], totals: HostInts, scaling: float
     ) -> tuple[list[Candidates], Bool[Tensor, "1"], list[Float[Tensor, "batch"]]]:
-        """Every part's candidates, whether a score is NaN, and what dynamic layers measure."""
+        """Every part's candidates, whether a score is NaN, and what dynamic layers measure.
+
+        Of a pool with more layers than a batch should have, some layers at a time.
+        """
         ranked, wrong, demands, first = [], [], [], 0
         for part in parts:
             count = len(part.pool.layers)
-            candidates, is_nan, demand = self._score_part(part, totals[first : first + count], scaling)
+            for begin in range(0, count, MOST_LAYERS):
+                end = min(begin + MOST_LAYERS, count)
+                candidates, is_nan, demand = self._score_part(
+                    part, begin, end, totals[first + begin : first + end], scaling
+                )
+                ranked.append(candidates)
+                wrong.append(is_nan)
+                demands += demand
             first += count
-            ranked.append(candidates)
-            wrong.append(is_nan)
-            demands += demand
         return ranked, torch.stack(wrong).any()[None], demands
 
     def _score_part(
-        self, part: Held, totals: HostInts, scaling: float
+        self, part: Held, first: int, last: int, totals: HostInts, scaling: float
     ) -> tuple[Candidates, Bool[Tensor, ""], list[Float[Tensor, "batch"]]]:
-        """As ``_score``, for one part: when it returns, its copy of the keys is gone."""
+        """As ``_score``, for some layers of one part: when it returns, their copy of the keys is gone."""
         scorer, dynamic, demands = self.compression.token_scorer, self.totals.dynamic, []
-        seen = self._observe(part, totals, scaling)
+        pool, rows = part.pool.of_layers(first, last), part.rows
+        tokens = part.tokens(first, last)
+        seen = self._observe(tokens, pool.layers, rows, totals, scaling)
         if dynamic is not None:
-            measured = _with_queries(seen, self._queries(part, dynamic.queries))
-            demand = attention_demand(attention_weights(measured, seen.tokens.valid), dynamic.rho)
+            measured = _with_queries(seen, self._queries(pool, rows, dynamic.queries))
+            demand = attention_demand(attention_weights(measured, tokens.valid), dynamic.rho)
             demands.append(mean_over_queries(measured, demand[..., None]).mean((1, 2, 3)))
         wanted = scorer.observed_queries
-        scores = scorer.score(_with_queries(seen, self._queries(part, wanted) if wanted else None))
-        tokens = seen.tokens
+        scores = scorer.score(_with_queries(seen, self._queries(pool, rows, wanted) if wanted else None))
+        shape = (*tokens.lengths.shape, tokens.width)
         if not isinstance(scores, Tensor):
             raise TypeError(
                 f"scorer {type(scorer).__name__} returned {type(scores).__name__}, expected a tensor of one score "
-                f"per token: {tuple(tokens.positions.shape)}"
+                f"per token: {shape}"
             )
-        if scores.shape != tokens.positions.shape:
+        if scores.shape != shape:
             raise ValueError(
                 f"scorer {type(scorer).__name__} returned shape {tuple(scores.shape)}, "
-                f"expected one score per token: {tuple(tokens.positions.shape)}"
+                f"expected one score per token: {shape}"
             )
-        valid = tokens.valid
-        spared = on_device(np.tile(self.table.protected[part.rows], len(part.pool.layers)), tokens.device)
-        ranked = rank_candidates(scores, valid, tokens.newest(self.compression.kept_window), spared)
-        return ranked, (scores.isnan() & valid).any(), demands
+        spared = on_device(np.tile(self.table.protected[rows], len(pool.layers)), tokens.device)
+        candidates, is_nan = rank(scores, tokens.lengths, self.compression.kept_window, spared)
+        return candidates, is_nan, demands
 
-    def _observe(self, part: Held, totals: HostInts, scaling: float) -> Observation:
-        tokens, table, rows = part.tokens(), self.table, part.rows
-        device = tokens.device
+    def _observe(
+        self, tokens: LayerTokens, layers: HostInts, rows: HostInts, totals: HostInts, scaling: float
+    ) -> Observation:
+        table, device = self.table, tokens.device
         if self._generator is None:
             self._generator = torch.Generator(device=device)
             self._generator.manual_seed(self.compression.seed)
-        numbers = on_device(np.repeat(self.numbers[part.pool.layers], len(rows)), device)
-        streams = on_device(np.tile(table.streams[rows], len(part.pool.layers)), device)
+        numbers = on_device(np.repeat(self.numbers[layers], len(rows)), device)
+        streams = on_device(np.tile(table.streams[rows], len(layers)), device)
         return Observation(
             tokens=tokens,
             queries=None,
@@ -232,12 +262,12 @@ class Round:
             noise=Noise(
                 self.compression.seed,
                 stream_of(numbers, streams),
-                on_device(np.tile(table.seen[rows], len(part.pool.layers)), device),
+                on_device(np.tile(table.seen[rows], len(layers)), device),
             ),
         )
 
-    def _queries(self, part: Held, count: int) -> Queries:
-        return part.pool.queries.read(part.rows, self.table.pushed[part.rows], count)
+    def _queries(self, pool: Pool, rows: HostInts, count: int) -> Queries:
+        return pool.queries.read(rows, self.table.pushed[rows], count)
 
     def _allocator(self, layers: HostInts) -> HeadAllocator:
         """The head allocator of a batch of these layers."""
@@ -250,20 +280,63 @@ class Round:
         return self._allocators[key]
 
     def _move(
-        self, parts: Sequence[Held], candidates: Candidates, split: Tensor, stays: HostInts, budgets: HostInts
+        self,
+        parts: Sequence[Held],
+        candidates: Candidates,
+        budgets: Int[Tensor, "batch heads"],
+        stays: Int[Tensor, "batch heads"],
+        totals: HostInts,
     ) -> None:
         """Select and move the survivors, a part at a time."""
-        by_score, first = self.compression.storage_order == "score", 0
+        by_score, first, heads = self.compression.storage_order == "score", 0, self.table.heads
+        interval = self.compression.interval
         for part in parts:
             pool, rows = part.pool, part.rows
             of = slice(first, first + len(pool.layers))
             batch = slice(of.start * len(rows), of.stop * len(rows))
             first = of.stop
-            index, _ = select(candidates.part(batch, int(part.lengths.max())), split[batch], by_score)
-            tokens, (keys, values, begin) = part.tokens(), part.source()
-            survivors = Survivors(keys, values, begin, stays[of], index, tokens.positions, tokens.received)
-            protected = self.table.protected[rows][:, None]
-            pool.rewrite(rows, survivors, budgets[of] + protected + self.compression.interval)
+            width = int(part.lengths.max(initial=0))
+            index, _ = select(candidates.part(batch, width), budgets[batch], by_score)
+            kept = stays[batch].view(part.lengths.shape)
+            # What the host knows of it: a row that is over its total keeps just that, any other all it has.
+            protected = self.table.protected[rows]
+            counted = part.lengths.sum(-1) - heads * protected
+            count = int((np.minimum(counted, totals[of]) + heads * protected).sum())
+            spare = on_device(protected + interval, kept.device)[:, None]
+            sizes = totals[of] + heads * (protected + interval)
+            survivors = Survivors(part.source(), kept, count, width, index)
+            pool.rewrite(rows, survivors, budgets[batch].view(kept.shape) + spare, sizes, kept)
+
+    def _land(self, outcome: Outcome, pools: Sequence[Pool], found: npt.NDArray[np.float64]) -> None:
+        """Take in what a round has decided, when the host gets to know it."""
+        self._refuse_nan(found[0])
+        layers, rows, held = outcome.layers, outcome.rows, outcome.held
+        sizes = [held.size, held.size, held.shape[0] * held.shape[1] if outcome.has_threshold else 0]
+        kept, split, threshold, demands = np.split(found[1:], np.cumsum(sizes))
+        stays, budgets = (x.astype(np.int64).reshape(held.shape) for x in (kept, split))
+        if len(demands):
+            self.totals.report(self.numbers[layers], demands.reshape(held.shape[:2]))
+        capacities = budgets + outcome.protected[:, None] + self.compression.interval
+        first = 0
+        for pool in pools:
+            of = slice(first, first + len(pool.layers))
+            first = of.stop
+            pool.note(rows, capacities[of], stays[of])
+        self._count(layers, held, stays)
+        if self.recorder is not None:
+            thresholds = threshold.reshape(held.shape[:2]) if outcome.has_threshold else None
+            for i, layer in enumerate(self.numbers[layers].tolist()):
+                self.recorder.add(
+                    Routing(
+                        outcome.step, layer, outcome.totals[i].tolist(), budgets[i].tolist(), stays[i].tolist(),
+                        held[i].tolist(), None if thresholds is None else thresholds[i].tolist(),
+                    )
+                )  # fmt: skip
+
+    def _refuse_nan(self, found: float) -> None:
+        if found:
+            name = type(self.compression.token_scorer).__name__
+            raise ValueError(f"scorer {name} returned NaN for a cached token: every score is a number")
 
     def _count(self, layers: HostInts, held: HostInts, stays: HostInts) -> None:
         gone = (held - stays).sum(-1)  # [layers, rows]

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
 
-from reasonalloc.cache.pool import Pool, Survivors
+from reasonalloc.cache.moving import Survivors
+from reasonalloc.cache.pool import Pool
 from reasonalloc.cache.prompt import Prompt, PromptTokens
 from reasonalloc.cache.queries import Queries
 from reasonalloc.cache.round import Held, PoolTokens, Round
-from reasonalloc.cache.table import HostInts, Table
+from reasonalloc.cache.table import HostInts, Table, on_device
 from reasonalloc.policies.scoring.tokens import LayerTokens
 
 
@@ -97,18 +99,21 @@ class Schedule:
             return
         rows, table = np.arange(self.table.rows), self.table
         count = int(min(pool.queries.size, table.pushed.max()))
-        for layer in pool.layers.tolist():
-            one = pool.of_layer(layer)
+        for local, layer in enumerate(pool.layers.tolist()):
+            one = pool.of_layers(local, local + 1)
             queries = one.queries.read(rows, table.pushed, count)
-            self.probe.observe(layer, PoolTokens(one, rows).tokens(), queries, scaling, int(table.steps[0]))
+            self.probe.observe(layer, PoolTokens(one, rows).tokens(0, 1), queries, scaling, int(table.steps[0]))
 
     def _store(self, held: PromptTokens) -> None:
         """Bring a whole prompt into its pool."""
-        keys, values, first = held.source()
+        pool, rows, lengths = held.pool, held.rows, held.lengths
         if self.round is None:
-            capacities = held.lengths + self.room(held.lengths)
+            capacities = lengths + self.room(lengths)
         else:
-            protected = self.table.protected[held.rows][:, None]
-            capacities = self.round.first_capacities(held.pool.layers, held.rows) + protected
-        received = held.tokens().received
-        held.pool.rewrite(held.rows, Survivors(keys, values, first, held.lengths, received=received), capacities)
+            protected = self.table.protected[rows][:, None]
+            capacities = self.round.first_capacities(pool.layers, rows) + protected
+        kept, spans = (on_device(x, pool.keys.device) for x in (lengths, capacities))
+        tokens = Survivors(held.source(), kept, int(lengths.sum()), int(lengths.max(initial=0)))
+        pool.rewrite(rows, tokens, spans, capacities.sum(-1), torch.zeros_like(kept))
+        pool.note(rows, capacities, np.zeros_like(lengths))
+        self.table.young[pool.layers[:, None], rows] = lengths[..., 0]  # all tokens, in every head

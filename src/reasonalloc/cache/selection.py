@@ -47,6 +47,19 @@ def rank_candidates(
     return Candidates(scores, (valid & ~outside).sum(-1), protected)
 
 
+def rank(
+    scores: Float[Tensor, "batch heads tokens"],
+    lengths: Int[Tensor, "batch heads"],
+    window: int,
+    protected: Int[Tensor, "batch"],
+) -> tuple[Candidates, Bool[Tensor, ""]]:
+    """``rank_candidates`` of left-aligned tokens whose newest ``window`` are kept; and whether a score is NaN."""
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    valid = index < lengths[..., None]
+    newest = valid & (index >= lengths[..., None] - window)
+    return rank_candidates(scores, valid, newest, protected), (scores.isnan() & valid).any()
+
+
 def route_heads(
     allocator: HeadAllocator, candidates: Candidates, total: Int[Tensor, "batch"], window: int
 ) -> HeadSplit:

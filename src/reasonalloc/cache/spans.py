@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -10,30 +11,27 @@ from torch import Tensor
 from reasonalloc.cache.table import HostInts, on_device
 
 
-@dataclass(frozen=True, eq=False)  # as itself: kernels remember tables of theirs beside it
+@dataclass(frozen=True, eq=False)
 class Spans:
     """Keys and values in slots, of which each (row, head) owns one contiguous span.
 
-    The arrays and tensors are filled in place from step to step, and made anew when a round moves the spans.
+    The tensors are filled in place from step to step.
 
     Attributes:
         keys, values: ``[slots, dim]`` in the model's dtype.
         received: ``[places]`` float32, accumulated attention, or None if it is not tracked.
-        starts, lengths, capacities: ``[rows, heads]`` on the host: first slot, tokens, slots of each span.
-        starts_device, lengths_device: the same where the keys are.
-        received_starts, received_starts_device: likewise, the place in ``received`` of each span's first token.
+        starts_device, lengths_device: ``[rows, heads]`` int64 where the keys are: first slot and tokens of each span.
+        received_starts_device: likewise, the place in ``received`` of each span's first token.
+        chunks: how a backend cuts the spans into pieces of work, where it has prepared that for a step.
     """
 
     keys: Float[Tensor, "slots dim"]
     values: Float[Tensor, "slots value_dim"]
     received: Float[Tensor, "places"] | None
-    starts: HostInts
-    lengths: HostInts
-    capacities: HostInts
     starts_device: Int[Tensor, "rows heads"]
     lengths_device: Int[Tensor, "rows heads"]
-    received_starts: HostInts
     received_starts_device: Int[Tensor, "rows heads"]
+    chunks: Any = None
 
     @classmethod
     def of(
@@ -43,20 +41,33 @@ class Spans:
         received: Float[Tensor, "places"] | None,
         starts: HostInts,
         lengths: HostInts,
-        capacities: HostInts,
         shift: HostInts | int = 0,
     ) -> Spans:
         """From the host's numbers; ``shift`` leads from a row's slots to its places in ``received``: ``[rows]``."""
         places = starts + (shift if isinstance(shift, int) else shift[:, None])
-        sent = [on_device(x, keys.device) for x in (starts, lengths, places)]
-        return cls(keys, values, received, starts, lengths, capacities, sent[0], sent[1], places, sent[2])
+        return cls(keys, values, received, *(on_device(x, keys.device) for x in (starts, lengths, places)))
 
     @property
     def rows(self) -> int:
         """Rows: sequences or requests."""
-        return int(self.lengths.shape[0])
+        return int(self.lengths_device.shape[0])
 
     @property
     def heads(self) -> int:
         """Key/value heads."""
-        return int(self.lengths.shape[1])
+        return int(self.lengths_device.shape[1])
+
+    @property
+    def starts(self) -> HostInts:
+        """On the host; on a CPU the same memory, elsewhere it waits for the device."""
+        return self.starts_device.cpu().numpy()
+
+    @property
+    def lengths(self) -> HostInts:
+        """Likewise."""
+        return self.lengths_device.cpu().numpy()
+
+    @property
+    def received_starts(self) -> HostInts:
+        """Likewise."""
+        return self.received_starts_device.cpu().numpy()

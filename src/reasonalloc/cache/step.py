@@ -13,7 +13,7 @@ from torch import Tensor
 from reasonalloc.cache.attention import AttentionBackend
 from reasonalloc.cache.pool import Pool
 from reasonalloc.cache.spans import Spans
-from reasonalloc.cache.table import HostInts, Table, on_device
+from reasonalloc.cache.table import DeviceTable, HostInts, Table, on_device
 from reasonalloc.policies.scoring.tokens import drop_padding
 
 
@@ -65,97 +65,115 @@ class Chunk:
 
 
 class Decode:
-    """One token of each of some rows, for as long as the same rows decode.
+    """One token of each of some rows, prepared once for all layers.
 
-    What the host knows of the rows is copied to where the keys are (``fill``), for all layers together, when a round
-    has moved their spans; a step then changes these numbers in place, in a few operations for all layers
-    (``advance``). The tensors are never replaced. On a CPU they are the host's own memory. They are int64 everywhere:
-    a slot times its channels does not fit int32 in a large pool.
+    All numbers of a step lie where the keys are, in tensors that are made once and filled in place: a step that was
+    recorded (a CUDA graph) finds them. ``prepare`` copies there what depends on which rows decode and how large their
+    spans are; ``advance`` changes what every step changes, in a few operations for all layers, and asks the host
+    nothing.
 
     Attributes:
-        rows: which rows of the table.
+        rows: which rows of the table decode.
         spans: of each layer, the new tokens included.
-        moves: of the table when it was last read.
     """
 
-    def __init__(self, table: Table, pools: Sequence[Pool], rows: HostInts, backend: AttentionBackend) -> None:
-        self.table, self.rows, self._backend = table, rows, backend
+    def __init__(
+        self, table: Table, device: DeviceTable, pools: Sequence[Pool], backend: AttentionBackend, some: bool
+    ) -> None:
+        """
+        Args:
+            table, device: the numbers.
+            pools: the memory.
+            backend: attends.
+            some: whether rows may be some of the table's; else they are always all of them.
+        """
+        self.table, self._device, self._backend, self._some = table, device, backend, some
         self._layers = [(pool, g) for pool in pools for g in range(len(pool.layers))]
-        self._device = device = pools[0].keys.device
-        shape = (table.layers, len(rows), table.heads)
-        everything = len(rows) == table.rows and bool((rows == np.arange(table.rows)).all())
-        # All rows: the table's own numbers, which change by themselves. Some: copies.
-        self._at: slice | HostInts = slice(None) if everything else rows
-        self._copied = not everything
-        self._shift = np.stack([pool.shift[g, rows] for pool, g in self._layers])[..., None]
-        self._places = np.zeros(shape, dtype=np.int64)
-        numbers = (table.starts, table.lengths, table.capacities)
-        # Views, or compact copies: a layer's part of them lies in one piece.
-        own = (lambda x: np.ascontiguousarray(x[:, rows])) if self._copied else (lambda x: x)
-        self._starts, self._lengths, self._capacities = map(own, numbers)
-        self._sent = [on_device(x, device) for x in (self._starts, self._lengths, self._places)]
-        self._slots, self._received_at = (torch.empty(shape, dtype=torch.int64, device=device) for _ in range(2))
+        self._pools = pools
         ring = pools[0].queries
         self._size, self._heads, self._tracks = ring.size, ring.heads, pools[0].received is not None
-        self._cursor = torch.empty(len(rows), 1, dtype=torch.int64, device=device)
-        base = np.stack([pool.queries.base[g, rows] for pool, g in self._layers])
-        self._base = on_device(base[..., None] + np.arange(self._heads), device)
-        self._ring = torch.empty_like(self._base)
-        self._of_layer = [
-            tuple(x[layer].view(-1) for x in (self._slots, self._received_at, self._ring))
-            for layer in range(table.layers)
-        ]
-        self.fill()
+        shape, where = (table.layers, table.rows, table.heads), device.device
 
-    def fill(self) -> None:
-        """Copy what the table says of the rows, after their spans have moved."""
-        table, device = self.table, self._device
-        self.moves = table.moves
-        if self._copied:
-            for own, numbers in (
-                (self._starts, table.starts),
-                (self._lengths, table.lengths),
-                (self._capacities, table.capacities),
-            ):
-                own[:] = numbers[:, self._at]
-        np.add(self._starts, self._shift, out=self._places)
-        if device.type != "cpu":
-            for tensor, numbers in zip(self._sent, (self._starts, self._lengths, self._places), strict=True):
-                tensor.copy_(on_device(numbers, device))
-        before = self._lengths - 1  # ``advance`` comes before the first use
-        self._slots.copy_(on_device(self._starts + before, device))
-        self._received_at.copy_(on_device(self._places + before, device))
-        self._cursor.copy_(on_device(table.pushed[self.rows, None] - 1, device))
-        starts, lengths, places = self._sent
+        def zeros(*sizes: int) -> Tensor:
+            return torch.zeros(sizes, dtype=torch.int64, device=where)
+
+        self._starts, self._lengths = (zeros(*shape), zeros(*shape)) if some else (device.starts, device.lengths)
+        self._slots, self._places = zeros(*shape), zeros(*shape)
+        self._new_places = zeros(*shape)
+        self._index, self._shift = zeros(table.rows), zeros(*shape[:2], 1)
+        self._base, self._ring = zeros(*shape[:2], self._heads), zeros(*shape[:2], self._heads)
+        self._chunks = None
+        self._room = 0  # slots of a layer that the chunks are made for
+        self.rows = np.zeros(0, dtype=np.int64)
+        self._moves = -1
+        self.spans: list[Spans] = []
+
+    def prepare(self, rows: HostInts) -> None:
+        """Before the next step: which rows decode, and where their spans are now. It does not wait for the device."""
+        if self._moves == self.table.moves and np.array_equal(rows, self.rows):
+            return
+        where, count = self._device.device, len(rows)
+        if not np.array_equal(rows, self.rows):
+            self.rows = rows
+            shift = np.concatenate([pool.shift[:, rows] for pool in self._pools])
+            base = np.concatenate([pool.queries.base[:, rows] for pool in self._pools])
+            self._index[:count].copy_(on_device(rows, where), non_blocking=True)
+            self._shift[:, :count].copy_(on_device(shift[..., None], where), non_blocking=True)
+            self._base[:, :count].copy_(on_device(base[..., None] + np.arange(self._heads), where), non_blocking=True)
+        slots = max(int(pool.sizes.sum(1).max(initial=0)) for pool in self._pools)
+        if slots > self._room:  # again only with layers that grow at the cost of others
+            self._room = slots if not self._room else slots + slots // 4
+            self._chunks = self._backend.table(*self._device.lengths.shape, self._room, where)
+        if self._chunks is not None:
+            capacities = self._device.capacities
+            self._chunks.fill(capacities.index_select(1, self._index[:count]) if self._some else capacities)
+        self._moves = self.table.moves
         self.spans = [
             Spans(
                 pool.keys, pool.values, pool.received,
-                self._starts[layer], self._lengths[layer], self._capacities[layer],
-                starts[layer], lengths[layer], self._places[layer], places[layer],
+                self._starts[layer, :count], self._lengths[layer, :count], self._places[layer, :count],
+                None if self._chunks is None else self._chunks.layer(layer),
             )
             for layer, (pool, _) in enumerate(self._layers)
         ]  # fmt: skip
+        self._of_layer = [
+            tuple(x[layer, :count].view(-1) for x in (self._slots, self._new_places, self._ring))
+            for layer in range(self.table.layers)
+        ]
 
     def let_go(self) -> None:
-        """Forget the pools' memory, which may be replaced; ``fill`` before the next step."""
-        self.spans, self.moves = [], -1
+        """Forget the pools' memory, which may be replaced; ``prepare`` before the next step."""
+        self.spans, self._moves = [], -1
 
-    def advance(self) -> None:
-        """Count the tokens that now come, once for all layers."""
+    def count(self) -> None:
+        """Count the tokens that now come, on the host."""
         table, rows = self.table, self.rows
-        table.lengths[:, self._at] += 1
-        if self._copied:
-            self._lengths += 1
+        table.young[:, rows] += 1
         for counts in (table.seen, table.steps, table.pushed):
             counts[rows] += 1
-        if self._device.type != "cpu":
-            self._sent[1].add_(1)
-        self._slots.add_(1)
+
+    def advance(self) -> None:
+        """Count them where the keys are, once for all layers."""
+        device, index = self._device, self._index[: len(self.rows)]
+        of = (slice(None), slice(len(self.rows)))
+        starts, lengths, slots = self._starts[of], self._lengths[of], self._slots[of]
+        if self._some:
+            torch.index_select(device.starts, 1, index, out=starts)
+            torch.index_select(device.lengths, 1, index, out=lengths)
+        torch.add(starts, lengths, out=slots)
+        lengths.add_(1)
+        if self._some:
+            device.lengths.index_copy_(1, index, lengths)
         if self._tracks:
-            self._received_at.add_(1)
+            torch.add(starts, self._shift[of], out=self._places[of])
+            torch.add(slots, self._shift[of], out=self._new_places[of])
         if self._size:
-            self._cursor.add_(1)
-            torch.add(self._base, (self._cursor % self._size) * self._heads, out=self._ring)
+            cursor = device.pushed.index_select(0, index) if self._some else device.pushed
+            torch.add(self._base[of], ((cursor % self._size) * self._heads)[:, None], out=self._ring[of])
+            if self._some:
+                device.pushed.index_copy_(0, index, cursor + 1)
+            else:
+                cursor.add_(1)
 
     def layer(
         self,
@@ -175,6 +193,20 @@ class Decode:
         if spans.received is not None:
             spans.received.index_fill_(0, received_at, 0.0)
         return self._backend.attend(query, spans, scaling)
+
+    # ---- recording ----
+
+    def changed(self) -> list[Tensor]:
+        """All that a step changes beside free slots: what a recorder must put back after its trials."""
+        rings = [pool.queries.memory for pool in self._pools if self._size and not pool.is_lent]
+        received = [pool.received for pool in self._pools if pool.received is not None]
+        return [self._device.lengths, self._device.pushed, *rings, *received]
+
+    def fixed(self) -> tuple[int, ...]:
+        """Addresses of all that a recorded step reads and writes; they change when memory is replaced."""
+        memory = [x for pool in self._pools for x in (pool.keys, pool.values, pool.received, pool.queries.memory)]
+        numbers = (self._device.lengths, self._slots)
+        return tuple(0 if x is None else x.data_ptr() for x in (*memory, *numbers))
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,11 @@ class AttentionBackend:
 
     name: str
     attend: Attend
+    reads_host: bool = True
+
+    def table(self, layers: int, rows: int, heads: int, slots: int, device: torch.device) -> Any:
+        """None."""
+        return None
 
 
 def _rows(query: Tensor, spans: Spans, scaling: float) -> Tensor:
