@@ -13,7 +13,7 @@ from reasonalloc.cache.arena import ArenaLayout
 from reasonalloc.cache.pool import Pool
 from reasonalloc.cache.ragged import RaggedCache
 from reasonalloc.cache.step import Chunk
-from reasonalloc.cache.table import DeviceTable, Table
+from reasonalloc.cache.table import DeviceTable, Phase, Table
 from reasonalloc.policies.allocation import ModelShape
 
 LAYERS, HEADS, GROUP, DIM, ARENAS, SCALING = 3, 3, 2, 8, 4, 8**-0.5
@@ -262,8 +262,8 @@ def test_an_arena_is_exactly_as_large_as_its_budget_needs():
     assert layout.slots == HEADS * (24 + 8)
     rows = 2 * layout.slots + chosen.observed_queries * HEADS * GROUP + -(-4 * layout.slots // (4 * DIM))
     assert layout.nbytes == 4 * DIM * (rows + rows % 2)
+    table, memory = Table(1, 2, HEADS), torch.zeros(2, layout.nbytes - 32, dtype=torch.uint8)
     with pytest.raises(ValueError, match=str(layout.nbytes)):
-        table, memory = Table(1, 2, HEADS), torch.zeros(2, layout.nbytes - 32, dtype=torch.uint8)
         Pool.lent(table, DeviceTable(table, memory.device), [0], memory, layout)
 
 

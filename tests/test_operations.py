@@ -126,7 +126,7 @@ def test_a_round_is_as_many_operations_whatever_rows_and_layers(method, counted)
         model.generate(ids, past_key_values=ragged, max_new_tokens=40, do_sample=False)
         found.append(rounds[-1])
     assert_alike(found)
-    assert found[0].total() <= (400 if method != "vase" else 430)
+    assert found[0].total() <= (400 if method != "vase" else 440)
     assert not WAITS & set(found[0])
 
 

@@ -373,6 +373,15 @@ class RaggedCache:
         step()
         self._after_steps(decode.rows)
 
+    def end_replayed(self) -> None:
+        """The last pass was replayed by an engine's own graph: its layers ran where the host did not see them.
+
+        To be called before ``free`` and ``begin`` of the next pass; nothing happens where the host has seen it.
+        """
+        if self.step.decode is not None and not self.step.done:
+            self._end_step()
+            self.step.done = self.table.layers
+
     def _ready(self) -> Decode:
         """The next step of all rows."""
         self.end_prompts(list(self.prompts))
