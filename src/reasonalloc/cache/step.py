@@ -205,8 +205,9 @@ class Decode:
     def fixed(self) -> tuple[int, ...]:
         """Addresses of all that a recorded step reads and writes; they change when memory is replaced."""
         memory = [x for pool in self._pools for x in (pool.keys, pool.values, pool.received, pool.queries.memory)]
-        numbers = (self._device.lengths, self._slots)
-        return tuple(0 if x is None else x.data_ptr() for x in (*memory, *numbers))
+        chunks = [] if self._chunks is None else [self._chunks.rows]
+        tensors = (*memory, self._device.lengths, self._slots, *chunks)
+        return tuple(x.data_ptr() for x in tensors if x is not None)
 
 
 @dataclass
