@@ -14,7 +14,8 @@ and says when rows come and go (``select``, ``free``) and when tokens are only s
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,70 @@ class RaggedCache:
         self._speculation: Speculation | None = None
         self._decode: Decode | None = None
         self._scaling = 1.0
+        self.is_recording = False
+
+    # ---- recorded steps (for tests on a CPU) ----
+
+    @property
+    def can_record(self) -> str:
+        """Why a step cannot be recorded; empty if it can."""
+        if not self.pools or self.prompts:
+            return "there is no step yet"
+        if self.totals is None:
+            return "a cache without a budget grows"
+        return "the device is a CPU" if self.pools[0].keys.device.type == "cpu" else ""
+
+    @property
+    def fixed_memory(self) -> tuple[int, ...]:
+        """Identity of all memory that a recorded step reads and writes."""
+        tensors = [x for p in self.pools for x in (p.keys, p.values, p.positions, p.received, p.queries.memory)]
+        return (id(self._decode), *(0 if x is None else x.data_ptr() for x in tensors))
+
+    def _ready(self) -> Decode:
+        decode = self._decode
+        if decode is None or not np.array_equal(decode.rows, self.rows):
+            assert self.backend is not None
+            self._decode = decode = Decode(self.table, self.pools, self.rows, self.backend)
+        elif decode.moves != self.table.moves:
+            decode.fill()
+        self.step = Step(decode)
+        return decode
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Forward passes of one token for all rows, of which nothing stays."""
+        decode = self._ready()
+        memory = [x for p in self.pools for x in (p.received, p.queries.memory) if x is not None]
+        saved = [x.clone() for x in memory]
+        numbers = {name: x.copy() for name, x in vars(self.table).items() if isinstance(x, np.ndarray)}
+        self.is_recording = True
+        try:
+            yield
+        finally:
+            self.is_recording = False
+            for name, x in numbers.items():
+                getattr(self.table, name)[...] = x
+            for x, old in zip(memory, saved, strict=True):
+                x.copy_(old)
+            decode.fill()
+            self.step = Step(None, (), self.table.layers)
+
+    def replay(self, step: Callable[[], None]) -> None:
+        """One decoded token of every row; ``step`` does the device's part."""
+        rows = self.rows
+        if any(row in self.prompts for row in rows.tolist()):
+            self.end_prompts([row for row in rows.tolist() if row in self.prompts])
+        self._ready()
+        self.table.phases[rows] = Phase.DECODING
+        self.is_recording = True
+        try:
+            step()
+        finally:
+            self.is_recording = False
+        self.columns += 1
+        self.step.decode = None
+        self._after_steps(rows)
+        self.step.done = self.table.layers
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy (copy.deepcopy, pickle) prepares its steps anew: they look into the table's own numbers."""
@@ -239,6 +304,8 @@ class RaggedCache:
         """Append the token of each row that decodes, and attend to all that is cached of it."""
         self._scaling = scaling
         assert self.step.decode is not None
+        if self.is_recording and layer == 0:
+            self.step.decode.advance()
         return self.step.decode.layer(layer, query, key, value, scaling)
 
     def is_new(self, chunk: Chunk) -> bool:
@@ -290,6 +357,8 @@ class RaggedCache:
 
     def end_layer(self, layer: int) -> None:
         """A layer has run. At the end of a pool its chunks are compressed, at the end of the pass the rows due."""
+        if self.is_recording:
+            return
         if self.step.chunks and layer == self._pool_of[layer].layers[-1] and not self.holding:
             for chunk in self.step.chunks:
                 if chunk.ends_prompt and self._settles(chunk):
