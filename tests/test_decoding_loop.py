@@ -173,7 +173,7 @@ def test_what_cannot_be_recorded_anew_goes_on_eagerly(recorder, moving, monkeypa
     cache = made(model)
     with pytest.warns(UserWarning, match="no more") as warned:
         assert torch.equal(loop(model, ids, mask, cache), want)
-    assert len(warned) == 1
+    assert ["no more" in str(warning.message) for warning in warned if warning.category is UserWarning] == [True]
     assert recorder.replays == 20
     assert cache.stats().graph.endswith("no more")
     assert cache.stats().graph_bytes == 2000
