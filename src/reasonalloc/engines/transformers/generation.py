@@ -279,8 +279,5 @@ def _select(value: Any, keep: Tensor, batch: int) -> Any:
     return value
 
 
-def _first_line(error: BaseException) -> str:
-    """What went wrong at first: ending a recording that failed raises an error of its own."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

@@ -5,6 +5,7 @@ An eager step of a model is some thousand launches, which take the host longer t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping
@@ -55,7 +56,7 @@ def record(function: Callable[[], None], device: torch.device) -> Recorded:
     """Record what a function starts on a CUDA device. It is run twice, and carried out once.
 
     Raises:
-        RuntimeError: it waits for the device, or does something else that a graph cannot hold.
+        Exception: what the function raised, as where it waits for the device; or RuntimeError: a graph cannot hold it.
     """
     with torch.cuda.device(device):
         main, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
@@ -63,16 +64,46 @@ def record(function: Callable[[], None], device: torch.device) -> Recorded:
         with torch.cuda.stream(side):
             function()  # what is made at the first run, kernels and workspaces, must be there
         main.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Other threads may go on using the device.
-            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                function()
-        finally:
-            torch.cuda.set_stream(main)  # a recording that fails leaves the other stream in use
+        graph = _recorded(function, main, side)
         pool = tuple(graph.pool())
         segments = torch.cuda.memory_snapshot()
     return Recorded(graph.replay, sum(x["total_size"] for x in segments if tuple(x["segment_pool_id"]) == pool))
+
+
+def _recorded(function: Callable[[], None], main: torch.cuda.Stream, side: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """The graph of a function, recorded on ``side``; ``main`` is in use before and after."""
+    graph = torch.cuda.CUDAGraph()
+    raised: list[BaseException] = []
+
+    def remembering() -> None:
+        try:
+            function()
+        except BaseException as error:  # ending a recording that failed raises another one
+            raised.append(error)
+            raise
+
+    try:
+        # Other threads may go on using the device.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            remembering()
+    except BaseException as error:
+        torch.cuda.set_stream(main)
+        _put_right(graph, side)
+        raise (raised[0] if raised else error) from None
+    return graph
+
+
+_BROKEN: list[torch.cuda.CUDAGraph] = []  # the allocator still asks them
+
+
+def _put_right(graph: torch.cuda.CUDAGraph, side: torch.cuda.Stream) -> None:
+    """After a recording that failed: until one succeeds, torch's random generator goes on as if it were recorded."""
+    _BROKEN.append(graph)
+    with (
+        contextlib.suppress(RuntimeError),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side, capture_error_mode="thread_local"),
+    ):
+        torch.zeros(1, device=side.device)
 
 
 @functools.cache
