@@ -87,8 +87,8 @@ def _recorded(function: Callable[[], None], main: torch.cuda.Stream, side: torch
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             remembering()
     except BaseException as error:
-        torch.cuda.set_stream(main)
         _put_right(graph, side)
+        torch.cuda.set_stream(main)  # an end that fails leaves the other in use
         raise (raised[0] if raised else error) from None
     return graph
 
