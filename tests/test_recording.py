@@ -73,17 +73,11 @@ class Batch:
     def step(self, recorded):
         states = [self.states(1) for _ in range(LAYERS)]
         if recorded:
-            self.ragged.replay(lambda: self.device_part(states))
+            self.ragged.replay(lambda: self.layers(states))
         else:
             self.ragged.begin(np.arange(self.rows))
             self.layers(states)
         self.outputs.append(self.out)
-
-    def device_part(self, states):
-        self.ragged.is_recording = True
-        self.ragged.begin_recorded()
-        self.layers(states)
-        self.ragged.is_recording = False
 
     def kept(self):
         layers = [self.ragged.tokens(layer) for layer in range(LAYERS)]
@@ -116,7 +110,6 @@ def test_a_trial_run_changes_nothing(method):
     plain, tried = Batch(method), Batch(method)
     for _ in range(20):  # with spans that are full to the last slot, too
         with tried.ragged.recording():
-            tried.ragged.begin_recorded()
             tried.layers([[torch.full_like(x, 7.0) for x in tried.states(1)] for _ in range(LAYERS)])
         plain.generator.set_state(tried.generator.get_state())
         plain.step(False)

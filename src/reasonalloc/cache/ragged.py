@@ -247,6 +247,8 @@ class RaggedCache:
         """Append the token of each row that decodes, and attend to all that is cached of it."""
         self._scaling = scaling
         assert self.step.decode is not None
+        if self.is_recording and not layer:  # ``begin`` has not
+            self.step.decode.advance()
         return self.step.decode.layer(layer, query, key, value, scaling)
 
     def is_new(self, chunk: Chunk) -> bool:
@@ -321,8 +323,9 @@ class RaggedCache:
         """Why a decoding step of all rows cannot be recorded in a CUDA graph; "" if it can."""
         if not self.pools or self.backend is None:
             return "nothing is cached yet"
-        if self.pools[0].keys.device.type != "cuda":
-            return f"the cache is on a {self.pools[0].keys.device.type} device"
+        device = self.pools[0].keys.device.type
+        if device != "cuda":
+            return f"the device is a {device.upper()}"
         if self.backend.reads_host:
             return f"the attention backend {self.backend.name!r} reads numbers on the host"
         if self.holding:
@@ -341,25 +344,17 @@ class RaggedCache:
     def recording(self) -> Iterator[None]:
         """For one forward pass of one token for all rows: what a step does on the device, and nothing on the host.
 
-        A CUDA graph records it; a trial run before is one such pass, too. At the end all numbers on the device are as
-        before.
+        A CUDA graph records it; a trial run before may be in it, too, if only one of the passes is carried out. At the
+        end all numbers on the device are as before.
         """
         changed = self._ready().changed()
         saved = [tensor.clone() for tensor in changed]
-        self.is_recording = True
         try:
-            yield
+            with self._device_alone():
+                yield
         finally:
-            self.is_recording = False
-            self.step = Step(None, (), self.table.layers)
             for tensor, old in zip(changed, saved, strict=True):
                 tensor.copy_(old)
-
-    def begin_recorded(self) -> None:
-        """In the place of ``begin`` while recording."""
-        assert self._decode is not None
-        self.step = Step(self._decode)
-        self._decode.advance()
 
     def replay(self, step: Callable[[], None]) -> None:
         """One decoding step of all rows as it was recorded: ``step`` does the device's part.
@@ -369,8 +364,9 @@ class RaggedCache:
         decode = self._ready()
         self.table.phases[decode.rows] = Phase.DECODING
         decode.count()
+        with self._device_alone():
+            step()
         self.columns += 1
-        step()
         self._after_steps(decode.rows)
 
     def end_replayed(self) -> None:
@@ -381,6 +377,15 @@ class RaggedCache:
         if self.step.decode is not None and not self.step.done:
             self._end_step()
             self.step.done = self.table.layers
+
+    @contextmanager
+    def _device_alone(self) -> Iterator[None]:
+        """In here a pass is a step of all rows, of which the host counts nothing."""
+        self.is_recording, self.step = True, Step(self._decode)
+        try:
+            yield
+        finally:
+            self.is_recording, self.step = False, Step(None, (), self.table.layers)
 
     def _ready(self) -> Decode:
         """The next step of all rows."""
