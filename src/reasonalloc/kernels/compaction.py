@@ -168,7 +168,7 @@ def _move(
         memory = second
     c = part * PART + tl.arange(0, PART)
     has_channel = (c < dim)[None, :]
-    for back in range(0, spans):
+    for back in range(spans):
         span = segment * spans + spans - 1 - back
         old, new = tl.load(old_starts + span), tl.load(new_starts + span)
         shift = new - old
@@ -186,7 +186,7 @@ def _move(
                     tl.debug_barrier()
                     tl.store(target + t[:, None] * dim + c[None, :], x, mask=goes)
                 at -= TILE
-    for ahead in range(0, spans):
+    for ahead in range(spans):
         span = segment * spans + ahead
         old, new = tl.load(old_starts + span), tl.load(new_starts + span)
         shift = new - old
@@ -236,10 +236,7 @@ def _gather(
     span, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     count = tl.load(kept + span).to(tl.int32)
     come_from = source + tl.load(old + span)
-    if PLACED:
-        go_to = target + tl.load(new + span)
-    else:
-        go_to = target + span.to(tl.int64) * stride
+    go_to = target + (tl.load(new + span) if PLACED else span.to(tl.int64) * stride)
     for at in range(program * TILE, count, programs * TILE):
         t = at + tl.arange(0, TILE)
         here = t

@@ -1,7 +1,7 @@
 """From scores to the tokens that stay: no sort, but the k-th largest score, one bit of it after the other.
 
-Scores are ``[batch, heads, width]``; a view whose rows are equally far apart is read as it is. Any width: the first tile
-of scores stays in registers, the others are read again for each of the 32 bits, from the device's cache.
+Scores are ``[batch, heads, width]``; a view whose rows are equally far apart is read as it is. Any width: the first
+tile of scores stays in registers, the others are read again for each of the 32 bits, from the device's cache.
 """
 
 from __future__ import annotations

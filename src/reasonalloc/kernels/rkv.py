@@ -59,11 +59,11 @@ class SearchTile:
 
     @classmethod
     def of(cls, keys: Float[Tensor, "slots dim"]) -> SearchTile:
-        """What fits 99 KiB of shared memory."""
-        row = launch.padded(keys.shape[1]) * keys.element_size()
-        if row <= 256:
-            return cls(128, 64)
-        return cls(64, 32) if row <= 512 else cls(32, 16)
+        """What fits 99 KiB of shared memory and a thread's registers; for float32 see ``window.tile_of``."""
+        dim = launch.padded(keys.shape[1])
+        if keys.dtype == torch.float32:
+            return cls(32, 32, warps=8) if dim <= 128 else cls(16, 16, warps=8)
+        return cls(128, 64) if dim <= 128 else cls(64, 32)
 
 
 def rkv_scores(
@@ -126,24 +126,24 @@ def rkv_scores(
     grid = (spans * tiles,)
     with launch.device_of(keys):
         _scan[(spans, blocks)](
-            *common, sums, counts, *numbers[:3], scaling, window, stride, spans,
-            **sizes_of_window, **sizes, TILE=tile, num_warps=4, num_stages=2,
+            *common, sums, counts, *numbers[:3], float(scaling), window, stride, spans,
+            **sizes_of_window, **sizes, **tile, num_stages=2,
         )  # fmt: skip
         _ask_newest[grid](
-            *common, sums, counted, importance, lists[0], counts[0], *numbers, threshold, scaling, window, heads,
-            stride, tiles, LIMIT=_FIRST, BLOCKS=blocks, **sizes_of_window, **shape, **how,
+            *common, sums, counted, importance, lists[0], counts[0], *numbers, float(threshold), float(scaling), window,
+            heads, stride, tiles, LIMIT=_FIRST, BLOCKS=blocks, **sizes_of_window, **shape, **how,
         )  # fmt: skip
-        _ask_all[grid](*common, lists[0], counts[0], threshold, stride, tiles, SKIP=_FIRST, **shape, **how)
+        _ask_all[grid](*common, lists[0], counts[0], float(threshold), stride, tiles, SKIP=_FIRST, **shape, **how)
         _ask_on[grid](
-            *common, lists[0], counts[0], lists[1], counts[1], threshold, stride, tiles,
+            *common, lists[0], counts[0], lists[1], counts[1], float(threshold), stride, tiles,
             SKIP=_FIRST, LIMIT=_SECOND, **shape, **how,
         )  # fmt: skip
         _ask_on[grid](
-            *common, lists[1], counts[1], lists[0], counts[0], threshold, stride, tiles,
+            *common, lists[1], counts[1], lists[0], counts[0], float(threshold), stride, tiles,
             SKIP=_FIRST + _SECOND, LIMIT=_EVERYTHING, **shape, **how,
         )  # fmt: skip
         _score[(spans,)](
-            importance, counted, spared, lengths, scores, weight, window, width, stride,
+            importance, counted, spared, lengths, scores, float(weight), window, width, stride,
             KERNEL=kernel, PER_TOKEN=per_token, WEIGH=attention is not None, TILE=_SCORE_TILE, num_warps=4,
         )  # fmt: skip
     return scores

@@ -1,7 +1,7 @@
 """Attention of the last queries over ragged keys, pooled over neighbours: the importance of SnapKV and R-KV.
 
 A span is the tokens of one (entry of the batch, head); its keys are read where they lie, twice: once for each query's
-largest logit and sum of weights, once for the weights themselves. What is kept for a token is padded: ``[spans, stride]``.
+largest logit and sum of weights, once for the weights themselves. Numbers of tokens are padded: ``[spans, stride]``.
 
 Twin: ``policies.scoring.window_attention.pooled_importance``.
 """
@@ -63,13 +63,13 @@ def pooled_importance(
     numbers = (attention.states, attention.largest, attention.totals)
     with launch.device_of(keys):
         _statistics[(spans, attention.blocks)](
-            keys, starts, lengths, *numbers, scaling, window,
-            **attention.sizes, **sizes, TILE=tile, num_warps=4, num_stages=2,
+            keys, starts, lengths, *numbers, float(scaling), window,
+            **attention.sizes, **sizes, **tile, num_stages=2,
         )  # fmt: skip
-        tiles = triton.cdiv(width, tile)
+        tiles = triton.cdiv(width, tile["TILE"])
         _weigh[(spans * tiles,)](
-            keys, starts, lengths, *numbers, attention.shares, weights, scaling, window, heads, stride, tiles,
-            **attention.sizes, **sizes, BLOCKS=attention.blocks, TILE=tile, num_warps=4,
+            keys, starts, lengths, *numbers, attention.shares, weights, float(scaling), window, heads, stride, tiles,
+            **attention.sizes, **sizes, BLOCKS=attention.blocks, **tile,
         )  # fmt: skip
         tiles = triton.cdiv(width, _POOL_TILE)
         _pool[(spans * tiles,)](
@@ -139,9 +139,15 @@ def key_sizes(keys: Float[Tensor, "slots dim"]) -> dict[str, Any]:
     }
 
 
-def tile_of(keys: Float[Tensor, "slots dim"]) -> int:
-    """Keys of one step: 32 KiB of them, 128 at most."""
-    return min(128, 32 * 1024 // (launch.padded(keys.shape[1]) * keys.element_size()))
+def tile_of(keys: Float[Tensor, "slots dim"]) -> dict[str, int]:
+    """Keys of one step, and the warps that share them.
+
+    32 KiB of keys for tensor cores. Exact float32 products are not made there: a thread holds whole rows of both sides.
+    """
+    dim = launch.padded(keys.shape[1])
+    if keys.dtype == torch.float32:
+        return {"TILE": max(16, min(64, 4096 // dim)), "num_warps": 8}
+    return {"TILE": min(128, 16384 // dim), "num_warps": 4}
 
 
 # ---- device functions, also R-KV's ----
@@ -177,7 +183,7 @@ def group_logits(
 ):  # fmt: skip
     """``[TILE, ASKED]``: the largest scaled logit over a group's heads."""
     logits = tl.reshape(tl.dot(key, asked, input_precision=PRECISION) * scaling, [TILE, ASKED, GROUP])
-    if GROUP != group:
+    if group != GROUP:
         logits = tl.where((tl.arange(0, GROUP) < group)[None, None, :], logits, float("-inf"))
     return tl.max(logits, 2)
 
