@@ -20,7 +20,7 @@ from torch import Tensor
 from reasonalloc.kernels import launch
 
 _ROUND = 128  # scratch is padded to a multiple of it: whole lines of memory
-_QUERY_BYTES = 32 * 1024  # of shared memory that the queries of a program take
+_QUERY_BYTES = 16 * 1024  # of shared memory that the queries of a program take
 _POOL_TILE = 1024
 
 
