@@ -197,7 +197,7 @@ def test_rkv_is_the_same_in_any_order_and_place(small):
 def test_keys_that_are_not_numbers_are_seen(small):
     """In the whole span, which the round then refuses; nowhere else."""
     for scorer in (RKV(), SnapKV()):
-        _, here = observe("half")
+        _, here = observe("half", group=3)
         here.tokens.ragged.keys[int(here.tokens.ragged.starts[0, 1]) + 3, 2] = float("nan")
         got = scorer.score(here)
         assert got[0, 1].isnan().any()
@@ -508,7 +508,8 @@ for arch, (kernel, known, warps, stages, others) in [*((90, one) for one in kern
     constants = {(i,): known[n] for i, n in enumerate(names) if n in known}
     options = {"num_warps": warps, "num_stages": stages}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
-    code = compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32), options=options)
+    source, target = ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", arch, 32)
+    code = compile(source, target=target, options=options)
     print(kernel.__name__, code.metadata.shared)
 """
 

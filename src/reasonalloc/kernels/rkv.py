@@ -180,7 +180,7 @@ def _scan(
         tl.store(spared + row + t, tl.zeros([TILE], tl.int64), mask=live)
         key_sum += tl.sum(wide * reciprocal[:, None], 0)
         if WEIGH:
-            logits = group_logits(key, asked, scaling, group, GROUP, ASKED, TILE, PRECISION)
+            logits = group_logits(key, asked, scaling, GROUP, ASKED, TILE, PRECISION)
             top, total = add_to_softmax(tl.where(t[:, None] < limit[None, :], logits, float("-inf")), top, total)
     tl.store(sums + span.to(tl.int64) * DIM + d, key_sum)
     tl.store(counts + span, 0)

@@ -166,11 +166,14 @@ def load_queries(
     queries, span, block, group: tl.constexpr, observed: tl.constexpr, GROUP: tl.constexpr, ASKED: tl.constexpr,
     dim: tl.constexpr, DIM: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """A block of a span's queries, ``[DIM, ASKED * GROUP]``, the heads of one query side by side."""
+    """A block of a span's queries, ``[DIM, ASKED * GROUP]``, the heads of one query side by side.
+
+    The last head fills up the group: it changes no maximum, and hides no logit that is not a number.
+    """
     column = tl.arange(0, ASKED * GROUP)
-    query, head = block * ASKED + column // GROUP, column % GROUP
+    query, head = block * ASKED + column // GROUP, tl.minimum(column % GROUP, group - 1)
     d = tl.arange(0, DIM)
-    there = ((head < group) & (query < observed))[None, :] & (d < dim)[:, None]
+    there = (query < observed)[None, :] & (d < dim)[:, None]
     first = queries + span.to(tl.int64) * (group * observed * dim)
     asked = tl.load(first + ((head * observed + query) * dim)[None, :] + d[:, None], mask=there, other=0.0)
     return asked.to(tl.float32) if WIDEN else asked
@@ -178,14 +181,11 @@ def load_queries(
 
 @triton.jit
 def group_logits(
-    key, asked, scaling, group: tl.constexpr, GROUP: tl.constexpr, ASKED: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    key, asked, scaling, GROUP: tl.constexpr, ASKED: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """``[TILE, ASKED]``: the largest scaled logit over a group's heads."""
-    logits = tl.reshape(tl.dot(key, asked, input_precision=PRECISION) * scaling, [TILE, ASKED, GROUP])
-    if group != GROUP:
-        logits = tl.where((tl.arange(0, GROUP) < group)[None, None, :], logits, float("-inf"))
-    return tl.max(logits, 2)
+    logits = tl.dot(key, asked, input_precision=PRECISION) * scaling
+    return tl.max(tl.reshape(logits, [TILE, ASKED, GROUP]), 2)
 
 
 @triton.jit
@@ -213,7 +213,7 @@ def mean_weight(
     mean = tl.zeros([TILE], tl.float32)
     for block in tl.static_range(BLOCKS):
         asked = load_queries(queries, span, block, group, observed, GROUP, ASKED, dim, DIM, WIDEN)
-        logits = group_logits(key, asked, scaling, group, GROUP, ASKED, TILE, PRECISION)
+        logits = group_logits(key, asked, scaling, GROUP, ASKED, TILE, PRECISION)
         query = block * ASKED + tl.arange(0, ASKED)
         top = tl.load(largest + span * (BLOCKS * ASKED) + query)
         total = tl.load(totals + span * (BLOCKS * ASKED) + query)
@@ -256,7 +256,7 @@ def _statistics(
     for at in range(0, n, TILE):
         t = at + tl.arange(0, TILE)
         key = load_keys(first, t, t < n, dim, DIM, WIDEN)
-        logits = group_logits(key, asked, scaling, group, GROUP, ASKED, TILE, PRECISION)
+        logits = group_logits(key, asked, scaling, GROUP, ASKED, TILE, PRECISION)
         top, total = add_to_softmax(tl.where(t[:, None] < limit[None, :], logits, float("-inf")), top, total)
     query = (span * tl.num_programs(1) + block) * ASKED + tl.arange(0, ASKED)
     tl.store(largest + query, top)
