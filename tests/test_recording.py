@@ -48,10 +48,10 @@ def late(monkeypatch):
 class Batch:
     """A batch of rows in a cache of its own, fed with random states."""
 
-    def __init__(self, method, rows=3, at_once=2, prompt=40):
-        self.ragged = RaggedCache(compression(method, 24, interval=8), SHAPE, layers_at_once=at_once)
+    def __init__(self, method, rows=3, **changes):
+        self.ragged = RaggedCache(compression(method, 24, interval=8, **changes), SHAPE, layers_at_once=2)
         self.generator, self.rows, self.outputs = torch.Generator().manual_seed(0), rows, []
-        self.chunk(prompt)
+        self.chunk(40)
 
     def states(self, tokens):
         of = ((heads, self.rows) for heads in (HEADS * GROUP, HEADS, HEADS))
@@ -199,9 +199,9 @@ class Requests:
             torch.randn(rows, heads, tokens, DIM, generator=self.generator) for heads in (HEADS * GROUP, HEADS, HEADS)
         ]
 
-    def run(self):
+    def run(self, steps=60):
         decoding, under_way = [], 0
-        for step in range(60):
+        for step in range(steps):
             chunks = []
             if step % 7 == 0 and len(decoding) < 4:
                 arena = min({1, 2, 3, 4} - set(decoding))

@@ -1,0 +1,107 @@
+"""Whole rounds by the kernels, in Triton's interpreter, against the same rounds by torch.
+
+On a GPU the kernels are what runs anyway; ``tests/test_gpu.py`` compares it with the CPU.
+"""
+
+import numpy as np
+import pytest
+import torch
+from test_recording import Batch, Requests, compression, same
+
+pytest.importorskip("triton")
+
+from reasonalloc.cache import moving
+from reasonalloc.kernels import launch
+
+pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are interpreted on the CPU only")
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The CPU is served by the kernels; the list holds who moved tokens."""
+    made, begin = [], moving.begin
+
+    def noting(survivors):
+        made.append(begin(survivors))
+        return made[-1]
+
+    monkeypatch.setattr(launch, "serve", lambda device: True)
+    monkeypatch.setattr(moving, "begin", noting)
+    return made
+
+
+def run(batch, steps):
+    for _ in range(steps):
+        batch.step(True)
+    return batch
+
+
+@pytest.mark.parametrize(
+    "method", ["rkv", "reasonalloc-head", "reasonalloc-dynamic", "snapkv", "h2o", "random", "adakv-rkv"]
+)
+def test_a_batch(method, kernels, request):
+    by_kernels = run(Batch(method, rows=2), 17)
+    assert {type(move) for move in kernels} == {moving.KernelMove}
+    request.getfixturevalue("monkeypatch").undo()
+    by_torch = run(Batch(method, rows=2), 17)
+    assert by_torch.ragged.round.rounds.min() >= 2
+    same_but_layout(by_torch, by_kernels)
+
+
+def same_but_layout(one, other):
+    """Dynamic layers share a pool where kernels run: their slots have other numbers."""
+    if len(one.ragged.pools) == len(other.ragged.pools):
+        same(one, other)
+        return
+    assert one.kept() == other.kept()
+    np.testing.assert_array_equal(one.ragged.table.lengths, other.ragged.table.lengths)
+    for mine, theirs in zip(one.outputs, other.outputs, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_dynamic_layers_stay_in_one_memory(kernels):
+    batch = Batch("reasonalloc-dynamic", rows=2)
+    run(batch, 9)
+    memory, totals = batch.ragged.fixed_memory, batch.ragged.table.capacities.sum(-1)
+    run(batch, 24)
+    assert len(batch.ragged.pools) == 1
+    assert (batch.ragged.table.capacities.sum(-1) != totals).any(), "layers have grown at the cost of others"
+    pool = batch.ragged.pools[0]
+    assert [x.data_ptr() for x in (pool.keys, pool.values)] == list(memory[:2])
+
+
+@pytest.mark.parametrize("changes", [{"prompt": "protect"}, {"storage_order": "score"}], ids=str)
+def test_what_else_a_round_knows(changes, kernels, request):
+    def batch():
+        made = Batch("reasonalloc-head", rows=2, **changes)
+        return run(made, 9)
+
+    by_kernels = batch()
+    request.getfixturevalue("monkeypatch").undo()
+    same(batch(), by_kernels)
+
+
+def test_a_later_turn_and_rows_that_leave(kernels, request):
+    def batch():
+        made = run(Batch("reasonalloc-head", rows=3), 9)
+        made.chunk(13)
+        made.ragged.select([2, 0])
+        made.rows = 2
+        return run(made, 9)
+
+    by_kernels = batch()
+    request.getfixturevalue("monkeypatch").undo()
+    by_torch = batch()
+    assert by_torch.kept() == by_kernels.kept()
+    assert all(a.equal(b) for a, b in zip(by_torch.outputs, by_kernels.outputs, strict=True))
+
+
+def test_arenas(kernels, request):
+    by_kernels = Requests()
+    by_kernels.run(24)
+    request.getfixturevalue("monkeypatch").undo()
+    by_torch = Requests()
+    by_torch.run(24)
+    assert by_torch.ragged.round.rounds.min() >= 2
+    np.testing.assert_array_equal(by_torch.ragged.table.lengths, by_kernels.ragged.table.lengths)
+    assert all(a.equal(b) for a, b in zip(by_torch.outputs, by_kernels.outputs, strict=True))
