@@ -8,9 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reasonalloc.cache.table import HostInts, on_device
+from reasonalloc.kernels.chunks import LayerChunks
 
 
-@dataclass(frozen=True, eq=False)  # as itself: kernels remember tables of theirs beside it
+@dataclass(frozen=True, eq=False)
 class Spans:
     """Keys and values in slots, of which each (row, head) owns one contiguous span.
 
@@ -22,6 +23,7 @@ class Spans:
         starts, lengths, capacities: ``[rows, heads]`` on the host: first slot, tokens, slots of each span.
         starts_device, lengths_device: the same where the keys are.
         received_starts, received_starts_device: likewise, the place in ``received`` of each span's first token.
+        chunks: the spans cut into chunks, if the attention backend wants that prepared.
     """
 
     keys: Float[Tensor, "slots dim"]
@@ -34,6 +36,7 @@ class Spans:
     lengths_device: Int[Tensor, "rows heads"]
     received_starts: HostInts
     received_starts_device: Int[Tensor, "rows heads"]
+    chunks: LayerChunks | None = None
 
     @classmethod
     def of(

@@ -1,0 +1,69 @@
+"""Attention over ragged spans on CUDA, by the Triton kernels of ``reasonalloc.kernels``."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reasonalloc.cache.spans import Spans
+from reasonalloc.cache.table import on_device
+from reasonalloc.kernels import chunk_attention, decode_attention
+from reasonalloc.kernels.chunks import ChunkTable, LayerChunks, most_chunks
+
+
+def make_table(layers: int, rows: int, heads: int, slots: int, device: torch.device) -> ChunkTable:
+    """As ``AttentionBackend.table``."""
+    spans = rows * heads
+    chunk = decode_attention.chunk_for(spans)
+    return ChunkTable(layers, spans, chunk, most_chunks(slots, spans, chunk), device)
+
+
+def attend(
+    query: Float[Tensor, "rows query_heads 1 dim"], spans: Spans, scaling: float
+) -> Float[Tensor, "rows query_heads 1 value_dim"]:
+    """As ``AttentionBackend.attend``. Spans without a chunk table get one for this call."""
+    widths = (query.shape[-1], spans.values.shape[-1], query.element_size())
+    tuning = decode_attention.tuning_for(spans.rows * spans.heads, *widths)
+    return decode_attention.attend(
+        query, spans.keys, spans.values, spans.starts_device, spans.lengths_device,
+        spans.chunks or _chunks(spans, tuning.chunk), tuning, scaling, spans.received, spans.received_starts_device,
+    )  # fmt: skip
+
+
+def attend_chunk(
+    query: Float[Tensor, "rows query_heads queries dim"],
+    spans: Spans,
+    scaling: float,
+    hidden: Int[Tensor, "rows queries"],
+) -> Float[Tensor, "rows query_heads queries value_dim"]:
+    """As ``AttentionBackend.attend_chunk``."""
+    return chunk_attention.attend_chunk(
+        query, spans.keys, spans.values, spans.starts_device, spans.lengths_device, hidden, _blocks(query, spans), scaling
+    )
+
+
+def receive_chunk(
+    query: Float[Tensor, "rows query_heads queries dim"],
+    spans: Spans,
+    scaling: float,
+    hidden: Int[Tensor, "rows queries"],
+) -> None:
+    """As ``AttentionBackend.receive_chunk``."""
+    assert spans.received is not None
+    chunk_attention.receive_chunk(
+        query, spans.keys, spans.starts_device, spans.lengths_device, hidden, _blocks(query, spans), scaling,
+        spans.received, spans.received_starts_device, longest=int(spans.capacities.max(initial=0)),
+    )  # fmt: skip
+
+
+def _chunks(spans: Spans, chunk: int) -> LayerChunks:
+    capacities = np.ascontiguousarray(spans.capacities)
+    most = int(np.maximum(-(-capacities // chunk), 1).sum())
+    return ChunkTable.of(on_device(capacities, spans.keys.device), chunk, most).layer(0)
+
+
+def _blocks(query: Tensor, spans: Spans) -> chunk_attention.Blocks:
+    queries = query.shape[1] // spans.heads * query.shape[2]
+    return chunk_attention.blocks_for(queries, query.shape[-1], spans.values.shape[-1], query.element_size())
