@@ -1,7 +1,7 @@
 """Attention of several queries a row over ragged spans: a prompt's later chunk, a new turn, speculated tokens.
 
-A program serves a block of queries of one span, all heads of its group together, and reads the keys that the block sees tile by
-tile, with a running softmax. What a span's tokens receive is summed by a second kernel, a program for each tile of tokens.
+A program serves a block of queries of one span, all heads of its group together, and reads the tokens that the block
+sees tile by tile, with a running softmax. What tokens receive is summed by a second kernel, a program a tile of them.
 
 The twin in plain torch: ``reasonalloc.cache.attention.rows``.
 """
@@ -147,9 +147,10 @@ def _sizes(query: Tensor, lengths: Tensor, blocks: Blocks) -> dict[str, Any]:
 
 @triton.jit
 def _block(hidden, span, length, queries, at, heads: tl.constexpr, group: tl.constexpr, BLOCK: tl.constexpr):
-    """Queries ``at`` onwards of a span, a group's heads side by side: where each lies, how many tokens it sees, is it real.
+    """Queries ``at`` onwards of a span, a group's heads side by side.
 
-    What is no query sees one token, for the sums to be defined.
+    Returns where each lies, how many tokens it sees, whether it is there, and whether it is not padding. Padding, and
+    what is not there, sees one token, for the sums to be defined.
     """
     m = at + tl.arange(0, BLOCK)
     q = (m // group).to(tl.int64)
@@ -174,13 +175,14 @@ def _attend_block(
     at, sees, there, _ = _block(hidden, span, length, queries, program % cuts * BLOCK, heads, group, BLOCK)
     asked = load_tile(query, at, there, dim, DIM, WIDEN)
     slot = tl.load(starts + span)
+    span_keys, span_values = keys + slot * dim, values + slot * value_dim  # from here on 32 bits are enough
     highest = tl.full([BLOCK], float("-inf"), tl.float32)
     weight_sum = tl.zeros([BLOCK], tl.float32)
     mixed = tl.zeros([BLOCK, VALUE_DIM], tl.float32)
     for token in range(0, tl.max(sees, 0), TILE):
         t = token + tl.arange(0, TILE)
         live = t < length
-        key = load_tile(keys, slot + t, live, dim, DIM, WIDEN)
+        key = load_tile(span_keys, t, live, dim, DIM, WIDEN)
         logits = tl.dot(asked, tl.trans(key), input_precision="ieee") * scaling
         logits = tl.where(t[None, :] < sees[:, None], logits, float("-inf"))
         now = tl.maximum(highest, tl.max(logits, 1))  # finite: everyone sees the first token
@@ -188,7 +190,7 @@ def _attend_block(
         weights = tl.exp2(logits - now[:, None])
         weight_sum = weight_sum * shrink + tl.sum(weights, 1)
         if MIXES:
-            value = load_tile(values, slot + t, live, value_dim, VALUE_DIM, WIDEN)
+            value = load_tile(span_values, t, live, value_dim, VALUE_DIM, WIDEN)
             mixed = mixed * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         highest = now
     tl.store(log_sums + at, highest + tl.log2(weight_sum), mask=there)
@@ -214,7 +216,7 @@ def _receive_tile(
         return
     t = token + tl.arange(0, TILE)
     live = t < length
-    key = load_tile(keys, tl.load(starts + span) + t, live, dim, DIM, WIDEN)
+    key = load_tile(keys + tl.load(starts + span) * dim, t, live, dim, DIM, WIDEN)
     given = tl.zeros([TILE], tl.float32)
     for begin in range(0, group * queries, BLOCK):
         at, sees, there, real = _block(hidden, span, length, queries, begin, heads, group, BLOCK)
@@ -223,6 +225,6 @@ def _receive_tile(
             log_sum = tl.load(log_sums + at, mask=there, other=0.0)
             logits = tl.dot(key, tl.trans(asked), input_precision="ieee") * scaling
             gives = (t[:, None] < sees[None, :]) & real[None, :]
-            given += tl.sum(tl.where(gives, tl.exp2(logits - log_sum[None, :]), 0.0), 1)
+            given += tl.sum(tl.exp2(tl.where(gives, logits - log_sum[None, :], float("-inf"))), 1)
     place = received + tl.load(places + span) + t
     tl.store(place, tl.load(place, mask=live, other=0.0) + given, mask=live)

@@ -6,6 +6,7 @@ The table is made and filled where it is used, without a wait for the device, in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -57,7 +58,7 @@ class ChunkTable:
             most: chunks of a layer at most, see ``most_chunks``.
             device: where the table lies.
         """
-        numbers = {"dtype": torch.int32, "device": device}
+        numbers: dict[str, Any] = {"dtype": torch.int32, "device": device}
         self.chunk = chunk
         self.rows: Int[Tensor, "layers most"] = torch.zeros(layers, most, **numbers)
         self.offsets: Int[Tensor, "layers most"] = torch.full((layers, most), BEYOND, **numbers)

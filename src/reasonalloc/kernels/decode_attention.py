@@ -1,8 +1,8 @@
 """One-query attention over ragged spans: split-K flash decoding, whatever the spans' lengths.
 
-Every span is cut into chunks (``chunks.py``), and every chunk is a program. Chunks cover a span's *capacity*; those behind its
-last token end at once. So the launch is the same at every step and needs nothing from the host, as a CUDA graph asks for.
-A span's chunks are joined by the one of them that is done last, or by a second kernel.
+Every span is cut into chunks (``chunks.py``), and every chunk is a program. Chunks cover a span's *capacity*; those
+behind its last token end at once. So the launch is the same at every step and needs nothing from the host, as a CUDA
+graph asks for. A span's chunks are joined by the one of them that is done last, or by a second kernel.
 
 The twin in plain torch: ``reasonalloc.cache.attention.rows``.
 """
@@ -166,14 +166,16 @@ def load_tile(source, at, there, width: tl.constexpr, WIDTH: tl.constexpr, WIDEN
 
 @triton.jit
 def _attend_chunk(
-    query, keys, values, starts, lengths, rows, offsets, first, arrived, partial, largest, total, out, log_sums, scaling,
+    query, keys, values, starts, lengths, rows, offsets, first, arrived, partial, largest, total, out, log_sums,
+    scaling,
     group: tl.constexpr, dim: tl.constexpr, value_dim: tl.constexpr,
     GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     CHUNK: tl.constexpr, TILE: tl.constexpr, WIDEN: tl.constexpr, FUSED: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """One chunk's attention for all query heads of its span: unnormalised output, largest logit, sum of weights.
 
-    Fused: the last chunk of a span that arrives here joins them all, and a span's only chunk needs no joining.
+    Fused: the chunk of a span that is done last joins them all, and a span's only chunk needs no joining.
+    An empty span's output is written here.
     """
     chunk = tl.program_id(0).to(tl.int64)
     span = tl.load(rows + chunk).to(tl.int64)
@@ -185,10 +187,9 @@ def _attend_chunk(
     in_row = in_group[:, None] & (v < value_dim)[None, :]
     at_out = span * group + g
     if count <= 0:
-        if FUSED:
-            if offset == 0:
-                nothing = tl.zeros([GROUP, VALUE_DIM], out.dtype.element_ty)
-                tl.store(out + at_out[:, None] * value_dim + v[None, :], nothing, mask=in_row)
+        if offset == 0:
+            nothing = tl.zeros([GROUP, VALUE_DIM], out.dtype.element_ty)
+            tl.store(out + at_out[:, None] * value_dim + v[None, :], nothing, mask=in_row)
         return
     slot = tl.load(starts + span) + offset
     asked = load_tile(query, at_out, in_group, dim, DIM, WIDEN)
@@ -261,18 +262,15 @@ def _join(
         mine = tl.load(largest + part, mask=there, other=float("-inf"), cache_modifier=".cg")
         sums = tl.load(total + part, mask=there, other=0.0, cache_modifier=".cg")
         in_row = there[:, None] & (v < value_dim)[None, :]
-        parts = tl.load(
-            partial + part[:, None] * value_dim + v[None, :], mask=in_row, other=0.0, cache_modifier=".cg"
-        )
+        parts = tl.load(partial + part[:, None] * value_dim + v[None, :], mask=in_row, other=0.0, cache_modifier=".cg")
         now = tl.maximum(highest, tl.max(mine, 0))
         shrink = tl.exp2(highest - now)
         grow = tl.exp2(mine - now)
         mixed = mixed * shrink + tl.sum(parts * grow[:, None], 0)
         weight_sum = weight_sum * shrink + tl.sum(sums * grow, 0)
         highest = now
-    mixed = mixed / tl.where(pieces > 0, weight_sum, 1.0)
     at_out = span * group + head
-    tl.store(out + at_out * value_dim + v, mixed.to(out.dtype.element_ty), mask=v < value_dim)
+    tl.store(out + at_out * value_dim + v, (mixed / weight_sum).to(out.dtype.element_ty), mask=v < value_dim)
     tl.store(log_sums + at_out, highest + tl.log2(weight_sum))
 
 
@@ -282,11 +280,12 @@ def _join_chunks(
     group: tl.constexpr, value_dim: tl.constexpr, VALUE_DIM: tl.constexpr, CHUNK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """One query head of one span."""
-    span = tl.program_id(0).to(tl.int64)
+    span, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pieces = tl.cdiv(tl.load(lengths + span).to(tl.int32), CHUNK)
-    _join(
-        span, tl.program_id(1), pieces, first, partial, largest, total, out, log_sums, group, value_dim, VALUE_DIM, PIECES
-    )
+    if pieces > 0:
+        _join(
+            span, head, pieces, first, partial, largest, total, out, log_sums, group, value_dim, VALUE_DIM, PIECES
+        )  # fmt: skip
 
 
 @triton.jit
@@ -313,6 +312,6 @@ def _receive_chunk(
         live = t < count
         key = load_tile(chunk_keys, t, live, dim, DIM, WIDEN)
         logits = tl.dot(asked, tl.trans(key), input_precision="ieee") * scaling
-        weights = tl.where(in_group[:, None], tl.exp2(logits - log_sum[:, None]), 0.0)
+        weights = tl.exp2(tl.where(in_group[:, None] & live[None, :], logits - log_sum[:, None], float("-inf")))
         old = tl.load(chunk_places + t, mask=live, other=0.0)
         tl.store(chunk_places + t, old + tl.sum(weights, 0), mask=live)

@@ -33,11 +33,11 @@ class AttentionBackend:
         attend_chunk: several, ``(query [rows, query_heads, queries, dim], spans, scaling, hidden [rows, queries])``:
             each sees all tokens of its spans but the newest ``hidden`` ones, one at least. The output of padding
             (``hidden`` -1) has no meaning. Adds nothing to received attention.
-        receive_chunk: with the same arguments, adds what each token receives from these queries to ``spans.received``;
-            padding gives nothing.
-        table: ``(layers, rows, heads, slots, device)``: what ``attend`` wants prepared for so many layers, rows and heads
-            that share so many slots in each layer, or None. Fill it when spans have moved, and give each layer's part
-            to its spans.
+        receive_chunk: with the same arguments, adds to ``spans.received`` what each token receives from these
+            queries; padding gives nothing.
+        table: ``(layers, rows, heads, slots, device)``: what ``attend`` wants prepared for so many rows and heads that
+            share so many slots in each layer, or None if it wants nothing. Fill it when spans have moved, and give
+            each layer's part to its spans.
     """
 
     name: str

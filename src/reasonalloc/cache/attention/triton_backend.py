@@ -40,8 +40,9 @@ def attend_chunk(
 ) -> Float[Tensor, "rows query_heads queries value_dim"]:
     """As ``AttentionBackend.attend_chunk``."""
     return chunk_attention.attend_chunk(
-        query, spans.keys, spans.values, spans.starts_device, spans.lengths_device, hidden, _blocks(query, spans), scaling
-    )
+        query, spans.keys, spans.values, spans.starts_device, spans.lengths_device, hidden, _blocks(query, spans),
+        scaling,
+    )  # fmt: skip
 
 
 def receive_chunk(
