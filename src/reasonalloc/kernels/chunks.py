@@ -81,11 +81,11 @@ class ChunkTable:
         ends = counts.clamp_(min=1).cumsum(1, dtype=torch.int32)
         self.first[:, 1:] = ends
         spans_of = torch.searchsorted(ends, self._numbers, right=True)
-        used = spans_of < spans
-        rows = spans_of.where(used, 0)
+        unused = spans_of >= spans
+        rows = spans_of.masked_fill_(unused, 0)
         offsets = (self._numbers - self.first.gather(1, rows)) * self.chunk
         self.rows.copy_(rows)
-        self.offsets.copy_(offsets.where(used, BEYOND))
+        self.offsets.copy_(offsets.masked_fill_(unused, BEYOND))
 
     def layer(self, layer: int) -> LayerChunks:
         """One layer's part: views, which later fills change."""
