@@ -398,7 +398,7 @@ def test_copy_between(small, chosen):
     source, target = (torch.randn(slots, 24, generator=seeded(i)) for i in (1, 2))
     index = index if chosen else None
     got = target.clone().to(DEVICE)
-    compaction.copy_between(*to_device(source), got, *to_device(old, new, kept, index))
+    compaction.copy_between(*to_device(source), got, *to_device(old, new, kept, index), int(kept.max()))
     assert torch.equal(got.cpu(), moved(target, index, kept, old, new, source))
 
 

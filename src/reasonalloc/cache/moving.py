@@ -153,7 +153,7 @@ class KernelMove:
         written = []
         for own, source in zip(memory, (self.source.keys, self.source.values), strict=True):
             fresh = own if len(own) == slots and own is not source else own.new_empty(slots, own.shape[1])
-            copy_between(source, fresh, first, new, self._kept, self._index)
+            copy_between(source, fresh, first, new, self._kept, self._index, self._width)
             written.append(fresh)
         return written[0], written[1]
 

@@ -25,10 +25,8 @@ from torch import Tensor
 from reasonalloc.cache.arena import ArenaLayout, joined, neighbours
 from reasonalloc.cache.attention import (
     AttentionBackend,
-    attend_rows,
     check_backend,
     choose_backend,
-    received_attention,
 )
 from reasonalloc.cache.pool import Pool
 from reasonalloc.cache.prompt import Prompt
@@ -294,7 +292,8 @@ class RaggedCache:
         else:
             self._extend(layer, chunk, key, value)
             spans = self._spans(layer, chunk.rows)
-        out = attend_rows(query, spans, scaling, chunk.hidden(query.device).clamp(min=0))
+        assert self.backend is not None
+        out = self.backend.attend_chunk(query, spans, scaling, chunk.hidden(query.device))
         self._watch(layer, chunk, Queries(query, chunk.real))
         return out
 
@@ -472,7 +471,7 @@ class RaggedCache:
         self._count_pushed()
 
     def _choose(self, device: torch.device, dtype: torch.dtype, dim: int) -> None:
-        self.backend = choose_backend(self._attention, device, dtype, dim, self._tracks_received)
+        self.backend = choose_backend(self._attention, device, dtype, dim)
 
     def _begin_chunk(self, chunk: Chunk) -> None:
         rows = chunk.rows
@@ -537,9 +536,9 @@ class RaggedCache:
         assert device is not None
         local, one = pool.local(layer), slice(layer, layer + 1)
         starts, lengths = (device.read(name, one, rows)[0] for name in ("starts", "lengths"))
-        return Spans(
-            pool.keys, pool.values, pool.received, starts, lengths, pool.of_layers(local, local + 1).places_of(rows)[0]
-        )
+        places = pool.of_layers(local, local + 1).places_of(rows)[0]
+        longest = int(self.table.lengths_of(np.array([layer]), rows).max(initial=0))
+        return Spans(pool.keys, pool.values, pool.received, starts, lengths, places, longest)
 
     def _extend(self, layer: int, chunk: Chunk, key: Tensor, value: Tensor) -> None:
         pool = self._pool_of[layer]
@@ -579,7 +578,8 @@ class RaggedCache:
         if self._tracks_received:
             prompt = self._prompt(chunk)
             spans = self._spans(layer, chunk.rows) if prompt is None else prompt.spans(layer)
-            received_attention(queries.states, spans, self._scaling, chunk.hidden(queries.states.device))
+            assert self.backend is not None
+            self.backend.receive_chunk(queries.states, spans, self._scaling, chunk.hidden(queries.states.device))
 
     # ---- compressing ----
 

@@ -63,7 +63,8 @@ def copy_between(
     first: Int[Tensor, "spans"],
     new_starts: Int[Tensor, "spans"],
     kept: Int[Tensor, "spans"],
-    index: Int[Tensor, "spans width"] | None,
+    index: Int[Tensor, "spans width_of_index"] | None,
+    width: int,
 ) -> None:
     """Tokens of one memory into another one.
 
@@ -72,12 +73,13 @@ def copy_between(
         first: where each span's tokens begin in ``source``.
         new_starts: where they begin in ``target``.
         kept, index: of each span, see above; None: the first tokens.
+        width: tokens that a span keeps at most.
     """
     spans = len(kept)
     if not spans:
         return
     chosen = None if index is None else index.contiguous()
-    programs = programs_of(spans)
+    programs = programs_of(spans, width, _TILE)
     with launch.device_of(target):
         _copy[(spans * programs,)](
             source, target, first.contiguous(), new_starts.contiguous(), kept.contiguous(),
@@ -116,7 +118,7 @@ def move_numbers(
         return
     kept, old, new = kept.contiguous(), old.contiguous(), new.contiguous()
     chosen = None if index is None else index.contiguous()
-    programs = programs_of(spans)
+    programs = programs_of(spans, width, _NUMBERS)
     counted = (kept, kept) if settled is None or first is None else (settled.contiguous(), first.contiguous())
     numbers = (kept if chosen is None else chosen, 0 if chosen is None else chosen.shape[1])
     flags = {"CHOSEN": chosen is not None, "COUNTED": settled is not None, "TILE": _NUMBERS}
@@ -150,9 +152,9 @@ def part_of(dim: int, element_size: int, segments: int) -> int:
     return part
 
 
-def programs_of(spans: int) -> int:
-    """How many programs share a span's tiles: how long it is, only the device knows."""
-    return max(1, _WAVES * _PROGRAMS // spans)
+def programs_of(spans: int, width: int, tile: int) -> int:
+    """How many programs share a span's tiles, of ``width`` tokens at most: how long it is, only the device knows."""
+    return max(1, min(triton.cdiv(width, tile), _WAVES * _PROGRAMS // spans))
 
 
 @triton.jit(do_not_specialize=["width", "spans", "parts"])

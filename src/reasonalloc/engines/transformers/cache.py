@@ -235,8 +235,7 @@ class Cache(cache_utils.Cache):
         Args:
             config: ``model.config``.
             compression: what to keep.
-            attention: backend for decoding: "auto", "rows" (plain torch), "compiled" (CPU, numba), "varlen" or
-                "triton" (CUDA).
+            attention: backend: "auto", "rows" (plain torch), "compiled" (CPU, numba) or "triton" (CUDA).
             recorder: gets every routing, if given.
             probe: watches a full cache (budget None) once per ``compression.interval``: calibration.
             tensor_parallel: ranks that share the model (``model.tp_size``). Each rank's cache holds its own heads and
