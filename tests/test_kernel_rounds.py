@@ -6,11 +6,15 @@ On a GPU the kernels are what runs anyway; ``tests/test_gpu.py`` compares it wit
 import numpy as np
 import pytest
 import torch
+from test_operations import WAITS, Operations
 from test_recording import Batch, Requests, same
 
 pytest.importorskip("triton")
 
+from triton.runtime import interpreter
+
 from reasonalloc.cache import moving
+from reasonalloc.cache.round import Round
 from reasonalloc.kernels import launch
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are interpreted on the CPU only")
@@ -105,3 +109,30 @@ def test_arenas(kernels, request):
     assert by_torch.ragged.round.rounds.min() >= 2
     np.testing.assert_array_equal(by_torch.ragged.table.lengths, by_kernels.ragged.table.lengths)
     assert all(a.equal(b) for a, b in zip(by_torch.outputs, by_kernels.outputs, strict=True))
+
+
+OF_THE_INTERPRETER = {"set_", "copy_", "_to_copy"}  # it carries a kernel's tensors to the CPU and back
+
+
+@pytest.mark.parametrize("method", ["reasonalloc-head", "snapkv", "h2o"])
+def test_a_round_is_a_few_hundred_launches_and_waits_for_nothing(method, kernels, monkeypatch):
+    found, launched = [], []
+    plain, execute = Round.run, interpreter.GridExecutor.__call__
+
+    def counting(*args):
+        with Operations() as operations:
+            plain(*args)
+        found.append(operations.names)
+
+    def noting(executor, *args, **kwargs):
+        launched.append(executor.fn.__name__)
+        return execute(executor, *args, **kwargs)
+
+    batch = run(Batch(method, rows=2), 7)
+    monkeypatch.setattr(Round, "run", counting)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", noting)
+    run(batch, 1)
+    assert len(found) == 1
+    assert not WAITS & set(found[0])
+    assert sum(count for name, count in found[0].items() if name not in OF_THE_INTERPRETER) + len(launched) <= 400
+    assert {"_rank", "_select", "_move"} <= set(launched)
