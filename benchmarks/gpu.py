@@ -3,9 +3,9 @@
     PYTHONPATH=src python3 benchmarks/gpu.py [--only tests,attention,steps,decode,vllm]
     PYTHONPATH=src python3 benchmarks/gpu.py --rehearse      # the same on a CPU, with tiny sizes
 
-Each part is a process of its own with a time limit. One that fails or runs over says so in one line, what it found until
-then counts, and the next one runs. At the end there is one table, and ``results/gpu.json``, which is written anew after
-each part. Nothing is installed or downloaded. Bars are those of an H200; other GPUs are measured against them, too.
+Each part is a process of its own with a time limit. One that fails or runs over says so in one line, what it found
+until then counts, and the next one runs. At the end there is one table, and ``results/gpu.json``, which is written
+anew after each part. Nothing is installed or downloaded. Bars are an H200's; other GPUs are held to them, too.
 """
 
 import argparse

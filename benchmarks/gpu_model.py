@@ -259,8 +259,11 @@ class Recorded:
         free()
         reserved, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
         self._graph = torch.cuda.CUDAGraph()
-        with self._nothing_stays(), torch.cuda.graph(self._graph):
-            self._forward()
+        try:
+            with self._nothing_stays(), torch.cuda.graph(self._graph):
+                self._forward()
+        finally:
+            torch.cuda.set_stream(main)  # a recording that fails leaves the other stream in use
         free()
         self.nbytes = torch.cuda.memory_reserved() - reserved
         self.live = torch.cuda.memory_allocated() - allocated
