@@ -1,0 +1,178 @@
+"""``make gpu`` without a GPU: parts that end well, fail, crash, run over; the table and the file. Parts are fakes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+try:
+    import gpu
+    from gpu import Part
+    from gpu_report import Clock, figure, one_line
+finally:
+    sys.path.remove(str(BENCHMARKS))
+
+HEAD = f"import sys, time, os; sys.path.insert(0, {str(BENCHMARKS)!r}); from gpu_report import figure, note\n"
+MACHINE = {"gpu": "A GPU", "torch": "2.11.0", "transformers": "5.17.0"}
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """Writes fake parts, conducts them, and returns what was written."""
+    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    monkeypatch.setattr(gpu, "LEAST", 0.5)
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
+
+    def play(scripts, limit=20.0, total=60.0, rehearse=False, options=True):
+        parts = []
+        for name, script in scripts.items():
+            if script is not None:
+                (tmp_path / f"{name}.py").write_text(HEAD + script)
+            parts.append(Part(name, limit, f"{name}.py", options))
+        output = tmp_path / "out.json"
+        well = gpu.conduct(parts, output, MACHINE, rehearse, total)
+        return well, json.loads(output.read_text())["parts"]
+
+    return play
+
+
+def test_figures_bars_and_notes(stage, capsys):
+    well, parts = stage({
+        "first": "figure('a', 1.5, 'ms', at_most=2)\nfigure('b', 3, 'ms', at_most=2)\nnote('c was left out')",
+        "second": "print('chatter')\nfigure('d', 0.9, 'x', at_least=1)\nfigure('e', 123456.0)",
+    })  # fmt: skip
+    assert well
+    assert [(x["figure"], x["value"], x["met"]) for x in parts["first"]["figures"]] == [
+        ("a", 1.5, True),
+        ("b", 3.0, False),
+    ]
+    assert [x["met"] for x in parts["second"]["figures"]] == [False, None]
+    assert parts["first"]["notes"] == ["c was left out"]
+    assert "tail" not in parts["second"]
+    said = capsys.readouterr().out
+    table = said[said.index("A GPU, torch 2.11.0") :]
+    assert "chatter" not in said
+    lines = [line.split() for line in table.splitlines()]
+    assert ["a", "1.5", "ms", "<=", "2", "met"] in lines
+    assert ["b", "3", "ms", "<=", "2", "NOT", "MET"] in lines
+    assert "bars met: 1 of 3; parts that failed: none" in table
+    assert "  c was left out" in table
+
+
+def test_a_part_that_fails_says_so_in_one_line_and_the_next_one_runs(stage, capsys):
+    well, parts = stage({
+        "raises": "figure('before', 1)\nraise ValueError('no\\nsuch thing')",
+        "crashes": "figure('before', 2)\nos.abort()",
+        "silent": "sys.exit(3)",
+        "fine": "figure('after', 3)",
+    })  # fmt: skip
+    assert not well
+    assert parts["raises"]["problem"] == "failed (exit 1): such thing"
+    assert parts["crashes"]["problem"].startswith("failed (signal 6)")
+    assert parts["silent"]["problem"] == "failed (exit 3): it said nothing"
+    assert [part["figures"][0]["value"] for part in parts.values() if part["figures"]] == [1, 2, 3]
+    assert any("ValueError" in line for line in parts["raises"]["tail"])
+    assert "parts that failed: raises, crashes, silent" in capsys.readouterr().out
+
+
+def test_a_part_that_runs_over_is_ended_with_all_it_has_started(stage):
+    child = "import time; time.sleep(60)"
+    script = f"""
+import signal, subprocess
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", {child!r}])
+figure("child", child.pid)
+time.sleep(60)
+"""
+    began = time.monotonic()
+    well, parts = stage({"over": script, "fine": "figure('after', 1)"}, limit=2.0)
+    assert time.monotonic() - began < 12
+    assert not well
+    assert parts["over"]["problem"] == "ran over its 2 seconds, and was ended"
+    assert parts["fine"]["figures"][0]["value"] == 1
+    assert not runs(int(parts["over"]["figures"][0]["value"]))
+
+
+def runs(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{process}/stat").read_text().split(")")[1][:3]
+
+
+def test_all_parts_share_one_limit(stage):
+    well, parts = stage({"long": "time.sleep(60)", "late": "figure('a', 1)"}, limit=20, total=2.4)
+    assert not well
+    assert parts["long"]["problem"] == "ran over its 2 seconds, and was ended"
+    assert parts["late"]["problem"] == "has not run: no time was left"
+
+
+def test_the_file_is_whole_after_each_part(stage, tmp_path):
+    look = f"import json; figure('parts', len(json.load(open({str(tmp_path / 'out.json')!r}))['parts']))"
+    _, parts = stage({"first": "raise SystemExit(1)", "second": look, "third": look})
+    assert [parts[name]["figures"][0]["value"] for name in ("second", "third")] == [1, 2]
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".py"] == ["out.json"]
+
+
+def test_a_part_may_say_all_in_its_last_line(stage):
+    last = {"figures": [{"figure": "a", "value": 2.0, "unit": "ms", "bar": "<= 3", "met": True}], "more": [1]}
+    _, parts = stage({"vllm": f"print({json.dumps(last)!r})"}, options=False)
+    assert parts["vllm"]["figures"] == last["figures"]
+    assert parts["vllm"]["result"] == last
+
+
+def test_parts_are_told_their_time_and_what_is_missing_is_left_out(stage):
+    well, parts = stage({"told": "figure(' '.join(sys.argv[1:]), 0)", "gone": None}, limit=7, rehearse=True)
+    assert well
+    assert parts["told"]["figures"][0]["figure"] == "--seconds 7 --rehearse"
+    assert parts["gone"]["notes"] == ["there is no gone.py"]
+    _, parts = stage({"untold": "figure('a', 0)"}, rehearse=True, options=False)
+    assert parts["untold"]["notes"] == ["not rehearsed"]
+
+
+def test_the_command_line():
+    def conduct(*options):
+        command = [sys.executable, str(BENCHMARKS / "gpu.py"), *options]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(BENCHMARKS.parent / "src")}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    done = conduct("--only", "stepps")
+    assert done.returncode == 2
+    assert "--only takes some of tests,attention,steps,decode,vllm, got stepps" in done.stderr
+    done = conduct()
+    assert done.returncode == 2
+    assert done.stdout.startswith(("there is no GPU that torch can use", f"{sys.executable} has no "))
+
+
+@pytest.mark.slow
+def test_a_rehearsal_of_all_parts(tmp_path):
+    output = tmp_path / "gpu.json"
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--rehearse", "--output", str(output)]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    parts = json.loads(output.read_text())["parts"]
+    assert [*parts] == ["tests", "attention", "steps", "decode", "vllm"]
+    for name, part in parts.items():
+        assert part["problem"] == "", name
+        assert not part["notes"] or name == "vllm", part["notes"]
+        assert part["figures"] or name == "vllm"
+
+
+def test_small_things(capsys):
+    assert one_line(ValueError("a\n  b")) == "ValueError: a b"
+    assert one_line(KeyError()) == "KeyError"
+    assert Clock(0.0).left() <= 0
+    figure("a", 1 / 3, at_most=0.5)
+    assert json.loads(capsys.readouterr().out) == {
+        "figure": "a", "value": 0.33333, "unit": "", "bar": "<= 0.5", "met": True,
+    }  # fmt: skip
+    assert [part.limit for part in gpu.PARTS[:4]] == [90, 60, 100, 110]
+    assert gpu.TOTAL < 360
