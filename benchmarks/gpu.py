@@ -47,7 +47,7 @@ for name in {"triton", "transformers"} - set(missing):
 if torch.cuda.is_available():
     free, total = torch.cuda.mem_get_info()
     found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda,
-              "gigabytes": round(total / 2**30, 1), "free_gigabytes": round(free / 2**30, 1),
+              "memory_gib": round(total / 2**30, 1), "free_gib": round(free / 2**30, 1),
               "capability": list(torch.cuda.get_device_capability())}
 print(json.dumps(found))
 """
@@ -180,7 +180,7 @@ def shown(found: dict[str, Any]) -> str:
     """A figure in one line of the table."""
     value = f"{found['value']:.5g} {found.get('unit', '')}".strip()
     met = {True: "met", False: "NOT MET", None: ""}[found.get("met")]
-    return f"{found[FIGURE]:52s} {value:>16s}   {found.get('bar', ''):12s} {met}".rstrip()
+    return f"{found[FIGURE]:58s} {value:>18s}   {found.get('bar', ''):12s} {met}".rstrip()
 
 
 def table(results: dict[str, dict[str, Any]], machine: dict[str, Any]) -> str:

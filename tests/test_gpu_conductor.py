@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -149,6 +150,66 @@ def test_the_command_line():
     done = conduct()
     assert done.returncode == 2
     assert done.stdout.startswith(("there is no GPU that torch can use", f"{sys.executable} has no "))
+
+
+@pytest.fixture
+def tested(tmp_path):
+    """Runs the part of tests on fake ones, and returns its figures and notes."""
+    for folder in ("benchmarks", "tests"):
+        (tmp_path / folder).mkdir()
+    for name in ("gpu_tests.py", "gpu_report.py"):
+        shutil.copy(BENCHMARKS / name, tmp_path / "benchmarks")
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q --strict-markers\nmarkers =\n gpu: a\n slow: b\n")
+
+    def run(name, content, *options):
+        (tmp_path / "tests" / name).write_text(content)
+        command = [sys.executable, str(tmp_path / "benchmarks" / "gpu_tests.py"), *options]
+        environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        said = subprocess.run(command, capture_output=True, text=True, env=environment).stdout.splitlines()
+        found = [line for line in map(gpu.parsed, said) if line is not None]
+        figures = {x["figure"]: x["value"] for x in found if "figure" in x}
+        return figures, [x["note"] for x in found if "note" in x], said[-1]
+
+    return run
+
+
+TESTS = """
+import pytest
+def test_last(): raise AssertionError("not as\\nwanted")
+@pytest.mark.gpu
+def test_good(): print("{")
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", range(6))
+def test_some(n): assert n < 5, f"{n} is too much"
+@pytest.mark.skip(reason="no reason")
+def test_skipped(): pass
+"""
+
+
+def test_tests_that_need_a_gpu_come_first_and_failures_are_one_line(tested):
+    one = ("--file", "test_gpu.py", "--seconds")
+    _, notes, counts = tested("test_gpu.py", TESTS, *one, "60")
+    assert counts == "counts: passed=6 failed=2 skipped=1"
+    assert [note.split("::")[1] for note in notes] == [
+        "test_some[5] failed: AssertionError: 5 is too much",
+        "test_last failed: AssertionError: not as",
+    ]
+    *_, counts = tested("test_gpu.py", TESTS, *one, "60", "--share", "1", "2")
+    assert counts == "counts: passed=3 failed=1"
+    *_, counts = tested("test_gpu.py", TESTS, *one, "9")
+    assert counts == "counts: left_out=8 skipped=1"
+
+
+def test_tests_that_cannot_be_collected_or_crash(tested):
+    figures, notes, _ = tested("test_triton.py", "import no_such_module", "--seconds", "60")
+    assert figures == {"tests passed": 0, "tests failed": 1}
+    assert notes == ["test_triton.py cannot be collected: E   ModuleNotFoundError: No module named 'no_such_module'"]
+    figures, notes, _ = tested("test_triton.py", "import os; os._exit(7)", "--seconds", "60")
+    assert figures == {"tests passed": 0, "tests failed": 1}
+    assert notes[0].startswith("test_triton.py: failed (7)")
+    figures, notes, _ = tested("test_triton.py", "import time; time.sleep(60)", "--seconds", "5")
+    assert figures == {"tests passed": 0, "tests failed": 1}
+    assert notes == ["test_triton.py: a test ran over its time, and its process was ended"]
 
 
 @pytest.mark.slow
