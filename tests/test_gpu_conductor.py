@@ -138,18 +138,19 @@ def test_parts_are_told_their_time_and_what_is_missing_is_left_out(stage):
     assert parts["untold"]["notes"] == ["not rehearsed"]
 
 
-def test_the_command_line():
-    def conduct(*options):
-        command = [sys.executable, str(BENCHMARKS / "gpu.py"), *options]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(BENCHMARKS.parent / "src")}
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
+def test_the_command_line(monkeypatch, capsys):
+    def conduct(*options, **machine):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
+        monkeypatch.setattr(gpu, "look", lambda seconds: {"gpu": None, "missing": [], **machine})
+        return gpu.main()
 
-    done = conduct("--only", "stepps")
-    assert done.returncode == 2
-    assert "--only takes some of tests,attention,steps,decode,vllm, got stepps" in done.stderr
-    done = conduct()
-    assert done.returncode == 2
-    assert done.stdout.startswith(("there is no GPU that torch can use", f"{sys.executable} has no "))
+    with pytest.raises(SystemExit):
+        conduct("--only", "stepps")
+    assert "--only takes some of tests,attention,steps,decode,vllm, got stepps" in capsys.readouterr().err
+    assert conduct() == 2
+    assert capsys.readouterr().out.startswith("there is no GPU that torch can use")
+    assert conduct(gpu="A GPU", missing=["triton"]) == 2
+    assert capsys.readouterr().out == f"{sys.executable} has no triton\n"
 
 
 @pytest.fixture
