@@ -198,7 +198,7 @@ def dropped(model):
     probe = model.generate(ids, attention_mask=mask, past_key_values=roomy(model), **GREEDY)
     stop = next(int(x) for x in probe[0, 20:] if x not in probe[1, 17:])
     text, shown, cache = used(
-        model, (9, 17), roomy(model), custom_generate=ra.drop_finished, eos_token_id=stop, pad_token_id=0
+        model, (9, 17), roomy(model), custom_generate=ra.decoding_loop, eos_token_id=stop, pad_token_id=0
     )
     assert cache.stats().batch == 1
     return text[1:], shown[1:], cache
@@ -207,7 +207,7 @@ def dropped(model):
 WAYS = {
     "samples": lambda model: used(model, num_return_sequences=3, do_sample=True, cache=roomy(model)),
     "beams": beams,
-    "drop_finished": dropped,
+    "decoding_loop": dropped,
     "assisted": lambda model: used(model, cache=roomy(model), assistant_model=tiny_model(attention="sdpa")),
     "prompt_lookup": lambda model: used(model, cache=roomy(model), prompt_lookup_num_tokens=4),
     "chunked": lambda model: used(model, cache=roomy(model), prefill_chunk_size=5),

@@ -105,7 +105,7 @@ def test_every_public_name_is_there():
         "DemandProfile", "DynamicLayers", "HeadAllocator", "HeadSplit", "LayerAllocator", "LayerTokens",
         "MissCurveHeads", "MissCurveLayers", "ModelShape", "Observation", "ProbePrompt", "PyramidLayers", "Recorder",
         "Scorer", "SensitivityHeads", "SensitivityLayers", "ThresholdHeads", "UniformHeads", "UniformLayers",
-        "UnsupportedModelError", "WaveLayers", "calibrate", "drop_finished", "register_head_allocator",
+        "UnsupportedModelError", "WaveLayers", "calibrate", "decoding_loop", "register_head_allocator",
         "register_layer_allocator", "register_scorer", "robustify", "HEAD_ALLOCATORS", "LAYER_ALLOCATORS",
     }  # fmt: skip
     assert promised <= set(ra.__all__) < set(dir(ra))

@@ -1009,7 +1009,7 @@ def test_backends_accumulate_over_steps(name):
     if name == "compiled":
         pytest.importorskip("numba")
     spans, tokens = make_spans(torch.float32)
-    attend, total = BACKENDS[name](), 0.0
+    attend, total = BACKENDS[name]().attend, 0.0
     for step in range(3):
         query = randn(830 + step, 3, 4, 1, 6).float()
         out, added = ref_attend(query, tokens, 0.6)
@@ -1024,7 +1024,7 @@ def test_backends_do_not_overflow_on_large_logits():
     query = 100 * randn(840, 3, 4, 1, 6).float()
     out, _ = ref_attend(query, tokens, 1.0)
     for name in ("rows", "compiled"):
-        assert_output(BACKENDS[name]()(query, spans, 1.0), out, 1e-3)
+        assert_output(BACKENDS[name]().attend(query, spans, 1.0), out, 1e-3)
 
 
 # How many of the newest tokens a chunk's queries must not see: no padding, padding before, padding between.

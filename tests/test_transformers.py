@@ -505,7 +505,7 @@ def test_reset_cache_serves_another_batch():
 
 
 @pytest.mark.parametrize("method", ["full", "reasonalloc", "h2o"])
-def test_drop_finished_equals_the_stock_loop(method):
+def test_decoding_loop_equals_the_stock_loop(method):
     ids, mask = prompts((9, 40, 61))
     model = tiny_model(dtype=torch.float64)
     probe = model.generate(
@@ -515,7 +515,7 @@ def test_drop_finished_equals_the_stock_loop(method):
     options = {**GREEDY, "attention_mask": mask, "eos_token_id": stop, "pad_token_id": 0}
     stock, dropped = (ra.Cache(model.config, compression(method)) for _ in range(2))
     want = model.generate(ids, past_key_values=stock, **options)
-    got = model.generate(ids, past_key_values=dropped, custom_generate=ra.drop_finished, **options)
+    got = model.generate(ids, past_key_values=dropped, custom_generate=ra.decoding_loop, **options)
     assert torch.equal(got, want)
     assert dropped.stats().batch < 3
     assert dropped.stats().kv_bytes < stock.stats().kv_bytes
@@ -527,11 +527,11 @@ def test_the_cache_is_passed_under_its_present_name():
     argument = {CACHE_ARGUMENT: ra.Cache(model.config, compression("rkv"))}
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        out = model.generate(ids, **argument, custom_generate=ra.drop_finished, **GREEDY)
+        out = model.generate(ids, **argument, custom_generate=ra.decoding_loop, **GREEDY)
     assert argument[CACHE_ARGUMENT].get_seq_length() == out.shape[1] - 1
 
 
-def test_drop_finished_samples_and_refuses_what_it_cannot_do():
+def test_decoding_loop_samples_and_refuses_what_it_cannot_do():
     ids, mask = prompts((9, 40))
     model = tiny_model()
     cache = ra.Cache(model.config, compression("reasonalloc"))
@@ -542,17 +542,17 @@ def test_drop_finished_samples_and_refuses_what_it_cannot_do():
         past_key_values=cache,
         do_sample=True,
         max_new_tokens=30,
-        custom_generate=ra.drop_finished,
+        custom_generate=ra.decoding_loop,
     )
     assert out.shape == (2, 70)
     with pytest.raises(ValueError, match=rf"{CACHE_ARGUMENT}=reasonalloc\.Cache"):
-        model.generate(ids, attention_mask=mask, max_new_tokens=2, custom_generate=ra.drop_finished)
+        model.generate(ids, attention_mask=mask, max_new_tokens=2, custom_generate=ra.decoding_loop)
     with pytest.raises(ValueError, match="output_logits"):
         model.generate(
             ids,
             past_key_values=cache,
             max_new_tokens=2,
-            custom_generate=ra.drop_finished,
+            custom_generate=ra.decoding_loop,
             return_dict_in_generate=True,
             output_logits=True,
         )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # the names of _NAMES, for type checkers and editors
     from reasonalloc.calibration.calibrate import calibrate as calibrate
     from reasonalloc.engines.models import UnsupportedModelError as UnsupportedModelError
     from reasonalloc.engines.transformers import Cache as Cache
-    from reasonalloc.engines.transformers import drop_finished as drop_finished
+    from reasonalloc.engines.transformers import decoding_loop as decoding_loop
     from reasonalloc.policies.allocation import HEAD_ALLOCATORS as HEAD_ALLOCATORS
     from reasonalloc.policies.allocation import LAYER_ALLOCATORS as LAYER_ALLOCATORS
     from reasonalloc.policies.allocation import AdaKVHeads as AdaKVHeads
@@ -67,7 +67,7 @@ _NAMES = {  # where each public name lives
     "reasonalloc.calibration": ("CalibrationSettings", "ProbePrompt"),
     "reasonalloc.calibration.calibrate": ("calibrate",),
     "reasonalloc.engines.models": ("UnsupportedModelError",),
-    "reasonalloc.engines.transformers": ("Cache", "drop_finished"),
+    "reasonalloc.engines.transformers": ("Cache", "decoding_loop"),
     "reasonalloc.policies.allocation": (
         "HEAD_ALLOCATORS",
         "LAYER_ALLOCATORS",

@@ -298,7 +298,7 @@ class _EndAt(StoppingCriteria):
         return torch.tensor([self.ends[tuple(row)] <= written for row in input_ids[:, : self.columns].tolist()])
 
 
-def drop_finished(chosen, variant, seed):
+def decoding_loop(chosen, variant, seed):
     """Rows end at different times and leave the batch, some just before a round, whose last queries are older."""
     lengths = (9, 40, 61)
     ids, mask = prompts(lengths, seed=seed)
@@ -324,7 +324,7 @@ def drop_finished(chosen, variant, seed):
         do_sample=False,
         max_new_tokens=60,
         stopping_criteria=StoppingCriteriaList([_EndAt(ids, (46, 29, 55))]),
-        custom_generate=ra.drop_finished,
+        custom_generate=ra.decoding_loop,
         on_step=on_step,
     )
     yield from rounds.rounds
@@ -354,7 +354,7 @@ def lookup(chosen, variant, seed):
 LOOPS = {
     "beams": beams,
     "samples": samples,
-    "drop-finished": drop_finished,
+    "drop-finished": decoding_loop,
     "assisted": assisted,
     "lookup": lookup,
 }

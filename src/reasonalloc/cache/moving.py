@@ -45,6 +45,7 @@ class Survivors:
         kept: ``[layers, rows, heads]``, how many of each span stay.
         count, width: of all spans together, and the most of one span or more, as the host knows it.
         index: ``[layers * rows, heads, width]``, which ones; None: the first ones.
+        in_order: whether these are ascending, so that tokens keep their order.
     """
 
     source: Source
@@ -52,6 +53,7 @@ class Survivors:
     count: int
     width: int
     index: Int[Tensor, "batch heads width"] | None = None
+    in_order: bool = True
 
 
 class Move(Protocol):
@@ -77,8 +79,9 @@ class Move(Protocol):
 
 
 def begin(survivors: Survivors) -> Move:
-    """By kernels where they run, else by torch."""
-    return KernelMove(survivors) if launch.serve(survivors.kept.device) else TorchMove(survivors)
+    """By kernels where they run and tokens keep their order, else by torch."""
+    serves = survivors.in_order and launch.serve(survivors.kept.device)
+    return KernelMove(survivors) if serves else TorchMove(survivors)
 
 
 class TorchMove:
@@ -150,7 +153,7 @@ class KernelMove:
         written = []
         for own, source in zip(memory, (self.source.keys, self.source.values), strict=True):
             fresh = own if len(own) == slots and own is not source else own.new_empty(slots, own.shape[1])
-            copy_between(source, fresh, first, new, self._kept, self._index)
+            copy_between(source, fresh, first, new, self._kept, self._index, self._width)
             written.append(fresh)
         return written[0], written[1]
 
@@ -173,7 +176,8 @@ class KernelMove:
 
         fresh = memory if len(memory) == slots else memory.new_empty(slots)
         old, new = self.source.places.flatten(), places.flatten()
-        move_numbers(fresh, self._index, self._kept, old, new, self._width, source, settled, counted)
+        other = None if source is fresh else source
+        move_numbers(fresh, self._index, self._kept, old, new, self._width, other, settled, counted)
         return fresh
 
     def _by_row(self, x: Tensor) -> Tensor:

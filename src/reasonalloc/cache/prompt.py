@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from reasonalloc.cache.moving import Source
@@ -14,7 +14,8 @@ from reasonalloc.cache.pool import Pool
 from reasonalloc.cache.spans import Spans
 from reasonalloc.cache.step import Chunk
 from reasonalloc.cache.table import HostInts, on_device
-from reasonalloc.policies.scoring.tokens import LayerTokens
+from reasonalloc.kernels import launch
+from reasonalloc.policies.scoring.tokens import LayerTokens, RaggedKeys
 
 
 class Prompt:
@@ -89,40 +90,38 @@ class Prompt:
 
 
 class PromptTokens:
-    """The tokens of a prompt on their way into a pool."""
+    """The tokens of a prompt on their way into a pool. Of a pool of several layers, a copy."""
 
     def __init__(self, prompt: Prompt, pool: Pool) -> None:
         self.pool, self.rows = pool, prompt.rows
-        self.of_layers = [prompt.of(layer) for layer in pool.layers.tolist()]
-        self.width = int(self.of_layers[0][0].shape[2])
+        of_layers = [prompt.of(layer) for layer in pool.layers.tolist()]
+        self._keys, self._values = (_one([x[i] for x in of_layers]) for i in (0, 1))  # type: ignore[misc]
+        received = [x for _, _, x in of_layers if x is not None]
+        self._received = _one(received) if received else None
+        self.width = int(self._keys.shape[2])
         shape = (len(pool.layers), len(prompt.rows), pool.table.heads)
         self.lengths = np.broadcast_to(prompt.counts[:, None], shape).copy()
+        self._first = np.arange(self.lengths.size).reshape(shape) * self.width
 
     def tokens(self, first: int, last: int) -> LayerTokens:
-        """As ``round.Held``; the prompt's own memory where this is one layer."""
-        of_layers = self.of_layers[first:last]
-        lengths = self._lengths(first, last).flatten(0, 1)
-        positions = torch.arange(self.width, device=lengths.device).expand(*lengths.shape, -1)
-        received = [x for _, _, x in of_layers if x is not None]
+        """As ``round.Held``; the prompt's own memory where the pool has one layer."""
+        device, of = self._keys.device, slice(first * len(self.rows), last * len(self.rows))
+        lengths, starts = (on_device(x[first:last], device).flatten(0, 1) for x in (self.lengths, self._first))
         return LayerTokens(
-            lambda: _one([key for key, _, _ in of_layers]),
-            lambda: _one([value for _, value, _ in of_layers]),
+            self._keys[of],
+            self._values[of],
             lengths,
-            positions,
-            _one(received) if received else None,
+            torch.arange(self.width, device=device).expand(*lengths.shape, -1),
+            None if self._received is None else self._received[of],
             self.width,
+            RaggedKeys(self._keys.flatten(0, 2), starts) if launch.serve(device) else None,
         )
 
     def source(self) -> Source:
         """The prompt's memory; spans of ``width`` tokens one behind the other, all of them in order."""
-        keys, values = (_one([x[i] for x in self.of_layers]).flatten(0, 2) for i in (0, 1))  # type: ignore[misc]
-        received = [x for _, _, x in self.of_layers if x is not None]
-        begin = np.arange(self.lengths.size).reshape(self.lengths.shape) * self.width
-        first = on_device(begin, keys.device)
-        return Source(keys, values, first, _one(received).flatten() if received else None, first)
-
-    def _lengths(self, first: int, last: int) -> Int[Tensor, "layers rows heads"]:
-        return on_device(self.lengths[first:last], self.of_layers[0][0].device)
+        first = on_device(self._first, self._keys.device)
+        received = None if self._received is None else self._received.flatten()
+        return Source(self._keys.flatten(0, 2), self._values.flatten(0, 2), first, received, first)
 
 
 def _one(tensors: list[Tensor]) -> Tensor:

@@ -25,10 +25,8 @@ from torch import Tensor
 from reasonalloc.cache.arena import ArenaLayout, joined, neighbours
 from reasonalloc.cache.attention import (
     AttentionBackend,
-    attend_rows,
     check_backend,
     choose_backend,
-    received_attention,
 )
 from reasonalloc.cache.pool import Pool
 from reasonalloc.cache.prompt import Prompt
@@ -247,6 +245,8 @@ class RaggedCache:
         """Append the token of each row that decodes, and attend to all that is cached of it."""
         self._scaling = scaling
         assert self.step.decode is not None
+        if self.is_recording and not layer:  # ``begin`` has not
+            self.step.decode.advance()
         return self.step.decode.layer(layer, query, key, value, scaling)
 
     def is_new(self, chunk: Chunk) -> bool:
@@ -292,7 +292,8 @@ class RaggedCache:
         else:
             self._extend(layer, chunk, key, value)
             spans = self._spans(layer, chunk.rows)
-        out = attend_rows(query, spans, scaling, chunk.hidden(query.device).clamp(min=0))
+        assert self.backend is not None
+        out = self.backend.attend_chunk(query, spans, scaling, chunk.hidden(query.device))
         self._watch(layer, chunk, Queries(query, chunk.real))
         return out
 
@@ -321,8 +322,9 @@ class RaggedCache:
         """Why a decoding step of all rows cannot be recorded in a CUDA graph; "" if it can."""
         if not self.pools or self.backend is None:
             return "nothing is cached yet"
-        if self.pools[0].keys.device.type != "cuda":
-            return f"the cache is on a {self.pools[0].keys.device.type} device"
+        device = self.pools[0].keys.device.type
+        if device != "cuda":
+            return f"the device is a {device.upper()}"
         if self.backend.reads_host:
             return f"the attention backend {self.backend.name!r} reads numbers on the host"
         if self.holding:
@@ -341,25 +343,17 @@ class RaggedCache:
     def recording(self) -> Iterator[None]:
         """For one forward pass of one token for all rows: what a step does on the device, and nothing on the host.
 
-        A CUDA graph records it; a trial run before is one such pass, too. At the end all numbers on the device are as
-        before.
+        A CUDA graph records it; a trial run before may be in it, too, if only one of the passes is carried out. At the
+        end all numbers on the device are as before.
         """
         changed = self._ready().changed()
         saved = [tensor.clone() for tensor in changed]
-        self.is_recording = True
         try:
-            yield
+            with self._device_alone():
+                yield
         finally:
-            self.is_recording = False
-            self.step = Step(None, (), self.table.layers)
             for tensor, old in zip(changed, saved, strict=True):
                 tensor.copy_(old)
-
-    def begin_recorded(self) -> None:
-        """In the place of ``begin`` while recording."""
-        assert self._decode is not None
-        self.step = Step(self._decode)
-        self._decode.advance()
 
     def replay(self, step: Callable[[], None]) -> None:
         """One decoding step of all rows as it was recorded: ``step`` does the device's part.
@@ -369,8 +363,9 @@ class RaggedCache:
         decode = self._ready()
         self.table.phases[decode.rows] = Phase.DECODING
         decode.count()
+        with self._device_alone():
+            step()
         self.columns += 1
-        step()
         self._after_steps(decode.rows)
 
     def end_replayed(self) -> None:
@@ -381,6 +376,15 @@ class RaggedCache:
         if self.step.decode is not None and not self.step.done:
             self._end_step()
             self.step.done = self.table.layers
+
+    @contextmanager
+    def _device_alone(self) -> Iterator[None]:
+        """In here a pass is a step of all rows, of which the host counts nothing."""
+        self.is_recording, self.step = True, Step(self._decode)
+        try:
+            yield
+        finally:
+            self.is_recording, self.step = False, Step(None, (), self.table.layers)
 
     def _ready(self) -> Decode:
         """The next step of all rows."""
@@ -467,7 +471,7 @@ class RaggedCache:
         self._count_pushed()
 
     def _choose(self, device: torch.device, dtype: torch.dtype, dim: int) -> None:
-        self.backend = choose_backend(self._attention, device, dtype, dim, self._tracks_received)
+        self.backend = choose_backend(self._attention, device, dtype, dim)
 
     def _begin_chunk(self, chunk: Chunk) -> None:
         rows = chunk.rows
@@ -532,9 +536,9 @@ class RaggedCache:
         assert device is not None
         local, one = pool.local(layer), slice(layer, layer + 1)
         starts, lengths = (device.read(name, one, rows)[0] for name in ("starts", "lengths"))
-        return Spans(
-            pool.keys, pool.values, pool.received, starts, lengths, pool.of_layers(local, local + 1).places_of(rows)[0]
-        )
+        places = pool.of_layers(local, local + 1).places_of(rows)[0]
+        longest = int(self.table.lengths_of(np.array([layer]), rows).max(initial=0))
+        return Spans(pool.keys, pool.values, pool.received, starts, lengths, places, longest)
 
     def _extend(self, layer: int, chunk: Chunk, key: Tensor, value: Tensor) -> None:
         pool = self._pool_of[layer]
@@ -574,7 +578,8 @@ class RaggedCache:
         if self._tracks_received:
             prompt = self._prompt(chunk)
             spans = self._spans(layer, chunk.rows) if prompt is None else prompt.spans(layer)
-            received_attention(queries.states, spans, self._scaling, chunk.hidden(queries.states.device))
+            assert self.backend is not None
+            self.backend.receive_chunk(queries.states, spans, self._scaling, chunk.hidden(queries.states.device))
 
     # ---- compressing ----
 

@@ -304,7 +304,7 @@ class Round:
             count = int((np.minimum(counted, totals[of]) + heads * protected).sum())
             spare = on_device(protected + interval, kept.device)[:, None]
             sizes = totals[of] + heads * (protected + interval)
-            survivors = Survivors(part.source(), kept, count, width, index)
+            survivors = Survivors(part.source(), kept, count, width, index, not by_score)
             pool.rewrite(rows, survivors, budgets[batch].view(kept.shape) + spare, sizes, kept)
 
     def _land(self, outcome: Outcome, pools: Sequence[Pool], found: npt.NDArray[np.float64]) -> None:

@@ -55,6 +55,7 @@ class Schedule:
             scaling: factor of the attention logits.
             columns: tokens seen, for the recorder.
         """
+        self.table.land(due)  # what these rows' last round measured
         for pool in pools:
             self.show(pool, scaling)
         self.table.steps[due] = 0
@@ -78,6 +79,7 @@ class Schedule:
             prompt: their prompt, if it lies beside the pool.
             scaling, columns: as for ``after_interval``.
         """
+        self.table.land(rows)
         held: Held = PoolTokens(pool, rows) if prompt is None else PromptTokens(prompt, pool)
         if self.round is not None and first:
             self.round.totals.open_round()

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from reasonalloc.kernels import launch
 from reasonalloc.policies.allocation import HeadAllocator, HeadSplit
 from reasonalloc.policies.allocation.apportion import apportion
 
@@ -54,6 +55,11 @@ def rank(
     protected: Int[Tensor, "batch"],
 ) -> tuple[Candidates, Bool[Tensor, ""]]:
     """``rank_candidates`` of left-aligned tokens whose newest ``window`` are kept; and whether a score is NaN."""
+    if launch.serve(scores.device):
+        from reasonalloc.kernels import ranking
+
+        ranked, is_nan = ranking.rank(scores, lengths, protected, window)
+        return Candidates(ranked, (lengths - protected[:, None]).clamp(min=0), protected), is_nan
     index = torch.arange(scores.shape[-1], device=scores.device)
     valid = index < lengths[..., None]
     newest = valid & (index >= lengths[..., None] - window)
@@ -93,6 +99,11 @@ def select(
     or with ``by_score`` stand in descending order of score behind the protected and before the window.
     """
     scores = candidates.scores
+    if not by_score and launch.serve(scores.device):
+        from reasonalloc.kernels import ranking
+
+        kept = kept_of(candidates, budgets)
+        return ranking.select(scores, candidates.protected, kept), kept
     index = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
     outside = index < candidates.protected[:, None, None]
     kept = kept_of(candidates, budgets)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from reasonalloc.cache.table import HostInts, on_device
+from reasonalloc.kernels.chunks import LayerChunks
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,8 @@ class Spans:
         received: ``[places]`` float32, accumulated attention, or None if it is not tracked.
         starts_device, lengths_device: ``[rows, heads]`` int64 where the keys are: first slot and tokens of each span.
         received_starts_device: likewise, the place in ``received`` of each span's first token.
-        chunks: how a backend cuts the spans into pieces of work, where it has prepared that for a step.
+        longest: tokens that no span has more of, as far as the host knows it.
+        chunks: the spans cut into chunks, if the attention backend wants that prepared.
     """
 
     keys: Float[Tensor, "slots dim"]
@@ -31,7 +32,8 @@ class Spans:
     starts_device: Int[Tensor, "rows heads"]
     lengths_device: Int[Tensor, "rows heads"]
     received_starts_device: Int[Tensor, "rows heads"]
-    chunks: Any = None
+    longest: int
+    chunks: LayerChunks | None = None
 
     @classmethod
     def of(
@@ -45,7 +47,8 @@ class Spans:
     ) -> Spans:
         """From the host's numbers; ``shift`` leads from a row's slots to its places in ``received``: ``[rows]``."""
         places = starts + (shift if isinstance(shift, int) else shift[:, None])
-        return cls(keys, values, received, *(on_device(x, keys.device) for x in (starts, lengths, places)))
+        first, count, begin = (on_device(x, keys.device) for x in (starts, lengths, places))
+        return cls(keys, values, received, first, count, begin, int(lengths.max(initial=0)))
 
     @property
     def rows(self) -> int:

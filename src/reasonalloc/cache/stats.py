@@ -77,6 +77,7 @@ def _size(count: float) -> str:
 def collect(ragged: RaggedCache, method: dict[str, str]) -> CacheStats:
     """The statistics of a cache."""
     table, pools, totals = ragged.table, ragged.pools, ragged.totals
+    table.land()
     rounds = ragged.round
     layers = np.arange(table.layers) if rounds is None else rounds.numbers
     return CacheStats(

@@ -14,6 +14,7 @@ from reasonalloc.cache.attention import AttentionBackend
 from reasonalloc.cache.pool import Pool
 from reasonalloc.cache.spans import Spans
 from reasonalloc.cache.table import DeviceTable, HostInts, Table, on_device
+from reasonalloc.kernels.chunks import ChunkTable
 from reasonalloc.policies.scoring.tokens import drop_padding
 
 
@@ -102,7 +103,7 @@ class Decode:
         self._new_places = zeros(*shape)
         self._index, self._shift = zeros(table.rows), zeros(*shape[:2], 1)
         self._base, self._ring = zeros(*shape[:2], self._heads), zeros(*shape[:2], self._heads)
-        self._chunks = None
+        self._chunks: ChunkTable | None = None
         self._room = 0  # slots of a layer that the chunks are made for
         self.rows = np.zeros(0, dtype=np.int64)
         self._moves = -1
@@ -120,19 +121,13 @@ class Decode:
             self._index[:count].copy_(on_device(rows, where), non_blocking=True)
             self._shift[:, :count].copy_(on_device(shift[..., None], where), non_blocking=True)
             self._base[:, :count].copy_(on_device(base[..., None] + np.arange(self._heads), where), non_blocking=True)
-        slots = max(int(pool.sizes.sum(1).max(initial=0)) for pool in self._pools)
-        if slots > self._room:  # again only with layers that grow at the cost of others
-            self._room = slots if not self._room else slots + slots // 4
-            self._chunks = self._backend.table(*self._device.lengths.shape, self._room, where)
-        if self._chunks is not None:
-            capacities = self._device.capacities
-            self._chunks.fill(capacities.index_select(1, self._index[:count]) if self._some else capacities)
+        self._cut(count)
         self._moves = self.table.moves
         self.spans = [
             Spans(
                 pool.keys, pool.values, pool.received,
-                self._starts[layer, :count], self._lengths[layer, :count], self._places[layer, :count],
-                None if self._chunks is None else self._chunks.layer(layer),
+                self._starts[layer, :count], self._lengths[layer, :count], self._places[layer, :count], len(pool.keys),
+                None if self._chunks is None else self._chunks.layer(layer, count * self.table.heads),
             )
             for layer, (pool, _) in enumerate(self._layers)
         ]  # fmt: skip
@@ -140,6 +135,17 @@ class Decode:
             tuple(x[layer, :count].view(-1) for x in (self._slots, self._new_places, self._ring))
             for layer in range(self.table.layers)
         ]
+
+    def _cut(self, count: int) -> None:
+        """What the backend wants prepared, of the spans of ``count`` rows."""
+        slots = max(int(pool.sizes.sum(1).max(initial=0)) for pool in self._pools)
+        if slots > self._room:  # again only with layers that grow at the cost of others
+            self._room = slots if not self._room else slots + slots // 4
+            layers, rows, heads = self._device.lengths.shape
+            self._chunks = self._backend.table(layers, rows, heads, self._room, self._device.device)
+        if self._chunks is not None:
+            capacities = self._device.capacities
+            self._chunks.fill(capacities.index_select(1, self._index[:count]) if self._some else capacities)
 
     def let_go(self) -> None:
         """Forget the pools' memory, which may be replaced; ``prepare`` before the next step."""
@@ -205,8 +211,9 @@ class Decode:
     def fixed(self) -> tuple[int, ...]:
         """Addresses of all that a recorded step reads and writes; they change when memory is replaced."""
         memory = [x for pool in self._pools for x in (pool.keys, pool.values, pool.received, pool.queries.memory)]
-        numbers = (self._device.lengths, self._slots)
-        return tuple(0 if x is None else x.data_ptr() for x in (*memory, *numbers))
+        chunks = () if self._chunks is None else (self._chunks.rows,)
+        tensors = (*memory, self._device.lengths, self._slots, *chunks)
+        return tuple(x.data_ptr() for x in tensors if x is not None)
 
 
 @dataclass

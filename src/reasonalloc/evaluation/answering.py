@@ -10,7 +10,7 @@ import transformers
 
 from reasonalloc.cache.recorder import Recorder
 from reasonalloc.engines.transformers.cache import Cache
-from reasonalloc.engines.transformers.generation import OnStep, drop_finished
+from reasonalloc.engines.transformers.generation import OnStep, decoding_loop
 from reasonalloc.engines.transformers.loading import encode, ranks
 from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
 from reasonalloc.evaluation.footprint import Footprint
@@ -87,7 +87,7 @@ def answer(
         sampling: how tokens are chosen.
         seed: of torch's random numbers, for sampling.
         recorder: gets every routing, if given.
-        on_step: called at every step, see ``drop_finished``.
+        on_step: called at every step, see ``decoding_loop``.
     """
     inputs = encode(tokenizer, prompts, True, model.device)
     end = model.generation_config.eos_token_id
@@ -104,7 +104,7 @@ def answer(
     out = model.generate(
         **inputs,
         **{CACHE_ARGUMENT: cache},
-        custom_generate=drop_finished,
+        custom_generate=decoding_loop,
         on_step=watch,
         generation_config=sampling.config(model, tokenizer),
     )

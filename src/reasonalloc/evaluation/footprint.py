@@ -20,15 +20,22 @@ class Footprint:
     def __init__(self, sequences: int) -> None:
         self.kept: list[list[float]] = [[] for _ in range(sequences)]
         self.kv_bytes = [0] * sequences
+        self._held: list[int] = []  # the sequence of each row of the cache
 
     def look(self, cache: Cache, sequences: list[int]) -> None:
-        """Look at a cache that holds these sequences, in this order."""
-        lengths, pools = cache.ragged.table.lengths, cache.ragged.pools
+        """Look at a cache that holds these sequences, in this order.
+
+        Others may lie between them that were looked at before and have finished, see ``decoding_loop``.
+        """
+        table, pools = cache.ragged.table, cache.ragged.pools
+        if len(sequences) == table.rows:
+            self._held = sequences
+        lengths = table.lengths[:, [self._held.index(sequence) for sequence in sequences]]
         if cache.compression.budget is None:
             per_token = pools[0].kv_bytes // len(pools[0].keys)
             held = lengths.sum((0, 2)) * per_token
         else:
-            held = np.full(len(sequences), sum(pool.kv_bytes for pool in pools) // len(sequences))
+            held = np.full(len(sequences), sum(pool.kv_bytes for pool in pools) // table.rows)
         for sequence, tokens, size in zip(sequences, lengths.mean((0, 2)).tolist(), held.tolist(), strict=True):
             self.kept[sequence].append(tokens)
             self.kv_bytes[sequence] = max(self.kv_bytes[sequence], size)

@@ -1,76 +1,81 @@
-"""The choice of an attention backend for decoding."""
+"""The choice of an attention backend: what attends to ragged spans."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from reasonalloc.cache.attention.rows import attend_rows, received_attention
 from reasonalloc.cache.spans import Spans
+from reasonalloc.kernels.chunks import ChunkTable
+from reasonalloc.kernels.launch import serve
 from reasonalloc.policies.registry import unknown_name
 
-Attend = Callable[[Tensor, Spans, float], Tensor]
+_AMPERE = (8, 0)
 
-_WIDEST, _AMPERE = 256, (8, 0)  # what torch's flash attention serves
+
+def _no_table(layers: int, rows: int, heads: int, slots: int, device: torch.device) -> ChunkTable | None:
+    return None
 
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """Attention of one query per row over its span.
+    """Attention of new queries over their rows' spans.
 
     Attributes:
-        name: "rows" (plain torch), "compiled" (numba, CPU), "varlen" (CUDA, torch's) or "triton" (CUDA, ours).
-        attend: ``(query [batch, query_heads, 1, dim], spans, scaling) -> [batch, query_heads, 1, value_dim]``.
-            If received attention is tracked, it is added there.
+        name: "rows" (plain torch), "compiled" (numba, CPU) or "triton" (CUDA).
+        attend: one query a row: ``(query [rows, query_heads, 1, dim], spans, scaling)`` gives
+            ``[rows, query_heads, 1, value_dim]``. If received attention is tracked, it is added there.
+        attend_chunk: several, ``(query [rows, query_heads, queries, dim], spans, scaling, hidden [rows, queries])``:
+            each sees all tokens of its spans but the newest ``hidden`` ones, one at least. The output of padding
+            (``hidden`` -1) has no meaning. Adds nothing to received attention.
+        receive_chunk: with the same arguments, adds to ``spans.received`` what each token receives from these
+            queries; padding gives nothing.
+        table: ``(layers, rows, heads, slots, device)``: what ``attend`` wants prepared for so many rows and heads that
+            share so many slots in each layer, or None if it wants nothing. Fill it when spans have moved, and give
+            each layer's part to its spans.
+        reads_host: whether ``attend`` reads numbers of the spans on the host, so that no graph can hold it.
     """
 
     name: str
-    attend: Attend
+    attend: Callable[[Tensor, Spans, float], Tensor]
+    attend_chunk: Callable[[Tensor, Spans, float, Tensor], Tensor] = attend_rows
+    receive_chunk: Callable[[Tensor, Spans, float, Tensor], None] = received_attention
+    table: Callable[[int, int, int, int, torch.device], ChunkTable | None] = _no_table
     reads_host: bool = True
 
-    def table(self, layers: int, rows: int, heads: int, slots: int, device: torch.device) -> Any:
-        """None."""
-        return None
 
-
-def _rows(query: Tensor, spans: Spans, scaling: float) -> Tensor:
+def _attend_one(query: Tensor, spans: Spans, scaling: float) -> Tensor:
     if spans.received is not None:
         received_attention(query, spans, scaling)
     return attend_rows(query, spans, scaling)
 
 
-def _make_rows() -> Attend:
-    return _rows
+def _make_rows() -> AttentionBackend:
+    return AttentionBackend("rows", _attend_one)
 
 
-def _make_compiled() -> Attend:
+def _make_compiled() -> AttentionBackend:
     from reasonalloc.cache.attention.compiled import attend_compiled
 
-    return attend_compiled
+    return AttentionBackend("compiled", attend_compiled)
 
 
-def _make_varlen() -> Attend:
-    from reasonalloc.cache.attention.varlen import attend_varlen
+def _make_triton() -> AttentionBackend:
+    from reasonalloc.cache.attention import triton_backend as on_cuda
 
-    return attend_varlen
-
-
-def _make_triton() -> Attend:
-    from reasonalloc.cache.attention.triton_decode import TritonDecode
-
-    return TritonDecode()
+    calls = (on_cuda.attend, on_cuda.attend_chunk, on_cuda.receive_chunk, on_cuda.make_table)
+    return AttentionBackend("triton", *calls, reads_host=False)
 
 
-BACKENDS: dict[str, Callable[[], Attend]] = {
-    "rows": _make_rows,
-    "compiled": _make_compiled,
-    "varlen": _make_varlen,
+BACKENDS: dict[str, Callable[[], AttentionBackend]] = {  # the order of "auto"
     "triton": _make_triton,
+    "compiled": _make_compiled,
+    "rows": _make_rows,
 }
 
 
@@ -80,24 +85,22 @@ def check_backend(name: str) -> None:
         raise unknown_name("attention backend", name, ["auto", *BACKENDS])
 
 
-def choose_backend(
-    name: str, device: torch.device, dtype: torch.dtype, dim: int, tracks_received: bool
-) -> AttentionBackend:
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, dim: int) -> AttentionBackend:
     """The backend of that name, or for "auto" the fastest one that serves this device, dtype and width of heads.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot serve these.
     """
     check_backend(name)
-    problems = {candidate: _problem(candidate, device, dtype, dim, tracks_received) for candidate in BACKENDS}
     if name == "auto":
-        name = next(candidate for candidate in ("varlen", "triton", "compiled", "rows") if not problems[candidate])
-    if problems[name]:
-        raise ValueError(f"attention backend {name!r} cannot serve this cache: {problems[name]}; use 'auto' or 'rows'")
-    return AttentionBackend(name, BACKENDS[name]())
+        name = next(candidate for candidate in BACKENDS if not _problem(candidate, device, dtype, dim))
+    problem = _problem(name, device, dtype, dim)
+    if problem:
+        raise ValueError(f"attention backend {name!r} cannot serve this cache: {problem}; use 'auto' or 'rows'")
+    return BACKENDS[name]()
 
 
-def _problem(name: str, device: torch.device, dtype: torch.dtype, dim: int, tracks_received: bool) -> str:
+def _problem(name: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
     """Why a backend cannot be used here, or "" if it can."""
     if name == "compiled":
         if device.type != "cpu":
@@ -105,24 +108,19 @@ def _problem(name: str, device: torch.device, dtype: torch.dtype, dim: int, trac
         if dtype not in (torch.float32, torch.bfloat16):
             return f"it has no {dtype}"
         return "" if find_spec("numba") else "numba is not installed (pip install 'reasonalloc[cpu]')"
-    if name == "varlen":
-        if device.type != "cuda":
-            return f"it runs on CUDA, the cache is on {device}"
-        if dtype not in (torch.float16, torch.bfloat16):
-            return f"it has no {dtype}"
-        if dim > _WIDEST or dim % 8:
-            return f"it takes heads of up to {_WIDEST} channels, a multiple of 8, and these have {dim}"
-        if torch.cuda.get_device_capability(device) < _AMPERE:
-            return f"it needs a GPU of at least compute capability 8.0, {device} is older"
-        if tracks_received:
-            return "it does not return attention weights, which the scorer accumulates"
-        from reasonalloc.cache.attention.varlen import kernel
-
-        return "" if kernel() else "this torch has no varlen_attn with seqused_k"
     if name == "triton":
         if device.type != "cuda":
             return f"it runs on CUDA, the cache is on {device}"
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"it has no {dtype}"
-        return "" if find_spec("triton") else "triton is not installed (it comes with torch for CUDA)"
+        if not serve(device):
+            return "triton is not installed (it comes with torch for CUDA)"
+        from reasonalloc.kernels.decode_attention import tuning_for
+
+        try:
+            tuning_for(1, dim, dim, dtype.itemsize)
+        except ValueError as error:
+            return str(error)
+        if torch.cuda.get_device_capability(device) < _AMPERE:
+            return f"it needs a GPU of at least compute capability 8.0, {device} is older"
     return ""

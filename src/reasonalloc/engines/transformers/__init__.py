@@ -2,6 +2,6 @@
 
 from reasonalloc.engines.transformers.attention import ATTENTION_NAME
 from reasonalloc.engines.transformers.cache import Cache
-from reasonalloc.engines.transformers.generation import drop_finished
+from reasonalloc.engines.transformers.generation import decoding_loop
 
-__all__ = ["ATTENTION_NAME", "Cache", "drop_finished"]
+__all__ = ["ATTENTION_NAME", "Cache", "decoding_loop"]

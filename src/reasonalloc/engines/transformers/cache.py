@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from reasonalloc.cache.totals import check_ranks
 from reasonalloc.engines.models import ATTENTION_NAME, UnsupportedModelError, architecture, check_states, model_shape
 from reasonalloc.engines.transformers.attention import tag
 from reasonalloc.engines.transformers.continuation import Continuation, Origin, no_new_tokens
+from reasonalloc.engines.transformers.graph import GraphUse
 from reasonalloc.policies.allocation import HEAD_ALLOCATORS, LAYER_ALLOCATORS
 from reasonalloc.policies.compression import AUTO_PROFILE, Compression
 from reasonalloc.policies.registry import profile_source
@@ -94,6 +97,8 @@ class RaggedLayer(cache_utils.CacheLayerMixin):
                 "to, once for every update"
             )
         self.pending = False
+        if self.ragged.is_recording:  # the step is prepared, and what comes is not known
+            return None
         if self.index == 0:
             self.forward_pass.begin(mask, query.shape[0], query.shape[2], positions)
         elif self.index != self.ragged.step.done:
@@ -188,6 +193,21 @@ class RaggedLayer(cache_utils.CacheLayerMixin):
         raise NotImplementedError("a ragged cache cannot be offloaded")
 
 
+@dataclass(frozen=True)
+class GenerationStats(CacheStats):
+    """A cache's state, and what recording decoding steps took in the last call of ``decoding_loop``.
+
+    Attributes:
+        graph: why steps were not recorded in a CUDA graph; empty if they were.
+        graph_bytes: memory of the largest graph beside the cache, given back at the end of the call.
+        graph_seconds: that all recordings took.
+    """
+
+    graph: str
+    graph_bytes: int
+    graph_seconds: float
+
+
 class Cache(cache_utils.Cache):
     """A KV cache of bounded size for any transformers decoder with full attention.
 
@@ -215,8 +235,7 @@ class Cache(cache_utils.Cache):
         Args:
             config: ``model.config``.
             compression: what to keep.
-            attention: backend for decoding: "auto", "rows" (plain torch), "compiled" (CPU, numba), "varlen" or
-                "triton" (CUDA).
+            attention: backend: "auto", "rows" (plain torch), "compiled" (CPU, numba) or "triton" (CUDA).
             recorder: gets every routing, if given.
             probe: watches a full cache (budget None) once per ``compression.interval``: calibration.
             tensor_parallel: ranks that share the model (``model.tp_size``). Each rank's cache holds its own heads and
@@ -254,6 +273,7 @@ class Cache(cache_utils.Cache):
             probe=probe,
         )
         self._pass = _Pass(self.ragged)
+        self.graph_use = GraphUse()
         super().__init__(layers=[RaggedLayer(index, self._pass) for index in range(self.shape.layers)])
 
     def update(
@@ -270,7 +290,7 @@ class Cache(cache_utils.Cache):
                 "make it from this model's config"
             )
         if self.layers[layer_idx - 1].pending or self.layers[layer_idx].pending:
-            self._forget_pending()
+            self.forget_pending()
             raise RuntimeError(
                 "the model's attention does not read the ragged cache, or was interrupted before it did: load the "
                 f"model with attn_implementation={ATTENTION_NAME!r}, or call "
@@ -283,6 +303,7 @@ class Cache(cache_utils.Cache):
         super().reset()
         self.ragged.reset()
         self._pass.continuation = Continuation()
+        self.graph_use = GraphUse()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given sequences, in that order; an index may be repeated."""
@@ -298,12 +319,23 @@ class Cache(cache_utils.Cache):
         """Repeat every sequence ``repeats`` times."""
         self.batch_select_indices(torch.arange(self.ragged.table.rows).repeat_interleave(repeats))
 
-    def _forget_pending(self) -> None:
+    def replay(self, step: Callable[[], None], ids: Tensor) -> None:
+        """A decoding step that was recorded.
+
+        Args:
+            step: does the device's part.
+            ids: ``[rows, 1]``, the token of each sequence.
+        """
+        self._pass.continuation.note(None, ids, self.ragged.columns, 1)
+        self.ragged.replay(step)
+
+    def forget_pending(self) -> None:
+        """No layer waits for its attention any more: the pass was broken off."""
         for layer in self.layers:
             layer.pending = False
 
-    def stats(self) -> CacheStats:
-        """Bytes, kept tokens per layer and head, evictions."""
+    def stats(self) -> GenerationStats:
+        """Bytes, kept tokens per layer and head, evictions, and what recorded steps take."""
         compression = self.compression
         method = (
             {"scorer": "none", "layers": "full", "heads": "full"}
@@ -314,7 +346,13 @@ class Cache(cache_utils.Cache):
                 "heads": HEAD_ALLOCATORS.name_of(compression.head_allocator),
             }
         )
-        return collect(self.ragged, method)
+        use = self.graph_use
+        return GenerationStats(
+            **vars(collect(self.ragged, method)),
+            graph=use.problem,
+            graph_bytes=use.nbytes,
+            graph_seconds=use.seconds,
+        )
 
 
 def kv_bytes(cache: Any) -> int:

@@ -22,7 +22,7 @@ from reasonalloc.cache.step import Chunk
 from reasonalloc.cache.table import HostInts
 
 _REMEDY = "pass a new cache, or call reset() on this one"
-_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+GENERATE = inspect.unwrap(GenerationMixin.generate).__code__  # what a frame of ``generate`` runs
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Origin:
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             code = frame.f_code
-            if code is _GENERATE:
+            if code is GENERATE:
                 return cls(ids, _call(frame))
             if ids is None and code.co_name == "forward" and "input_ids" in code.co_varnames:
                 found = frame.f_locals.get("input_ids")

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reasonalloc.kernels import launch
 from reasonalloc.policies.allocation.apportion import apportion, check_operator, smooth
 from reasonalloc.policies.allocation.demand import descending
 from reasonalloc.policies.allocation.profile import DemandProfile
@@ -125,6 +126,10 @@ def pooled_counts(
     scores: Float[Tensor, "batch heads tokens"], k: Int[Tensor, "batch"]
 ) -> tuple[Int[Tensor, "batch heads"], Float[Tensor, "batch"]]:
     """Per head, how many of its tokens reach the layer's ``k``-th largest score, and that score."""
+    if scores.dtype == torch.float32 and launch.serve(scores.device):
+        from reasonalloc.kernels import ranking
+
+        return ranking.pooled_counts(scores, k)
     ranked = descending(scores.flatten(1))
     threshold = ranked.gather(-1, (k[:, None] - 1).clamp(0, ranked.shape[-1] - 1)).squeeze(-1)
     return (scores >= threshold[:, None, None]).sum(-1), threshold

@@ -11,7 +11,12 @@ from torch import Tensor
 
 from reasonalloc.policies.scoring.scorer import Observation, Scorer, register_scorer
 from reasonalloc.policies.scoring.tokens import LayerTokens
-from reasonalloc.policies.scoring.window_attention import at_least_float32, check_kernel, pooled_importance
+from reasonalloc.policies.scoring.window_attention import (
+    at_least_float32,
+    check_kernel,
+    kernel_keys,
+    pooled_importance,
+)
 
 # Never n x n; on a CPU what fits its caches.
 _BLOCK_ENTRIES = {"cpu": 1 << 19}
@@ -60,6 +65,14 @@ class RKV(Scorer):
 
     def score(self, seen: Observation) -> Float[Tensor, "batch heads tokens"]:
         """``weight * I - (1 - weight) * R``, times the head's length with ``per_token``."""
+        if (ragged := kernel_keys(seen)) is not None:
+            from reasonalloc.kernels.rkv import rkv_scores
+
+            tokens = seen.tokens
+            return rkv_scores(
+                ragged.keys, ragged.starts, tokens.lengths, tokens.width, seen.queries, seen.real_queries, seen.window,
+                seen.scaling, self.weight, self.threshold, self.kernel, self.per_token,
+            )  # fmt: skip
         score = self.weight * pooled_importance(seen, self.kernel)
         if self.weight < 1:
             score = score - (1 - self.weight) * redundancy(seen.tokens, self.threshold)

@@ -14,11 +14,11 @@ Source = Tensor | Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class RaggedKeys:
-    """Keys where they lie, without padding.
+    """Where keys lie that nobody has gathered.
 
     Attributes:
-        keys: ``[slots, dim]``.
-        starts: ``[batch, heads]``, each head's first slot.
+        keys: ``[slots, dim]``, contiguous, after rotary embedding.
+        starts: ``[batch, heads]`` int64, the first slot of each head; its tokens follow one another.
     """
 
     keys: Float[Tensor, "slots dim"]
@@ -30,13 +30,13 @@ class LayerTokens:
 
     The batch may hold the sequences of several layers, one layer behind the other: what a scorer does with one
     sequence must not depend on the others. The last tokens of a head are always the newest ones. Entries at or past
-    ``lengths`` are undefined. What is not a tensor is gathered when it is first asked for: a scorer that looks at
+    ``lengths`` are undefined. All but the lengths is gathered when it is first asked for: a scorer that looks at
     neither keys nor values costs no copy of the cache.
 
     Attributes:
         lengths: ``[batch, heads]``, tokens that each head holds.
-        width: of the token axis.
-        ragged: the keys where they lie, for kernels; None where there is only the padded form.
+        width: tokens of the padded tensors.
+        ragged: the keys where they lie, or None where they lie padded only.
     """
 
     def __init__(
@@ -51,11 +51,15 @@ class LayerTokens:
     ) -> None:
         """``keys``, ``values``, ``positions``, ``received``: tensors, or functions that gather them.
 
-        ``width`` may be left out where the positions are a tensor.
+        ``width`` is needed where none of them is a tensor.
         """
         self._keys, self._values, self._positions, self._received = keys, values, positions, received
-        self.lengths, self.ragged = lengths, ragged
-        self.width = self.positions.shape[2] if width is None else width
+        if width is None:
+            tensors = [x for x in (positions, keys, values, received) if isinstance(x, Tensor)]
+            if not tensors:
+                raise ValueError("width is needed where keys, values and positions are all gathered later")
+            width = tensors[0].shape[2]
+        self.lengths, self.width, self.ragged = lengths, width, ragged
 
     @property
     def keys(self) -> Float[Tensor, "batch heads tokens dim"]:

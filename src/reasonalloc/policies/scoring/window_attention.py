@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from reasonalloc.kernels import launch
 from reasonalloc.policies.scoring.scorer import Observation
+from reasonalloc.policies.scoring.tokens import RaggedKeys
+
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_KERNEL_CHANNELS = 256  # at most: tiles of keys must fit shared memory
+_KERNEL_GROUP = 32  # likewise, of queries
 
 
 def query_logits(seen: Observation) -> Float[Tensor, "batch heads group queries tokens"]:
@@ -17,6 +23,20 @@ def query_logits(seen: Observation) -> Float[Tensor, "batch heads group queries 
     batch, heads, _, dim = keys.shape
     queries = seen.queries.reshape(batch, heads, -1, seen.queries.shape[2], dim)
     return torch.einsum("bhgqd,bhtd->bhgqt", at_least_float32(queries), at_least_float32(keys)) * seen.scaling
+
+
+def kernel_keys(seen: Observation) -> RaggedKeys | None:
+    """The keys where they lie, if Triton's kernels can read them there; else None."""
+    ragged, queries = seen.tokens.ragged, seen.queries
+    if ragged is None or queries is None or not launch.serve(seen.tokens.device):
+        return None
+    fits = (
+        ragged.keys.dtype == queries.dtype
+        and ragged.keys.dtype in _KERNEL_DTYPES
+        and ragged.keys.shape[1] <= _KERNEL_CHANNELS
+        and queries.shape[1] <= _KERNEL_GROUP * ragged.starts.shape[1]
+    )
+    return ragged if fits else None
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -82,6 +102,14 @@ def pooled_importance(seen: Observation, kernel: int) -> Float[Tensor, "batch he
     queries and a max pooling of ``kernel`` neighbours (arXiv 2505.24133). Window entries are 0.
     """
     tokens = seen.tokens
+    if (ragged := kernel_keys(seen)) is not None:
+        from reasonalloc.kernels import window
+
+        assert seen.queries is not None
+        return window.pooled_importance(
+            ragged.keys, ragged.starts, tokens.lengths, tokens.width, seen.queries, seen.real_queries, seen.window,
+            seen.scaling, kernel,
+        )  # fmt: skip
     candidates = tokens.valid & ~tokens.newest(seen.window)
     columns = candidates[:, :, None] & visible(seen)
     weights = mean_over_queries(seen, softmax_over(query_logits(seen).amax(2), columns))
