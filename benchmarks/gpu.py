@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from gpu_report import FIGURE, NOTE, Clock
+from gpu_report import FAILURE, FIGURE, NOTE, Clock
 
 from reasonalloc.files import write_atomically
 
@@ -139,10 +139,10 @@ def parsed(line: str) -> dict[str, Any] | None:
 
 
 def run(command: Sequence[str], seconds: float) -> dict[str, Any]:
-    """One part: its figures and notes, how it ended (``problem``, empty if well), and the end of its output."""
+    """One part: figures, notes, failures, how it ended (``problem``, empty if well), and the end of its output."""
     began = time.monotonic()
     figures: list[dict[str, Any]] = []
-    notes: list[str] = []
+    said: dict[str, list[str]] = {NOTE: [], FAILURE: []}
     tail: list[str] = []
     problem, last = "", None
     process = subprocess.Popen(
@@ -155,25 +155,28 @@ def run(command: Sequence[str], seconds: float) -> dict[str, Any]:
             if last is not None and FIGURE in last:
                 figures.append(last)
                 print(f"  {shown(last)}", flush=True)
-            elif last is not None and NOTE in last:
-                notes.append(str(last[NOTE]))
-                print(f"  {last[NOTE]}", flush=True)
+            elif kind := next((kind for kind in said if kind in (last or ())), None):
+                assert last is not None
+                said[kind].append(str(last[kind]))
+                print(f"  {last[kind]}", flush=True)
             elif line.strip():
                 tail = [*tail[-TAIL + 1 :], line.rstrip()]
         code = process.wait(GRACE)
         if code:
-            said = next((line for line in reversed(tail) if parsed(line) is None), "it said nothing")
-            problem = f"failed ({'signal' if code < 0 else 'exit'} {abs(code)}): {said.strip()[:200]}"
+            why = next((line for line in reversed(tail) if parsed(line) is None), "it said nothing")
+            problem = f"failed ({'signal' if code < 0 else 'exit'} {abs(code)}): {why.strip()[:200]}"
     except (TimeoutError, subprocess.TimeoutExpired):
         problem = f"ran over its {seconds:.0f} seconds, and was ended"
     finally:
         end(process)
     if last is not None and isinstance(last.get("figures"), list):  # all at once, in its last line
         figures += [x for x in last["figures"] if isinstance(x, dict) and FIGURE in x]
-    result = {"problem": problem, "seconds": round(time.monotonic() - began, 1), "figures": figures, "notes": notes}
-    if last is not None and FIGURE not in last and NOTE not in last:
+    seconds = round(time.monotonic() - began, 1)
+    result = {**left_out(*said[NOTE]), "problem": problem, "seconds": seconds, "figures": figures}
+    result["failures"] = said[FAILURE]
+    if last is not None and not {FIGURE, *said} & last.keys():
         result["result"] = last
-    return {**result, "tail": tail} if problem else result
+    return {**result, "tail": tail} if problem or said[FAILURE] else result
 
 
 def shown(found: dict[str, Any]) -> str:
@@ -190,16 +193,21 @@ def table(results: dict[str, dict[str, Any]], machine: dict[str, Any]) -> str:
     for name, result in results.items():
         lines += ["", f"{name} ({result['seconds']} s)" + (f": {result['problem']}" if result["problem"] else "")]
         lines += [f"  {shown(found)}" for found in result["figures"]]
-        lines += [f"  {text}" for text in result["notes"]]
+        lines += [f"  {text}" for text in (*result["notes"], *result["failures"])]
     met = [found["met"] for result in results.values() for found in result["figures"] if found.get("met") is not None]
-    failed = [name for name, result in results.items() if result["problem"]]
-    lines += ["", f"bars met: {sum(met)} of {len(met)}; parts that failed: {', '.join(failed) or 'none'}"]
+    failed = [name for name, result in results.items() if not is_well(result)]
+    lines += ["", f"bars met: {sum(met)} of {len(met)}; failures in: {', '.join(failed) or 'no part'}"]
     return "\n".join(lines)
 
 
 def left_out(*notes: str) -> dict[str, Any]:
     """The result of a part that has not run."""
-    return {"problem": "", "seconds": 0.0, "figures": [], "notes": list(notes)}
+    return {"problem": "", "seconds": 0.0, "figures": [], "notes": list(notes), "failures": []}
+
+
+def is_well(result: dict[str, Any]) -> bool:
+    """Whether a part has ended well, and none of its cells failed."""
+    return not result["problem"] and not result["failures"]
 
 
 def look(seconds: float) -> dict[str, Any]:
@@ -245,7 +253,7 @@ def conduct(parts: Sequence[Part], output: Path, machine: dict[str, Any], rehear
         write()
     print(table(results, machine))
     print(f"wrote {output}")
-    return not any(result["problem"] for result in results.values())
+    return all(is_well(result) for result in results.values())
 
 
 def main() -> int:

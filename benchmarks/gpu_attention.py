@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gpu_report import Clock, figure, note
+from gpu_report import Clock, failure, figure, note
 
 HERE = Path(__file__).resolve().parent
 SHARES = {8: None, 64: 90.0, 256: 97.0}  # per cent of a copy
@@ -27,14 +27,14 @@ def measure(batch: int, rehearse: bool, seconds: float) -> None:
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=seconds
         )
     except subprocess.TimeoutExpired:
-        note(f"attention, batch {batch}: ran over its {seconds:.0f} seconds")
+        failure(f"attention, batch {batch}: ran over its {seconds:.0f} seconds")
         return
     said = done.stdout.strip().splitlines() or ["it said nothing"]
     for line in said:
         if "left out" in line:
             note(f"attention, batch {batch}: {line[:200]}")
     if done.returncode or not found.exists():
-        note(f"attention, batch {batch}: failed ({done.returncode}): {said[-1][:200]}")
+        failure(f"attention, batch {batch}: failed ({done.returncode}): {said[-1][:200]}")
         return
     shares = json.loads(found.read_text())["share_of_copy"]
     for name, of_rounds in shares.items():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import LLAMA_8B, NARROW, SHAPES, finish, random_ids
-from gpu_report import Clock, note, one_line
+from gpu_report import Clock, failure, note, one_line
 from torch import Tensor
 
 import reasonalloc as ra
@@ -96,7 +96,7 @@ def cell(name: str, work: Callable[[], None], clock: Clock, needed: int = 0) -> 
     try:
         work()
     except Exception as error:
-        note(f"{name}: {one_line(error)}")
+        failure(f"{name}: {one_line(error)}")
     free()
 
 
@@ -173,9 +173,13 @@ def filled(model: Any, method: str, batch: int, sizes: Sizes) -> ra.Cache:
 
 def count(ragged: RaggedCache, steps: int) -> None:
     """Decode so many tokens in name only: they are counted, and their slots stay as they are."""
+
+    def step() -> None:
+        assert ragged.step.decode is not None
+        ragged.step.decode.advance()
+
     for _ in range(steps):
-        ragged.replay(ragged.begin_recorded)
-    ragged.end_replayed()
+        ragged.replay(step)
 
 
 def count_to_a_round(ragged: RaggedCache) -> None:
@@ -283,14 +287,8 @@ class Recorded:
         """The device's part of a step."""
         if self._graph is not None:
             self._graph.replay()
-        elif self._ragged is None:
-            self._forward()
         else:
-            self._ragged.is_recording = True
-            try:
-                self._forward()
-            finally:
-                self._ragged.is_recording = False
+            self._forward()
 
     def step(self) -> None:
         """A step of our cache, and a round where rows are due."""

@@ -1,10 +1,10 @@
-"""What a part of ``make gpu`` tells the conductor: one JSON object a line. Needs nothing but Python."""
+"""What a part of ``make gpu`` tells the conductor: a JSON object a line. Needs nothing but Python."""
 
 import json
 import time
 from typing import Any
 
-FIGURE, NOTE = "figure", "note"
+FIGURE, NOTE, FAILURE = "figure", "note", "failure"
 
 
 def figure(
@@ -22,6 +22,11 @@ def figure(
 def note(text: str) -> None:
     """A sentence: what was left out, and why."""
     _tell({NOTE: text})
+
+
+def failure(text: str) -> None:
+    """A sentence: what has failed."""
+    _tell({FAILURE: text})
 
 
 def one_line(error: BaseException) -> str:

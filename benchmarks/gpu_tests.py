@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gpu_report import Clock, figure, note
+from gpu_report import Clock, failure, figure
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 FILES = {"test_gpu.py": 4, "test_triton.py": 1, "test_*kernels.py": 2}  # and how many processes share each
@@ -47,7 +47,7 @@ class Reporter:
             said = str(report.longrepr).strip().splitlines()
             reason = next((x[1:].strip() for x in said if x.startswith("E ")), said[-1] if said else "")
             print()  # after pytest's dots
-            note(f"{test} failed: {reason[:200]}")
+            failure(f"{test} failed: {reason[:200]}")
             print(report.longreprtext[-3000:], flush=True)
         elif report.skipped:
             reason = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)
@@ -59,7 +59,7 @@ class Reporter:
         if report.failed:
             self.counts["failed"] += 1
             print()
-            note(f"{self.name} cannot be collected: {str(report.longrepr).strip().splitlines()[-1][:200]}")
+            failure(f"{self.name} cannot be collected: {str(report.longrepr).strip().splitlines()[-1][:200]}")
 
 
 def run(path: str, share: tuple[int, int], seconds: float, rehearse: bool) -> int:
@@ -97,7 +97,7 @@ class Job:
             self._process.kill()
             self._process.wait()
             found["failed"] += 1
-            note(f"{self.name}: a test ran over its time, and its process was ended")
+            failure(f"{self.name}: a test ran over its time, and its process was ended")
         self._said.seek(0)
         lines = self._said.read().splitlines()
         for line in lines:
@@ -109,7 +109,7 @@ class Job:
             found[name.replace("_", " ")] += int(count)
         if not ended and not found:
             found["failed"] += 1
-            note(f"{self.name}: failed ({self._process.returncode}): {(lines or ['it said nothing'])[-1][:200]}")
+            failure(f"{self.name}: failed ({self._process.returncode}): {(lines or ['it said nothing'])[-1][:200]}")
         return found
 
 

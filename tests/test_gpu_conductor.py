@@ -19,7 +19,7 @@ try:
 finally:
     sys.path.remove(str(BENCHMARKS))
 
-HEAD = f"import sys, time, os; sys.path.insert(0, {str(BENCHMARKS)!r}); from gpu_report import figure, note\n"
+HEAD = f"import sys, time, os; sys.path.insert(0, {str(BENCHMARKS)!r}); from gpu_report import failure, figure, note\n"
 MACHINE = {"gpu": "A GPU", "torch": "2.11.0", "transformers": "5.17.0"}
 
 
@@ -62,7 +62,7 @@ def test_figures_bars_and_notes(stage, capsys):
     lines = [line.split() for line in table.splitlines()]
     assert ["a", "1.5", "ms", "<=", "2", "met"] in lines
     assert ["b", "3", "ms", "<=", "2", "NOT", "MET"] in lines
-    assert "bars met: 1 of 3; parts that failed: none" in table
+    assert "bars met: 1 of 3; failures in: no part" in table
     assert "  c was left out" in table
 
 
@@ -71,15 +71,18 @@ def test_a_part_that_fails_says_so_in_one_line_and_the_next_one_runs(stage, caps
         "raises": "figure('before', 1)\nraise ValueError('no\\nsuch thing')",
         "crashes": "figure('before', 2)\nos.abort()",
         "silent": "sys.exit(3)",
-        "fine": "figure('after', 3)",
+        "cell": "failure('one cell')\nfigure('after', 3)",
+        "fine": "figure('after', 4)",
     })  # fmt: skip
     assert not well
     assert parts["raises"]["problem"] == "failed (exit 1): such thing"
     assert parts["crashes"]["problem"].startswith("failed (signal 6)")
     assert parts["silent"]["problem"] == "failed (exit 3): it said nothing"
-    assert [part["figures"][0]["value"] for part in parts.values() if part["figures"]] == [1, 2, 3]
+    assert [part["figures"][0]["value"] for part in parts.values() if part["figures"]] == [1, 2, 3, 4]
+    assert parts["cell"]["problem"] == ""
+    assert parts["cell"]["failures"] == ["one cell"]
     assert any("ValueError" in line for line in parts["raises"]["tail"])
-    assert "parts that failed: raises, crashes, silent" in capsys.readouterr().out
+    assert "failures in: raises, crashes, silent, cell" in capsys.readouterr().out
 
 
 def test_a_part_that_runs_over_is_ended_with_all_it_has_started(stage):
@@ -155,7 +158,7 @@ def test_the_command_line(monkeypatch, capsys):
 
 @pytest.fixture
 def tested(tmp_path):
-    """Runs the part of tests on fake ones, and returns its figures and notes."""
+    """Runs the part of tests on fake ones, and returns its figures, failures and last line."""
     for folder in ("benchmarks", "tests"):
         (tmp_path / folder).mkdir()
     for name in ("gpu_tests.py", "gpu_report.py"):
@@ -169,7 +172,7 @@ def tested(tmp_path):
         said = subprocess.run(command, capture_output=True, text=True, env=environment).stdout.splitlines()
         found = [line for line in map(gpu.parsed, said) if line is not None]
         figures = {x["figure"]: x["value"] for x in found if "figure" in x}
-        return figures, [x["note"] for x in found if "note" in x], said[-1]
+        return figures, [x["failure"] for x in found if "failure" in x], said[-1]
 
     return run
 
@@ -189,9 +192,9 @@ def test_skipped(): pass
 
 def test_tests_that_need_a_gpu_come_first_and_failures_are_one_line(tested):
     one = ("--file", "test_gpu.py", "--seconds")
-    _, notes, counts = tested("test_gpu.py", TESTS, *one, "60")
+    _, failures, counts = tested("test_gpu.py", TESTS, *one, "60")
     assert counts == "counts: passed=6 failed=2 skipped=1"
-    assert [note.split("::")[1] for note in notes] == [
+    assert [x.split("::")[1] for x in failures] == [
         "test_some[5] failed: AssertionError: 5 is too much",
         "test_last failed: AssertionError: not as",
     ]
@@ -202,15 +205,15 @@ def test_tests_that_need_a_gpu_come_first_and_failures_are_one_line(tested):
 
 
 def test_tests_that_cannot_be_collected_or_crash(tested):
-    figures, notes, _ = tested("test_triton.py", "import no_such_module", "--seconds", "60")
+    figures, failures, _ = tested("test_triton.py", "import no_such_module", "--seconds", "60")
     assert figures == {"tests passed": 0, "tests failed": 1}
-    assert notes == ["test_triton.py cannot be collected: E   ModuleNotFoundError: No module named 'no_such_module'"]
-    figures, notes, _ = tested("test_triton.py", "import os; os._exit(7)", "--seconds", "60")
+    assert failures == ["test_triton.py cannot be collected: E   ModuleNotFoundError: No module named 'no_such_module'"]
+    figures, failures, _ = tested("test_triton.py", "import os; os._exit(7)", "--seconds", "60")
     assert figures == {"tests passed": 0, "tests failed": 1}
-    assert notes[0].startswith("test_triton.py: failed (7)")
-    figures, notes, _ = tested("test_triton.py", "import time; time.sleep(60)", "--seconds", "5")
+    assert failures[0].startswith("test_triton.py: failed (7)")
+    figures, failures, _ = tested("test_triton.py", "import time; time.sleep(60)", "--seconds", "5")
     assert figures == {"tests passed": 0, "tests failed": 1}
-    assert notes == ["test_triton.py: a test ran over its time, and its process was ended"]
+    assert failures == ["test_triton.py: a test ran over its time, and its process was ended"]
 
 
 @pytest.mark.slow
@@ -223,7 +226,7 @@ def test_a_rehearsal_of_all_parts(tmp_path):
     parts = json.loads(output.read_text())["parts"]
     assert [*parts] == ["tests", "attention", "steps", "decode", "vllm"]
     for name, part in parts.items():
-        assert part["problem"] == "", name
+        assert gpu.is_well(part), name
         assert not part["notes"] or name == "vllm", part["notes"]
         assert part["figures"] or name == "vllm"
 
