@@ -169,14 +169,23 @@ def run(command: Sequence[str], seconds: float) -> dict[str, Any]:
         problem = f"ran over its {seconds:.0f} seconds, and was ended"
     finally:
         end(process)
-    if last is not None and isinstance(last.get("figures"), list):  # all at once, in its last line
-        figures += [x for x in last["figures"] if isinstance(x, dict) and FIGURE in x]
+    figures += all_at_once(last)
     seconds = round(time.monotonic() - began, 1)
     result = {**left_out(*said[NOTE]), "problem": problem, "seconds": seconds, "figures": figures}
     result["failures"] = said[FAILURE]
     if last is not None and not {FIGURE, *said} & last.keys():
         result["result"] = last
     return {**result, "tail": tail} if problem or said[FAILURE] else result
+
+
+def all_at_once(last: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """What a part says in its last line: its ``figures``, or all that is a number there."""
+    if last is None or {FIGURE, NOTE, FAILURE} & last.keys():
+        return []
+    if isinstance(last.get("figures"), list):
+        return [x for x in last["figures"] if isinstance(x, dict) and {FIGURE, "value"} <= x.keys()]
+    numbers = {name: x for name, x in last.items() if isinstance(x, int | float) and not isinstance(x, bool)}
+    return [{FIGURE: name, "value": x} for name, x in numbers.items()]
 
 
 def shown(found: dict[str, Any]) -> str:

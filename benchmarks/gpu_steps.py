@@ -46,12 +46,14 @@ class Bench:
         model, sizes: which.
         weights: bytes that are in use without any cache.
         shares: of a round in an interval's steps, per cent, by (method, keys, batch).
+        longest: tokens of the longest head in the last rounds.
     """
 
     model: Any
     sizes: Sizes
     weights: int
     shares: dict[tuple[str, str, int], float]
+    longest: int = 0
 
     def batch(self, batch: int) -> None:
         """Steps and rounds with head routing, at one batch."""
@@ -89,10 +91,12 @@ class Bench:
         """Rounds of one kind of keys. Bytes in use at their peak, without the weights."""
         ragged, where = cache.ragged, self.sizes.where
         on_device, on_host, peak = [], [], 0
+        self.longest = 0
         for number in range(self.sizes.rounds + 1):
             count_to_a_round(ragged)
             fill(ragged, kind)
             last, _ = recorded.milliseconds(1)
+            self.longest = max(self.longest, int(ragged.table.lengths.max()) + 1)
             if where.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             device, host = timed(recorded.step, where)
@@ -134,7 +138,7 @@ class Bench:
         if not peak:  # a CPU's is not known
             return
         want = formula(self.model.config, cache.compression, batch, self.model.dtype.itemsize)
-        round_bytes = in_a_round(self.model.config, batch, int(cache.ragged.table.capacities.max()))
+        round_bytes = in_a_round(self.model.config, batch, self.longest)
         want += round_bytes + recorded.nbytes
         found = peak + recorded.nbytes - recorded.live
         figure(f"cache at its peak, batch {batch}", found / 2**30, "GiB")
@@ -161,11 +165,12 @@ def formula(config: Any, compression: ra.Compression, batch: int, size: int) -> 
 def in_a_round(config: Any, batch: int, longest: int) -> int:
     """Bytes on top in a round, where kernels read the keys where they lie, if the longest head has so many tokens.
 
-    28 a token of eight layers while R-KV scores them, beside the scores of all; or 21 a token of all layers while the
-    scores are split.
+    R-KV scores eight layers at a time: 36 bytes for each of their tokens, scores among them, beside 4 of the layers
+    before. Then the scores of all layers are put side by side, twice, beside themselves: 12 bytes a token.
     """
     tokens, layers = batch * config.num_key_value_heads * longest, config.num_hidden_layers
-    return int(max(tokens * (28 * min(8, layers) + 4 * layers), tokens * 21 * layers))
+    together = min(8, layers)
+    return int(tokens * max(36 * together + 4 * (layers - together), 12 * layers))
 
 
 def main() -> None:

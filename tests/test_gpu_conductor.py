@@ -130,6 +130,8 @@ def test_a_part_may_say_all_in_its_last_line(stage):
     _, parts = stage({"vllm": f"print({json.dumps(last)!r})"}, options=False)
     assert parts["vllm"]["figures"] == last["figures"]
     assert parts["vllm"]["result"] == last
+    _, parts = stage({"vllm": """print('{"step": 1.5, "graph": true, "name": "x"}')"""}, options=False)
+    assert parts["vllm"]["figures"] == [{"figure": "step", "value": 1.5}]
 
 
 def test_parts_are_told_their_time_and_what_is_missing_is_left_out(stage):
