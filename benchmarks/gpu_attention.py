@@ -33,6 +33,9 @@ def measure(batch: int, rehearse: bool, seconds: float) -> None:
     for line in said:
         if "left out" in line:
             note(f"attention, batch {batch}: {line[:200]}")
+    if "OutOfMemoryError" in done.stdout:
+        note(f"attention, batch {batch}: left out, the GPU has too little memory")
+        return
     if done.returncode or not found.exists():
         failure(f"attention, batch {batch}: failed ({done.returncode}): {said[-1][:200]}")
         return
