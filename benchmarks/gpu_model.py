@@ -179,7 +179,7 @@ def count(ragged: RaggedCache, steps: int) -> None:
         ragged.step.decode.advance()
 
     for _ in range(steps):
-        ragged.replay(step)
+        ragged.replay(step, ragged.fixed_memory)
 
 
 def count_to_a_round(ragged: RaggedCache) -> None:
@@ -252,6 +252,7 @@ class Recorded:
         self._graph: torch.cuda.CUDAGraph | None = None
         if model.device.type == "cuda":
             self._record()
+        self._memory = () if self._ragged is None else self._ragged.fixed_memory
 
     def _record(self) -> None:
         main, side = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -293,7 +294,7 @@ class Recorded:
     def step(self) -> None:
         """A step of our cache, and a round where rows are due."""
         assert self._ragged is not None
-        self._ragged.replay(self.replay)
+        self._ragged.replay(self.replay, self._memory)
 
     def milliseconds(self, times: int) -> tuple[float, float]:
         """Of a step without a round, on the device and on the host; afterwards our cache is as before.

@@ -568,11 +568,12 @@ def test_a_step_is_never_replayed_on_other_memory(recorder):
     cache = made(model)
     step = StepGraph(model, cache.ragged, step_inputs(model, cache))
     assert not step.is_stale
-    cache.replay(step.replay, step.ids)
+    cache.replay(step.replay, step.memory, step.ids)
     cache.batch_select_indices(torch.tensor([1]))
     assert step.is_stale
     with pytest.raises(RuntimeError, match="memory has moved"):
-        step.replay()
+        cache.replay(step.replay, step.memory, step.ids)
+    assert cache.get_seq_length() == 41, "and nothing is counted"
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------------

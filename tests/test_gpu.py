@@ -450,7 +450,7 @@ class Steps:
         at = self.cache.get_seq_length()
         self.graph.ids.copy_(self.tokens[:, at : at + 1])
         self.graph._positions.fill_(at)  # it does not know of eager steps in between
-        self.cache.replay(self.graph.replay, self.graph.ids)
+        self.cache.replay(self.graph.replay, self.graph.memory, self.graph.ids)
         return self.graph.logits
 
     def eager(self):

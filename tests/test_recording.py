@@ -73,7 +73,7 @@ class Batch:
     def step(self, recorded):
         states = [self.states(1) for _ in range(LAYERS)]
         if recorded:
-            self.ragged.replay(lambda: self.layers(states))
+            self.ragged.replay(lambda: self.layers(states), self.ragged.fixed_memory)
         else:
             self.ragged.begin(np.arange(self.rows))
             self.layers(states)

@@ -355,11 +355,18 @@ class RaggedCache:
             for tensor, old in zip(changed, saved, strict=True):
                 tensor.copy_(old)
 
-    def replay(self, step: Callable[[], None]) -> None:
-        """One decoding step of all rows as it was recorded: ``step`` does the device's part.
+    def replay(self, step: Callable[[], None], memory: tuple[int, ...]) -> None:
+        """One decoding step of all rows as it was recorded: the host counts it, and rows that are due are compressed.
 
-        The host counts it, and the rows that are due are compressed.
+        Args:
+            step: does the device's part.
+            memory: ``fixed_memory`` when it was recorded.
+
+        Raises:
+            RuntimeError: the memory is not there any more.
         """
+        if self.fixed_memory != memory:
+            raise RuntimeError("the cache's memory has moved since the step was recorded")
         decode = self._ready()
         self.table.phases[decode.rows] = Phase.DECODING
         decode.count()

@@ -319,15 +319,16 @@ class Cache(cache_utils.Cache):
         """Repeat every sequence ``repeats`` times."""
         self.batch_select_indices(torch.arange(self.ragged.table.rows).repeat_interleave(repeats))
 
-    def replay(self, step: Callable[[], None], ids: Tensor) -> None:
+    def replay(self, step: Callable[[], None], memory: tuple[int, ...], ids: Tensor) -> None:
         """A decoding step that was recorded.
 
         Args:
-            step: does the device's part.
+            step, memory: as for ``RaggedCache.replay``.
             ids: ``[rows, 1]``, the token of each sequence.
         """
-        self._pass.continuation.note(None, ids, self.ragged.columns, 1)
-        self.ragged.replay(step)
+        seen = self.ragged.columns
+        self.ragged.replay(step, memory)
+        self._pass.continuation.note(None, ids, seen, 1)
 
     def forget_pending(self) -> None:
         """No layer waits for its attention any more: the pass was broken off."""

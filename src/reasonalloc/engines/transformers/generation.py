@@ -223,7 +223,7 @@ class _Steps:
                 return self._after(self._model(**inputs, return_dict=True), ids.device)
         assert self._graph is not None
         self._graph.ids.copy_(ids[:, -1:])
-        self._cache.replay(self._graph.replay, self._graph.ids)
+        self._cache.replay(self._graph.replay, self._graph.memory, self._graph.ids)
         self._replayed += 1
         return _scores(self._graph.logits, ids.device)
 
