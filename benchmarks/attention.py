@@ -60,7 +60,7 @@ def ragged_spans(shape: Shape, batch: int, budget: int, like: torch.Tensor) -> S
 
 
 def padded_gather(query: torch.Tensor, spans: Spans, scaling: float) -> torch.Tensor:
-    at = torch.arange(int(spans.lengths.max()), device=query.device)
+    at = torch.arange(spans.longest, device=query.device)
     slots = (spans.starts_device[..., None] + at).clamp(max=len(spans.keys) - 1)
     keys, values = (x.index_select(0, slots.flatten()).view(*slots.shape, -1) for x in (spans.keys, spans.values))
     rows = query.view(*slots.shape[:2], -1, query.shape[-1])
@@ -83,7 +83,7 @@ def with_tunings(query: torch.Tensor, layers: list[Spans], scaling: float) -> di
     from reasonalloc.kernels.chunks import ChunkTable
     from reasonalloc.kernels.decode_attention import attend, tuning_for
 
-    spans, slots = layers[0].lengths.size, max(len(spans.keys) for spans in layers)
+    spans, slots = layers[0].lengths_device.numel(), max(len(spans.keys) for spans in layers)
     chosen = tuning_for(spans, query.shape[-1], query.shape[-1], query.element_size())
 
     def tuned(chunk: int, warps: int, stages: int, fused: bool) -> Contender:
@@ -143,7 +143,7 @@ def main() -> None:
     }
     for name in BACKENDS[device.type]:
         try:
-            backend = choose_backend(name, device, dtype, shape.dim)
+            backend = choose_backend(name, device, {dtype}, shape.dim)
             contender = with_backend(backend, query, layers, scaling)
             contender(0)
         except (ValueError, RuntimeError) as error:
@@ -154,7 +154,7 @@ def main() -> None:
         contenders |= with_tunings(query, layers, scaling)
     source = torch.ones(COPIED, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    tokens = {name: sum(int(spans.lengths.sum()) for spans in layers) for name in contenders}
+    tokens = {name: sum(int(spans.lengths_device.sum()) for spans in layers) for name in contenders}
     tokens[EQUAL] = shape.layers * options.batch * shape.heads * live
     bytes_per_token = 2 * shape.dim * dtype.itemsize
     seconds: dict[str, list[float]] = {name: [] for name in contenders}

@@ -237,7 +237,8 @@ def test_memory_of_a_prompt_whose_request_has_ended_comes_back():
     assert set(ragged.prompts) == {0, 1, 2}
     one = 2 * LAYERS * HEADS * 90 * DIM * 8
     for arena in (0, 1):
-        tensors = [x for layer in range(LAYERS) for x in ragged.prompts[arena].of(layer)[:2]]
+        of_pools = [ragged.prompts[arena].of(pool) for pool in ragged.pools]
+        tensors = [x for memory in of_pools for x in (memory.keys, memory.values)]
         assert sum(x.untyped_storage().nbytes() for x in tensors) == one, "nothing else of the batch is held"
     ragged.free([0, 3])  # the other was never used
     assert set(ragged.prompts) == {1, 2}

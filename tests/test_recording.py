@@ -13,6 +13,7 @@ from reference import compression, prompts, tiny_model
 import reasonalloc as ra
 from reasonalloc.cache.arena import ArenaLayout
 from reasonalloc.cache.ragged import RaggedCache
+from reasonalloc.cache.round import Round
 from reasonalloc.cache.step import Chunk
 from reasonalloc.cache.table import Flight, Table
 from reasonalloc.policies.allocation import ModelShape
@@ -48,8 +49,9 @@ def late(monkeypatch):
 class Batch:
     """A batch of rows in a cache of its own, fed with random states."""
 
-    def __init__(self, method, rows=3, **changes):
-        self.ragged = RaggedCache(compression(method, 24, interval=8, **changes), SHAPE, layers_at_once=2)
+    def __init__(self, method, rows=3, recorder=None, **changes):
+        chosen = compression(method, 24, interval=8, **changes)
+        self.ragged = RaggedCache(chosen, SHAPE, layers_at_once=2, recorder=recorder)
         self.generator, self.rows, self.outputs = torch.Generator().manual_seed(0), rows, []
         self.chunk(40)
 
@@ -233,8 +235,98 @@ def test_requests_that_are_due_wait_for_their_own_numbers_alone(late, request):
 
 
 def test_a_wrong_score_is_told_when_its_numbers_arrive(late):
-    batch = Batch("rkv")
+    """And the numbers are taken in, so that host and device agree."""
+    batch = Batch("reasonalloc-head")
     for flight in batch.ragged.table._flights:
         flight.numbers[0] = 1.0  # what a device reports of a score that is no number
-    with pytest.raises(ValueError, match="scorer RKV returned NaN"):
-        batch.ragged.table.land()
+    told = len(batch.ragged.table._flights)
+    assert told == 2, "a pool each"
+    for _ in range(told):
+        with pytest.raises(ValueError, match="scorer RKV returned NaN"):
+            batch.ragged.table.land()
+    np.testing.assert_array_equal(batch.ragged.table.lengths, batch.ragged._device.lengths.numpy())
+
+
+@pytest.mark.parametrize("method", ["reasonalloc-dynamic", "reasonalloc-head"])
+def test_a_copy_has_no_numbers_under_way(method, late):
+    batch = Batch(method)
+    for _ in range(9):
+        batch.step(True)
+    assert batch.ragged.table._flights
+    copied = copy.deepcopy(batch)
+    for _ in range(16):
+        batch.step(True)
+        copied.step(True)
+    same(batch, copied)
+
+
+def test_a_recorder_is_told_of_the_last_round(late):
+    recorder = ra.Recorder()
+    batch = Batch("rkv", recorder=recorder)
+    for _ in range(8):
+        batch.step(True)
+    assert batch.ragged.table._flights
+    assert len(recorder.routings) == 2 * LAYERS
+    batch.step(True)
+    for _ in range(8):
+        batch.step(True)
+    batch.ragged.reset()
+    assert len(recorder.routings) == 3 * LAYERS, "also of a cache that was reset"
+
+
+@pytest.mark.parametrize("where", ["step", "round"])
+def test_an_interrupted_replay_shows(where, monkeypatch):
+    batch = Batch("rkv")
+    for _ in range(7):
+        batch.step(True)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if where == "round":
+            patch.setattr(Round, "run", interrupted)
+        else:
+            patch.setattr(batch, "layers", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            batch.step(True)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        batch.step(False)
+
+
+@pytest.mark.parametrize("cuts", [(40,), (13, 27), (1, 38, 1)], ids=str)
+@pytest.mark.parametrize("method", ["rkv", "h2o"])
+def test_a_prompt_of_pools_of_several_layers(cuts, method):
+    """However it is cut: a pool's layers share one memory, which grows by chunks."""
+
+    def kept(cuts, at_once):
+        ragged = RaggedCache(compression(method, 24, interval=8), SHAPE, layers_at_once=at_once)
+        layout = ArenaLayout.of(ragged.compression, SHAPE, ragged.totals.fixed(0), torch.float64)
+        memory = torch.zeros(LAYERS, 2, layout.nbytes, dtype=torch.uint8)
+        ragged.lend(dict(enumerate(memory)), dict.fromkeys(range(LAYERS), layout))
+        generator = torch.Generator().manual_seed(0)
+        states = [
+            [torch.randn(1, heads, 41, DIM, generator=generator).double() for heads in (HEADS * GROUP, HEADS, HEADS)]
+            for _ in range(LAYERS)
+        ]
+        at = 0
+        for tokens in cuts:
+            chunk = Chunk.of(np.array([1]), tokens, ends_prompt=False)
+            ragged.begin((), [chunk])
+            for layer, of_layer in enumerate(states):
+                part = [x[:, :, at : at + tokens] for x in of_layer]
+                call = ragged.take if ragged.is_new(chunk) else ragged.attend
+                call(layer, chunk, *part, 1.0)
+                ragged.end_layer(layer)
+            at += tokens
+        ragged.begin([1])
+        for layer, of_layer in enumerate(states):
+            ragged.decode(layer, *(x[:, :, 40:] for x in of_layer), 1.0)
+            ragged.end_layer(layer)
+        return [ragged.tokens(layer) for layer in range(LAYERS)]
+
+    for one, other in zip(kept((40,), 1), kept(cuts, 3), strict=True):
+        assert one.lengths.equal(other.lengths)
+        for head, count in enumerate(one.lengths[1].tolist()):
+            assert one.positions[1, head, :count].equal(other.positions[1, head, :count])
+            assert one.keys[1, head, :count].equal(other.keys[1, head, :count])

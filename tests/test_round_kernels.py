@@ -358,6 +358,13 @@ def to_device(*tensors):
     return [None if x is None else x.to(DEVICE) for x in tensors]
 
 
+def test_memories_of_two_dtypes_are_not_moved_by_one_program():
+    """Keys and values under torch.autocast: the interpreter would not mind, a compiler does."""
+    keys, values = torch.zeros(4, 8), torch.zeros(4, 8, dtype=torch.bfloat16)
+    assert [a is b for a, b in compaction._pairs((keys, values))] == [True, True]
+    assert [a is b for a, b in compaction._pairs((keys, values.float()))] == [False]
+
+
 @RUNS
 @pytest.mark.parametrize(
     ("spans", "segments", "dims", "dtype"),

@@ -919,7 +919,8 @@ def make_spans(dtype, track=True, lengths=SPAN_LENGTHS, seed=800, dim=6, value_d
         if track:
             places[first + shift[b] : first + shift[b] + n] = received[b, h, :n]
     memory = (None if x is None else x.to(device) for x in (key_slots, value_slots, places))
-    return Spans.of(*memory, starts, lengths, shift), tokens
+    spans = Spans.of(*memory, starts, lengths)
+    return replace(spans, received_starts_device=torch.from_numpy(starts + shift[:, None]).to(device)), tokens
 
 
 def ref_attend(query, tokens, scaling, hidden=None):
@@ -958,8 +959,9 @@ def assert_received(spans, tokens, added, tolerance):
     """What was there plus what was added; free places untouched."""
     received = spans.received.cpu()
     free = torch.ones(len(received), dtype=torch.bool)
-    for b, h in np.ndindex(*spans.lengths.shape):
-        start, n = int(spans.received_starts[b, h]), int(spans.lengths[b, h])
+    _, lengths, places = spans.on_host
+    for b, h in np.ndindex(*lengths.shape):
+        start, n = int(places[b, h]), int(lengths[b, h])
         want = tokens.received[b, h, :n].double() + added[b, h, :n]
         torch.testing.assert_close(received[start : start + n].double(), want, rtol=tolerance, atol=tolerance)
         free[start : start + n] = False

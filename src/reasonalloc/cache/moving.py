@@ -43,7 +43,8 @@ class Survivors:
     Attributes:
         source: where they are taken from.
         kept: ``[layers, rows, heads]``, how many of each span stay.
-        count, width: of all spans together, and the most of one span or more, as the host knows it.
+        count: tokens that stay, of all spans together.
+        width: tokens that no span has more of that stay.
         index: ``[layers * rows, heads, width]``, which ones; None: the first ones.
         in_order: whether these are ascending, so that tokens keep their order.
     """

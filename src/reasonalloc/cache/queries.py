@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -85,10 +86,10 @@ class QueryRing:
         age = np.arange(count - 1, -1, -1)
         exists = age < held[:, None]
         nth = (pushed[:, None] - 1 - np.where(exists, age, 0)) % self.size  # one that exists, in place of a missing one
-        at = self.base[:, rows][:, :, None, None] + np.arange(self.heads)[:, None]
-        places = at + nth[:, None, :] * self.heads
         device = self.memory.device
-        states = self.memory.index_select(0, on_device(places.reshape(-1), device))
+        at = on_device(self.base[:, rows], device)[:, :, None, None] + torch.arange(self.heads, device=device)[:, None]
+        places = at + on_device(nth * self.heads, device)[:, None, :]
+        states = self.memory.index_select(0, places.flatten())
         states = states.view(len(self.base) * len(rows), self.heads, count, self.memory.shape[1])
         if exists.all():
             return Queries(states)

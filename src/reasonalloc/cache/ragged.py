@@ -78,8 +78,8 @@ class RaggedCache:
             compression: what to keep.
             shape: of the model, or of this process's part of it.
             attention: backend for decoding, see ``attention``.
-            layers_at_once: layers that share a pool, and so a batch of a round, which takes their keys' size beside
-                the cache. None: one on a CPU, eight elsewhere.
+            layers_at_once: layers that share a pool, and so a move of a round and the memory of a prompt. None: one on
+                a CPU, eight elsewhere; all of them for dynamic layers on CUDA, so that memory stays where it is.
             recorder: gets every routing.
             probe: watches a full cache.
 
@@ -93,10 +93,11 @@ class RaggedCache:
         watched = probe is not None and probe.needs_received
         self._tracks_received = compression.tracks_received or watched
         self._window = compression.observed_queries if probe is None else probe.observed_queries
-        self.reset()
+        self._start(Table(shape.layers, 0, shape.kv_heads), np.arange(shape.layers))
 
     def reset(self) -> None:
         """Forget everything, memory included; not for lent memory."""
+        self.table.land()  # a recorder wants to know
         self._start(Table(self.shape.layers, 0, self.shape.kv_heads), np.arange(self.shape.layers))
         if self.totals is not None:
             self.totals.reset()
@@ -123,7 +124,7 @@ class RaggedCache:
             pools.append(Pool.lent(table, device, layers, joined([memory[n] for n in group]), layouts[group[0]]))
         self._start(table, np.array(numbers), device, pools)
         layout = layouts[numbers[0]]
-        self._choose(memory[numbers[0]].device, layout.dtype, layout.dim)
+        self._choose(memory[numbers[0]].device, {layout.dtype}, layout.dim)
 
     def _start(
         self, table: Table, numbers: HostInts, device: DeviceTable | None = None, pools: Sequence[Pool] = ()
@@ -131,6 +132,8 @@ class RaggedCache:
         self.table, self._device = table, device
         self._keep_pools(list(pools))
         totals = self.totals
+        if self.recorder is not None:
+            self.recorder.follow(table.land)
         self.round = None if totals is None else Round(self.compression, table, totals, numbers, self.recorder)
         self._schedule = Schedule(table, self.compression.interval, self.round, self.probe)
         self.step = Step(None, (), table.layers)
@@ -145,7 +148,8 @@ class RaggedCache:
         self._scaling = 1.0
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy (copy.deepcopy, pickle) prepares its steps anew."""
+        """A copy (copy.deepcopy, pickle) prepares its steps anew, and has no numbers under way."""
+        self.table.land()
         return {**vars(self), "_decode": None, "step": Step(None, self.step.chunks, self.step.done)}
 
     def _keep_pools(self, pools: list[Pool]) -> None:
@@ -266,12 +270,12 @@ class RaggedCache:
         """Take in a chunk of rows that were empty.
 
         Unless it is held or goes on, it is compressed as soon as the last layer of its pool has it: at no time does
-        more than a pool's prompt lie beside its compressed form (twice that, where a pool has several layers).
+        more than a pool's prompt lie beside its compressed form.
         """
         self._scaling = scaling
         if not self.pools:
             self._open(query, key, value)
-        self.prompts[int(chunk.rows[0])].add(layer, key, value, chunk)
+        self.prompts[int(chunk.rows[0])].add(self._pool_of[layer], layer, key, value, chunk)
         self._watch(layer, chunk, Queries(query, chunk.real))
 
     def attend(
@@ -287,8 +291,8 @@ class RaggedCache:
         self._scaling = scaling
         prompt = self._prompt(chunk)
         if prompt is not None:
-            prompt.add(layer, key, value, chunk)
-            spans = prompt.spans(layer)
+            prompt.add(self._pool_of[layer], layer, key, value, chunk)
+            spans = prompt.spans(self._pool_of[layer], layer)
         else:
             self._extend(layer, chunk, key, value)
             spans = self._spans(layer, chunk.rows)
@@ -354,6 +358,7 @@ class RaggedCache:
         finally:
             for tensor, old in zip(changed, saved, strict=True):
                 tensor.copy_(old)
+            self.step.done = self.table.layers
 
     def replay(self, step: Callable[[], None], memory: tuple[int, ...]) -> None:
         """One decoding step of all rows as it was recorded: the host counts it, and rows that are due are compressed.
@@ -369,11 +374,13 @@ class RaggedCache:
             raise RuntimeError("the cache's memory has moved since the step was recorded")
         decode = self._ready()
         self.table.phases[decode.rows] = Phase.DECODING
+        self.step = Step(None)  # until it is done an interruption shows
         decode.count()
         with self._device_alone():
             step()
         self.columns += 1
         self._after_steps(decode.rows)
+        self.step.done = self.table.layers
 
     def end_replayed(self) -> None:
         """The last pass was replayed by an engine's own graph: its layers ran where the host did not see them.
@@ -391,7 +398,7 @@ class RaggedCache:
         try:
             yield
         finally:
-            self.is_recording, self.step = False, Step(None, (), self.table.layers)
+            self.is_recording, self.step = False, Step(None)
 
     def _ready(self) -> Decode:
         """The next step of all rows."""
@@ -463,29 +470,29 @@ class RaggedCache:
     def _layers_at_once(self, device: torch.device) -> int:
         if self._at_once is not None:
             return self._at_once
+        if self.totals is not None and self.totals.dynamic is not None and launch.serve(device):
+            return self.shape.layers  # what one layer loses another gets: in one pool that is a move in place
         return 1 if device.type == "cpu" or self.totals is None else 8
 
     def _open(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Make the pools of a batch: nothing is known of it before its first tokens."""
-        self._choose(key.device, key.dtype, max(key.shape[-1], value.shape[-1]))
+        self._choose(key.device, {key.dtype, value.dtype}, max(key.shape[-1], value.shape[-1]))
         size, layers = self._layers_at_once(key.device), self.table.layers
-        if self.totals is not None and self.totals.dynamic is not None and launch.serve(key.device):
-            size = layers  # what one layer loses another gets: in one pool that is a move in place
         groups = [range(first, min(first + size, layers)) for first in range(0, layers, size)]
         like = (key, value, self._window, query.shape[1], self._tracks_received)
         self._device = device = DeviceTable(self.table, key.device)
         self._keep_pools([Pool.owned(self.table, device, group, *like) for group in groups])
         self._count_pushed()
 
-    def _choose(self, device: torch.device, dtype: torch.dtype, dim: int) -> None:
-        self.backend = choose_backend(self._attention, device, dtype, dim)
+    def _choose(self, device: torch.device, dtypes: set[torch.dtype], dim: int) -> None:
+        self.backend = choose_backend(self._attention, device, dtypes, dim)
 
     def _begin_chunk(self, chunk: Chunk) -> None:
         rows = chunk.rows
         if not self.table.rows:  # of a batch, all rows come with the first chunk
             self.table.open(self.table.layers, len(rows), self.table.heads)
         if (self.table.phases[rows] == Phase.EMPTY).all():
-            self.prompts[int(rows[0])] = Prompt(rows, self.table.layers, self._tracks_received)
+            self.prompts[int(rows[0])] = Prompt(rows, self._tracks_received)
             self.table.phases[rows] = Phase.PROMPT
         prompt = self.prompts.get(int(rows[0]))
         if prompt is not None:
@@ -584,7 +591,7 @@ class RaggedCache:
         pool.queries.push(pool.local(layer), chunk.rows, queries, counts, pushed)
         if self._tracks_received:
             prompt = self._prompt(chunk)
-            spans = self._spans(layer, chunk.rows) if prompt is None else prompt.spans(layer)
+            spans = self._spans(layer, chunk.rows) if prompt is None else prompt.spans(pool, layer)
             assert self.backend is not None
             self.backend.receive_chunk(queries.states, spans, self._scaling, chunk.hidden(queries.states.device))
 

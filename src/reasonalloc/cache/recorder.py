@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from reprlib import repr as _brief
@@ -80,17 +81,31 @@ class Routing:
         return len(self.total), len(first) if isinstance(first, list) else 0
 
 
+def _nothing() -> None:
+    """Nothing is under way."""
+
+
 class Recorder:
     """Collects the routings of one generation: give it to a cache, and save it when the generation is done.
 
     Attributes:
-        routings: every routing, in the order in which they happened.
         layers: layers of the model whose cache writes here; 0 if no cache has said so yet.
     """
 
     def __init__(self) -> None:
-        self.routings: list[Routing] = []
+        self._routings: list[Routing] = []
+        self._under_way: Callable[[], None] = _nothing
         self.layers = 0
+
+    @property
+    def routings(self) -> list[Routing]:
+        """Every routing, in the order in which they happened; waits for those that a device has not told yet."""
+        self._under_way()
+        return self._routings
+
+    def follow(self, land: Callable[[], None]) -> None:
+        """From now on a cache adds routings, the last ones perhaps only when it is asked to by ``land``."""
+        self._under_way = land
 
     @staticmethod
     def attach(recorder: object, layers: int) -> Recorder | None:
@@ -109,7 +124,7 @@ class Recorder:
 
     def add(self, routing: Routing) -> None:
         """Keep one routing."""
-        self.routings.append(routing)
+        self._routings.append(routing)
 
     def arrays(self) -> Arrays:
         """The record as arrays over rounds and layers, int64 where nothing else is said.
@@ -191,7 +206,7 @@ class Recorder:
         content = path.read_bytes()
         recorder = cls()
         try:
-            layers, recorder.routings = _from_npz(content) if content.startswith(b"PK") else _from_json(content)
+            layers, recorder._routings = _from_npz(content) if content.startswith(b"PK") else _from_json(content)
             if not _whole([layers]):
                 raise ValueError(f"layers must be a whole number of at least 0, got {layers}")
             recorder.layers = layers

@@ -6,8 +6,9 @@
     copy     the new numbers to the host, in one piece, which takes them in when it needs them
 
 Nothing waits for the device. A pool's layers share a batch, so the number of operations depends on the number of
-pools, not of layers or rows. What a round takes beside the cache is, where no kernels run, a pool's copy of the keys,
-or of the survivors; and the scores of all tokens.
+pools, not of layers or rows. What a round takes beside the cache: the scores of all tokens, and for a few layers at a
+time what the scorer computes them from. Kernels read keys where they lie and move survivors in place; where none serve
+(other scorers, and what dynamic layers measure) that is a copy of the keys, on a CPU also one of the survivors.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from reasonalloc.policies.scoring.tokens import LayerTokens, RaggedKeys
 from reasonalloc.policies.scoring.window_attention import attention_weights, mean_over_queries
 
 MOST_LAYERS = 8  # that a batch of scores has: what it takes beside the cache grows with them
+MOST_WEIGHTS = 1 << 26  # attention weights of a batch that measures demand: each takes some tens of bytes
 
 
 class Held(Protocol):
@@ -202,8 +204,9 @@ class Round:
         ranked, wrong, demands, first = [], [], [], 0
         for part in parts:
             count = len(part.pool.layers)
-            for begin in range(0, count, MOST_LAYERS):
-                end = min(begin + MOST_LAYERS, count)
+            at_once = self._layers_at_once(part)
+            for begin in range(0, count, at_once):
+                end = min(begin + at_once, count)
                 candidates, is_nan, demand = self._score_part(
                     part, begin, end, totals[first + begin : first + end], scaling
                 )
@@ -212,6 +215,14 @@ class Round:
                 demands += demand
             first += count
         return ranked, torch.stack(wrong).any()[None], demands
+
+    def _layers_at_once(self, part: Held) -> int:
+        """How many layers' scores are computed together: dynamic layers' demand looks at every observed query's."""
+        dynamic, width = self.totals.dynamic, int(part.lengths.max(initial=1))
+        if dynamic is None:
+            return MOST_LAYERS
+        of_layer = len(part.rows) * self.totals.shape.query_heads * dynamic.queries * width
+        return max(1, min(MOST_LAYERS, MOST_WEIGHTS // of_layer))
 
     def _score_part(
         self, part: Held, first: int, last: int, totals: HostInts, scaling: float
@@ -309,7 +320,6 @@ class Round:
 
     def _land(self, outcome: Outcome, pools: Sequence[Pool], found: npt.NDArray[np.float64]) -> None:
         """Take in what a round has decided, when the host gets to know it."""
-        self._refuse_nan(found[0])
         layers, rows, held = outcome.layers, outcome.rows, outcome.held
         sizes = [held.size, held.size, held.shape[0] * held.shape[1] if outcome.has_threshold else 0]
         kept, split, threshold, demands = np.split(found[1:], np.cumsum(sizes))
@@ -332,6 +342,7 @@ class Round:
                         held[i].tolist(), None if thresholds is None else thresholds[i].tolist(),
                     )
                 )  # fmt: skip
+        self._refuse_nan(found[0])  # last: the numbers are right, and the tokens are gone
 
     def _refuse_nan(self, found: float) -> None:
         if found:

@@ -79,16 +79,16 @@ class Schedule:
             prompt: their prompt, if it lies beside the pool.
             scaling, columns: as for ``after_interval``.
         """
-        self.table.land(rows)
         held: Held = PoolTokens(pool, rows) if prompt is None else PromptTokens(prompt, pool)
         if self.round is not None and first:
+            self.table.land(rows)  # what these rows' last round measured
             self.round.totals.open_round()
         if self.round is not None and self.round.is_due(pool.layers, rows, held.lengths):
             self.round.run([held], scaling, columns)
         elif isinstance(held, PromptTokens):
             self._store(held)
         if prompt is not None:
-            prompt.let_go(pool.layers)
+            prompt.let_go(pool)
         self.show(pool, scaling)
 
     def room(self, lengths: HostInts) -> HostInts:

@@ -43,12 +43,15 @@ class Spans:
         received: Float[Tensor, "places"] | None,
         starts: HostInts,
         lengths: HostInts,
-        shift: HostInts | int = 0,
     ) -> Spans:
-        """From the host's numbers; ``shift`` leads from a row's slots to its places in ``received``: ``[rows]``."""
-        places = starts + (shift if isinstance(shift, int) else shift[:, None])
-        first, count, begin = (on_device(x, keys.device) for x in (starts, lengths, places))
-        return cls(keys, values, received, first, count, begin, int(lengths.max(initial=0)))
+        """From the host's numbers, ``[rows, heads]``; a slot is its own place in ``received``."""
+        first, count = (on_device(x, keys.device) for x in (starts, lengths))
+        return cls(keys, values, received, first, count, first, int(lengths.max(initial=0)))
+
+    def __post_init__(self) -> None:
+        if self.starts_device.device.type == "cpu":  # the same memory, looked at once for many steps
+            own = (self.starts_device, self.lengths_device, self.received_starts_device)
+            object.__setattr__(self, "_on_host", tuple(x.numpy() for x in own))
 
     @property
     def rows(self) -> int:
@@ -61,16 +64,11 @@ class Spans:
         return int(self.lengths_device.shape[1])
 
     @property
-    def starts(self) -> HostInts:
-        """On the host; on a CPU the same memory, elsewhere it waits for the device."""
-        return self.starts_device.cpu().numpy()
-
-    @property
-    def lengths(self) -> HostInts:
-        """Likewise."""
-        return self.lengths_device.cpu().numpy()
-
-    @property
-    def received_starts(self) -> HostInts:
-        """Likewise."""
-        return self.received_starts_device.cpu().numpy()
+    def on_host(self) -> tuple[HostInts, HostInts, HostInts]:
+        """Starts, lengths and places in ``received`` on the host; not on a CPU, it waits for the device."""
+        known: tuple[HostInts, HostInts, HostInts] | None = getattr(self, "_on_host", None)
+        if known is not None:
+            return known
+        own = (self.starts_device, self.lengths_device, self.received_starts_device)
+        starts, lengths, places = (x.cpu().numpy() for x in own)
+        return starts, lengths, places

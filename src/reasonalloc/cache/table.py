@@ -160,19 +160,18 @@ class Table:
         last = len(self._flights)
         if rows is not None:
             last = max((i + 1 for i, x in enumerate(self._flights) if np.isin(rows, x.rows).any()), default=0)
-        for flight in self._take(last):
-            flight.event.synchronize()
-            flight.land(flight.numbers.numpy())
+        for _ in range(last):
+            self._flights[0].event.synchronize()
+            self._land_first()
 
     def land_what_is_there(self) -> None:
         """Take in the numbers that have arrived, without waiting."""
-        last = next((i for i, x in enumerate(self._flights) if not x.event.query()), len(self._flights))
-        for flight in self._take(last):
-            flight.land(flight.numbers.numpy())
+        while self._flights and self._flights[0].event.query():
+            self._land_first()
 
-    def _take(self, count: int) -> list[Flight]:
-        taken, self._flights = self._flights[:count], self._flights[count:]
-        return taken
+    def _land_first(self) -> None:
+        flight = self._flights.pop(0)
+        flight.land(flight.numbers.numpy())
 
     def place(
         self, layers: HostInts, rows: HostInts, starts: HostInts, capacities: HostInts, settled: HostInts

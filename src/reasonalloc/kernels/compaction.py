@@ -36,7 +36,7 @@ def move_within(
     front to the end.
 
     Args:
-        memories: contiguous, all of one dtype: keys and values.
+        memories: contiguous: keys and values.
         index, kept: of each span, see above.
         old_starts, new_starts: first slots, ascending inside a segment.
         spans_per_segment: as many consecutive spans are a segment; no token leaves its segment's slots.
@@ -137,9 +137,9 @@ def move_numbers(
 
 
 def _pairs(memories: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
-    """Memories of equal width two by two: they are moved together. One alone is paired with itself."""
+    """Memories of equal width and dtype two by two: they move together. One alone is paired with itself."""
     first, second = memories[0], memories[-1]
-    if len(memories) == 2 and first.shape[1] == second.shape[1]:
+    if len(memories) == 2 and first.shape[1] == second.shape[1] and first.dtype == second.dtype:
         return [(first, second)]
     return [(memory, memory) for memory in memories]
 

@@ -26,6 +26,7 @@ LOG2_E = log2(e)  # logits are in base 2
 SHARED = 96 * 1024  # bytes of shared memory that tiles may take: what every GPU since Ampere has
 _FEW, _MANY = 64, 512  # spans
 _PIECES = 16  # chunks that are joined at once
+_NUMBERS = ["starts", "lengths", "rows", "offsets", "first", "arrived"]  # read one by one: layers differ in alignment
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def load_tile(source, at, there, width: tl.constexpr, WIDTH: tl.constexpr, WIDEN
     return tile.to(tl.float32) if WIDEN else tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_NUMBERS)
 def _attend_chunk(
     query, keys, values, starts, lengths, rows, offsets, first, arrived, partial, largest, total, out, log_sums,
     scaling,
@@ -274,7 +275,7 @@ def _join(
     tl.store(log_sums + at_out, highest + tl.log2(weight_sum))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["lengths", "first"])
 def _join_chunks(
     lengths, first, partial, largest, total, out, log_sums,
     group: tl.constexpr, value_dim: tl.constexpr, VALUE_DIM: tl.constexpr, CHUNK: tl.constexpr, PIECES: tl.constexpr,
@@ -288,7 +289,7 @@ def _join_chunks(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["starts", "lengths", "rows", "offsets", "places"])
 def _receive_chunk(
     query, keys, starts, lengths, rows, offsets, log_sums, received, places, scaling,
     group: tl.constexpr, dim: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -85,40 +86,46 @@ def check_backend(name: str) -> None:
         raise unknown_name("attention backend", name, ["auto", *BACKENDS])
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype, dim: int) -> AttentionBackend:
-    """The backend of that name, or for "auto" the fastest one that serves this device, dtype and width of heads.
+def choose_backend(name: str, device: torch.device, dtypes: AbstractSet[torch.dtype], dim: int) -> AttentionBackend:
+    """The backend of that name, or for "auto" the fastest one that serves such keys and values.
+
+    Args:
+        name: "auto", or of a backend.
+        device: where they are.
+        dtypes: of keys and of values, which differ under ``torch.autocast``.
+        dim: channels of the wider ones.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot serve these.
     """
     check_backend(name)
     if name == "auto":
-        name = next(candidate for candidate in BACKENDS if not _problem(candidate, device, dtype, dim))
-    problem = _problem(name, device, dtype, dim)
+        name = next(candidate for candidate in BACKENDS if not _problem(candidate, device, dtypes, dim))
+    problem = _problem(name, device, dtypes, dim)
     if problem:
         raise ValueError(f"attention backend {name!r} cannot serve this cache: {problem}; use 'auto' or 'rows'")
     return BACKENDS[name]()
 
 
-def _problem(name: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
+def _problem(name: str, device: torch.device, dtypes: AbstractSet[torch.dtype], dim: int) -> str:
     """Why a backend cannot be used here, or "" if it can."""
     if name == "compiled":
         if device.type != "cpu":
             return f"it runs on the CPU, the cache is on {device}"
-        if dtype not in (torch.float32, torch.bfloat16):
-            return f"it has no {dtype}"
+        if other := dtypes - {torch.float32, torch.bfloat16}:
+            return f"it has no {next(iter(other))}"
         return "" if find_spec("numba") else "numba is not installed (pip install 'reasonalloc[cpu]')"
     if name == "triton":
         if device.type != "cuda":
             return f"it runs on CUDA, the cache is on {device}"
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"it has no {dtype}"
+        if other := dtypes - {torch.float32, torch.float16, torch.bfloat16}:
+            return f"it has no {next(iter(other))}"
         if not serve(device):
             return "triton is not installed (it comes with torch for CUDA)"
         from reasonalloc.kernels.decode_attention import tuning_for
 
         try:
-            tuning_for(1, dim, dim, dtype.itemsize)
+            tuning_for(1, dim, dim, max(dtype.itemsize for dtype in dtypes))
         except ValueError as error:
             return str(error)
         if torch.cuda.get_device_capability(device) < _AMPERE:

@@ -169,17 +169,18 @@ def attend_compiled(
     """Attention of one query per sequence over all tokens of its rows; adds to ``spans.received`` if it is tracked."""
     rows, width = spans.rows * spans.heads, spans.values.shape[1]
     out = torch.empty(rows, query.shape[1] // spans.heads, width)
+    starts, lengths, places = spans.on_host
     arguments = (
         (query.float() * scaling).reshape(rows, -1, query.shape[-1]).numpy(),
         _array(spans.keys),
         _array(spans.values),
-        spans.starts.reshape(-1),
-        spans.lengths.reshape(-1),
+        starts.reshape(-1),
+        lengths.reshape(-1),
         _NOTHING if spans.received is None else spans.received.numpy(),
-        spans.received_starts.reshape(-1),
+        places.reshape(-1),
         out.numpy(),
     )
-    bounds = _equal_work(spans.lengths, min(torch.get_num_threads(), rows))
+    bounds = _equal_work(lengths, min(torch.get_num_threads(), rows))
     if len(bounds) == 2:
         _attend(0, rows, *arguments)
     else:

@@ -82,9 +82,10 @@ def _add_received(
 
 
 def _rows(spans: Spans) -> Iterator[tuple[int, int, int, int, int]]:
+    starts, lengths, places = spans.on_host
     for b in range(spans.rows):
         for h in range(spans.heads):
-            yield b, h, int(spans.starts[b, h]), int(spans.received_starts[b, h]), int(spans.lengths[b, h])
+            yield b, h, int(starts[b, h]), int(places[b, h]), int(lengths[b, h])
 
 
 def _blocks(queries: int, entries: int) -> Iterator[slice]:

@@ -7,6 +7,8 @@ the implementation can stay set for good.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +33,13 @@ def tag(key: Tensor, layer: RaggedLayer) -> Tensor:
     return key
 
 
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """What a cache keeps must be ordinary tensors, which can be written in place later, outside an inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def attention_forward(
     module: torch.nn.Module,
     query: Tensor,
@@ -52,8 +61,7 @@ def attention_forward(
     if refused:
         raise UnsupportedModelError(f"a ragged cache cannot serve attention with {', '.join(refused)}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # What a cache keeps must be ordinary tensors, which can be written in place later, outside an inference mode.
-    with torch.inference_mode(False), torch.no_grad():
+    with ordinary_tensors():
         chunk = layer.begin(attention_mask, query, kwargs.get("position_ids"))
         if chunk is not None and layer.ragged.is_new(chunk):
             out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)

@@ -17,7 +17,7 @@ from reasonalloc.cache.stats import CacheStats, collect
 from reasonalloc.cache.step import Chunk
 from reasonalloc.cache.totals import check_ranks
 from reasonalloc.engines.models import ATTENTION_NAME, UnsupportedModelError, architecture, check_states, model_shape
-from reasonalloc.engines.transformers.attention import tag
+from reasonalloc.engines.transformers.attention import ordinary_tensors, tag
 from reasonalloc.engines.transformers.continuation import Continuation, Origin, no_new_tokens
 from reasonalloc.engines.transformers.graph import GraphUse
 from reasonalloc.policies.allocation import HEAD_ALLOCATORS, LAYER_ALLOCATORS
@@ -182,7 +182,8 @@ class RaggedLayer(cache_utils.CacheLayerMixin):
         if remove > 0:
             raise ValueError(f"crop takes 0 or the negative number of tokens to remove, got {remove}")
         if self.index == 0:
-            self.ragged.rollback(-remove)
+            with ordinary_tensors():
+                self.ragged.rollback(-remove)
 
     def offload(self) -> None:
         """Not supported: a compressed cache is small."""
@@ -242,8 +243,8 @@ class Cache(cache_utils.Cache):
                 routes among them alone, with the same budget per head as every other: nothing is communicated, and
                 budget does not move from one rank's heads to another's. With layers="dynamic" each rank measures
                 its own heads' demand.
-            layers_at_once: layers that are compressed as one batch; their keys are copied for the moment. None: one
-                on a CPU, which takes least memory; eight elsewhere.
+            layers_at_once: layers whose prompts are compressed together. None: one on a CPU, which takes least
+                memory; eight elsewhere; all of them for dynamic layers on CUDA, so that memory stays where it is.
 
         Raises:
             UnsupportedModelError: the model's attention is not supported, see ``engines.models.model_shape``.
@@ -308,8 +309,9 @@ class Cache(cache_utils.Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given sequences, in that order; an index may be repeated."""
         rows = indices.nonzero().flatten().tolist() if indices.dtype == torch.bool else indices.tolist()
-        self.ragged.select(rows)
-        self._pass.continuation.select(rows)
+        with ordinary_tensors():
+            self.ragged.select(rows)
+            self._pass.continuation.select(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give each beam the history of the beam that it continues."""

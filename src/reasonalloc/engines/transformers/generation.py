@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from reasonalloc.engines.transformers.attention import ordinary_tensors
 from reasonalloc.engines.transformers.cache import Cache
 from reasonalloc.engines.transformers.continuation import GENERATE
 from reasonalloc.engines.transformers.graph import GraphUse, StepGraph, problem
@@ -62,33 +63,51 @@ def decoding_loop(
     """
     streamer = _streamer()
     try:
-        cache = _cache(generation_config, model_kwargs)
-        model_kwargs.pop("synced_gpus", None)
-        pad = generation_config._pad_token_tensor
-        batch = _Batch(input_ids, 0 if pad is None else int(pad))
-        steps = _Steps(model, cache, model_kwargs, graph)
-        scores = steps.prefill(input_ids, generation_config)
-        while True:
-            scores = logits_processor(batch.ids, scores)
-            tokens, broken = _choose(scores, generation_config.do_sample)
-            batch.append(tokens)
-            if on_step is not None:
-                on_step(*batch.newest())
-            done = _to_host(stopping_criteria(batch.ids, None), broken, batch.alive)
-            if streamer is not None:
-                streamer.put(batch.column().cpu())
-            written = batch.alive
-            batch.finish(done)
-            if not batch.alive:
-                steps.select(written)
-                return batch.result()
-            if len(batch.alive) < len(batch.ids) and not (steps.is_recorded and 2 * len(batch.alive) > len(batch.ids)):
-                steps.select(batch.alive)
-                batch.drop_idle()
-            scores = steps.next(batch.ids)
+        with ordinary_tensors():
+            return _decoded(
+                model, input_ids, logits_processor, stopping_criteria, generation_config, on_step, graph, streamer,
+                model_kwargs,
+            )  # fmt: skip
     finally:
         if streamer is not None:  # whoever reads from it would wait for ever
             streamer.end()
+
+
+def _decoded(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    on_step: OnStep | None,
+    graph: bool,
+    streamer: Any,
+    model_kwargs: dict[str, Any],
+) -> Tensor:
+    cache = _cache(generation_config, model_kwargs)
+    model_kwargs.pop("synced_gpus", None)
+    pad = generation_config._pad_token_tensor
+    batch = _Batch(input_ids, 0 if pad is None else int(pad))
+    steps = _Steps(model, cache, model_kwargs, graph)
+    scores = steps.prefill(input_ids, generation_config)
+    while True:
+        scores = logits_processor(batch.ids, scores)
+        tokens, broken = _choose(scores, generation_config.do_sample)
+        batch.append(tokens)
+        if on_step is not None:
+            on_step(*batch.newest())
+        done = _to_host(stopping_criteria(batch.ids, None), broken, batch.alive)
+        if streamer is not None:
+            streamer.put(batch.column().cpu())
+        written = batch.alive
+        batch.finish(done)
+        if not batch.alive:
+            steps.select(written)
+            return batch.result()
+        if len(batch.alive) < len(batch.ids) and not (steps.is_recorded and 2 * len(batch.alive) > len(batch.ids)):
+            steps.select(batch.alive)
+            batch.drop_idle()
+        scores = steps.next(batch.ids)
 
 
 def _streamer() -> Any:

@@ -61,9 +61,11 @@ def record(function: Callable[[], None], device: torch.device) -> Recorded:
     with torch.cuda.device(device):
         main, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
         side.wait_stream(main)
-        with torch.cuda.stream(side):
-            function()  # what is made at the first run, kernels and workspaces, must be there
-        main.wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                function()  # what is made at the first run, kernels and workspaces, must be there
+        finally:
+            main.wait_stream(side)  # what was started is put back there
         graph = _recorded(function, main, side)
         pool = tuple(graph.pool())
         segments = torch.cuda.memory_snapshot()
