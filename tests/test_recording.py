@@ -51,7 +51,8 @@ class Batch:
 
     def __init__(self, method, rows=3, recorder=None, **changes):
         chosen = compression(method, 24, interval=8, **changes)
-        self.ragged = RaggedCache(chosen, SHAPE, layers_at_once=2, recorder=recorder)
+        at_once = None if method == "reasonalloc-dynamic" else 2  # all in one pool, where kernels run
+        self.ragged = RaggedCache(chosen, SHAPE, layers_at_once=at_once, recorder=recorder)
         self.generator, self.rows, self.outputs = torch.Generator().manual_seed(0), rows, []
         self.chunk(40)
 
