@@ -47,13 +47,13 @@ def attend(query, spans, scaling):
     seen = torch.minimum(spans.lengths_device, spans.chunks.view(rows, heads))[..., None] > at
     slots = (spans.starts_device[..., None] + at).clamp(max=len(spans.keys) - 1)
     keys, values = spans.keys[slots].double(), spans.values[slots].double().masked_fill(~seen[..., None], 0.0)
-    asked = query.view(rows, heads, GROUP, DIM).double()
+    asked = query.reshape(rows, heads, -1, query.shape[-1]).double()
     logits = torch.einsum("rhgd,rhtd->rhgt", asked, keys) * scaling
     weights = logits.masked_fill(~seen[:, :, None], float("-inf")).softmax(-1)
     if spans.received is not None:
         places = (spans.received_starts_device[..., None] + at).clamp(max=len(spans.received) - 1)
         spans.received.index_add_(0, places.flatten(), weights.sum(2).float().flatten())
-    return torch.einsum("rhgt,rhtd->rhgd", weights, values).to(query.dtype).view(query.shape)
+    return torch.einsum("rhgt,rhtd->rhgd", weights, values).to(query.dtype).reshape(query.shape)
 
 
 def on_device(*_):

@@ -1,14 +1,18 @@
 """Full CUDA graphs of decoding steps, on the CPU: the plugin's own code, driven as vLLM's runner drives it."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fake_engine import BUCKETS, LAYERS, Engine, Request, load
+from fake_engine import BUCKETS, LAYERS, Engine, Request, config, load
 from recorded import NothingIsRead
+from vllm.platforms import current_platform
 
+from reasonalloc.engines.vllm import backend
 from reasonalloc.engines.vllm.batch import NULL
+from reasonalloc.engines.vllm.model import ServedModel
 from reasonalloc.engines.vllm.settings import settings
 
 UNEQUAL = {"name": "random-split", "split_seed": 1}
@@ -174,3 +178,23 @@ def test_other_memory_is_another_cache(monkeypatch, asked):
     for layer in engine.layers.values():
         layer.kv_cache = torch.empty(0)
     assert engine.running is None
+
+
+@pytest.mark.parametrize(
+    ("device", "kernel", "support"),
+    [("cuda", "triton", "UNIFORM_SINGLE_TOKEN_DECODE"), ("cuda", "rows", "NEVER"), ("cpu", "compiled", "NEVER")],
+)
+def test_graphs_where_attention_reads_nothing_on_the_host(monkeypatch, asked, device, kernel, support):
+    asked("rkv")
+    monkeypatch.setattr(current_platform, "device_type", device)
+    monkeypatch.setattr(backend, "choose_backend", lambda name, *_: SimpleNamespace(name=kernel))
+    spec = SimpleNamespace(dtype=torch.bfloat16, head_size=64)
+    assert backend.StepBuilder.get_cudagraph_support(None, spec).name == support
+
+
+def test_the_newer_runner_is_refused(monkeypatch, asked):
+    asked("rkv")
+    fields = config(8)
+    fields.use_v2_model_runner = True
+    with pytest.raises(ValueError, match="unset VLLM_USE_V2_MODEL_RUNNER"):
+        ServedModel.of(settings(), fields)
