@@ -19,32 +19,19 @@ from reasonalloc.cache import ragged
 from reasonalloc.cache.attention import attend_rows, received_attention
 from reasonalloc.engines.vllm import backend, runner
 from reasonalloc.engines.vllm.running import running
+from reasonalloc.kernels.chunks import ChunkTable
 
 LAYERS, HEADS, GROUP, DIM, LONGEST = 3, 2, 2, 8, 512
 BUCKETS = (1, 2, 4, 8)
-
-
-class Capacities:
-    """Stands for a table of chunks: what attention must know of spans beside their lengths. It stays where it is."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def part(self, spans, slots):
-        return Capacities(self.rows[:, :spans])
-
-    def fill(self, capacities):
-        self.rows.copy_(capacities.reshape(len(self.rows), -1))
-
-    def layer(self, layer):
-        return self.rows[layer]
+CHUNK = 8  # slots
 
 
 def attend(query, spans, scaling):
-    """On the device alone: every span is gathered at full width; a token behind its span's capacity is not seen."""
+    """On the device alone: every span is gathered at full width; a token behind its span's chunks is not seen."""
     rows, heads = spans.lengths_device.shape
     at = torch.arange(2 * LONGEST, device=query.device)
-    seen = torch.minimum(spans.lengths_device, spans.chunks.view(rows, heads))[..., None] > at
+    in_chunks = spans.chunks.first.diff().view(rows, heads) * spans.chunks.chunk
+    seen = torch.minimum(spans.lengths_device, in_chunks)[..., None] > at
     slots = (spans.starts_device[..., None] + at).clamp(max=len(spans.keys) - 1)
     keys, values = spans.keys[slots].double(), spans.values[slots].double().masked_fill(~seen[..., None], 0.0)
     asked = query.reshape(rows, heads, -1, query.shape[-1]).double()
@@ -60,7 +47,7 @@ def on_device(*_):
     """An attention backend that reads no number on the host, as those for GPUs."""
 
     def table(layers, rows, heads, slots, device):
-        return Capacities(torch.zeros(layers, rows * heads, dtype=torch.int64, device=device))
+        return ChunkTable(layers, rows * heads, CHUNK, slots, device)
 
     return SimpleNamespace(
         name="test", attend=attend, table=table, reads_host=False,

@@ -54,7 +54,11 @@ def test_graphs_change_nothing(monkeypatch, asked, method, layers):
 def addresses(engine):
     """Of all that a recorded step of this bucket reads or writes."""
     cache = engine.running.cache
-    views = [x for layer in cache._decode._look() for x in (*vars(layer[0]).values(), *layer[1:])]
+    views = [
+        x
+        for spans, *places in cache._decode._look()
+        for x in (*vars(spans).values(), *vars(spans.chunks).values(), *places)
+    ]
     numbers = [cache._device.lengths, cache._device.pushed, cache._device.starts]
     return [(x.data_ptr(), x.shape) for x in (*views, *numbers) if isinstance(x, torch.Tensor)]
 
@@ -68,7 +72,7 @@ def test_what_a_graph_reads_stays_where_it_is(monkeypatch, asked, method):
         if engine.running.batch is not None and not engine.running.batch.prompts:
             rows = len(engine.running.batch.arenas)
             found = addresses(engine)
-            assert len(found) > 8 * LAYERS
+            assert len(found) > 12 * LAYERS
             assert seen.setdefault(rows, found) == found, rows
     assert len(set(BUCKETS) & set(seen)) == 3, "up to 4 requests"
     assert engine.running.cache.round.rounds.min() > 10
@@ -180,16 +184,17 @@ def test_other_memory_is_another_cache(monkeypatch, asked):
     assert engine.running is None
 
 
-@pytest.mark.parametrize(
-    ("device", "kernel", "support"),
-    [("cuda", "triton", "UNIFORM_SINGLE_TOKEN_DECODE"), ("cuda", "rows", "NEVER"), ("cpu", "compiled", "NEVER")],
-)
-def test_graphs_where_attention_reads_nothing_on_the_host(monkeypatch, asked, device, kernel, support):
-    asked("rkv")
-    monkeypatch.setattr(current_platform, "device_type", device)
-    monkeypatch.setattr(backend, "choose_backend", lambda name, *_: SimpleNamespace(name=kernel))
+@pytest.mark.parametrize(("reads", "support"), [(False, "UNIFORM_SINGLE_TOKEN_DECODE"), (True, "NEVER")])
+def test_graphs_where_attention_reads_nothing_on_the_host(monkeypatch, asked, reads, support):
+    asked("h2o")
+    seen = []
+    monkeypatch.setattr(current_platform, "device_type", "cuda")
+    monkeypatch.setattr(
+        backend, "choose_backend", lambda *given: seen.append(given) or SimpleNamespace(reads_host=reads)
+    )
     spec = SimpleNamespace(dtype=torch.bfloat16, head_size=64)
     assert backend.StepBuilder.get_cudagraph_support(None, spec).name == support
+    assert seen == [("auto", torch.device("cuda"), torch.bfloat16, 64)]
 
 
 def test_the_newer_runner_is_refused(monkeypatch, asked):

@@ -112,7 +112,7 @@ class RaggedCache:
             memory: of every layer that this process runs, by the layer's number: ``[arenas, ...]``, contiguous. Layers
                 whose memory lies one behind the other share pools.
             layouts: likewise; equally many heads.
-            most: rows of a step, padding included, if they may be more than arenas.
+            most: rows of a step at most, padding included; 0: as many as there are arenas.
 
         Raises:
             ValueError: the compression's memory has no bound, or the memory does not fit the layouts.
@@ -126,7 +126,7 @@ class RaggedCache:
         for group in neighbours(numbers, memory, layouts, self._layers_at_once(memory[numbers[0]].device)):
             layers = [numbers.index(number) for number in group]
             pools.append(Pool.lent(table, device, layers, joined([memory[n] for n in group]), layouts[group[0]]))
-        self._start(table, np.array(numbers), device, pools, max(most, table.rows))
+        self._start(table, np.array(numbers), device, pools, most or table.rows)
         assert self.round is not None
         for pool in pools:
             pool.lay_out(self.round.first_capacities(pool.layers, self.rows))

@@ -38,11 +38,8 @@ class StepBuilder(AttentionMetadataBuilder[Any]):
         """Full graphs of batches in which every request decodes one token, where a GPU kernel attends."""
         from vllm.platforms import current_platform
 
-        asked = settings()
-        assert asked is not None
-        device, dtype, dim = torch.device(current_platform.device_type), kv_cache_spec.dtype, kv_cache_spec.head_size
-        backend = choose_backend("auto", device, dtype, dim, asked.compression.tracks_received)
-        if device.type == "cpu" or backend.name == "rows":  # these read the device's numbers on the host
+        device = torch.device(current_platform.device_type)
+        if choose_backend("auto", device, kv_cache_spec.dtype, kv_cache_spec.head_size).reads_host:
             return AttentionCGSupport.NEVER
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
