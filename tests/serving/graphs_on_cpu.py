@@ -8,7 +8,6 @@ from recorded import Recorded
 from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention.attention import unified_attention_with_output
-from vllm.v1.attention.backend import AttentionCGSupport
 
 from reasonalloc.cache import ragged
 from reasonalloc.engines.vllm import backend
@@ -53,9 +52,7 @@ class Graphs:
 
 def use_device_backend():
     """Before a model is loaded: attention that reads no number on the host, so that graphs may be had."""
-    support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    backend.StepBuilder.get_cudagraph_support = classmethod(lambda *_: support)
-    ragged.choose_backend = on_device
+    backend.choose_backend = ragged.choose_backend = on_device
     ragged.RaggedCache._layers_at_once = lambda *_: 8
 
 

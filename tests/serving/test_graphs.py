@@ -192,8 +192,9 @@ def test_graphs_where_attention_reads_nothing_on_the_host(monkeypatch, asked, re
     monkeypatch.setattr(
         backend, "choose_backend", lambda *given: seen.append(given) or SimpleNamespace(reads_host=reads)
     )
-    spec = SimpleNamespace(dtype=torch.bfloat16, head_size=64)
-    assert backend.StepBuilder.get_cudagraph_support(None, spec).name == support
+    model = SimpleNamespace(dtype=torch.bfloat16, get_head_size=lambda: 64)
+    found = backend.StepBuilder.get_cudagraph_support(SimpleNamespace(model_config=model), None)
+    assert found.name == support
     assert seen == [("auto", torch.device("cuda"), torch.bfloat16, 64)]
 
 

@@ -38,8 +38,8 @@ class StepBuilder(AttentionMetadataBuilder[Any]):
         """Full graphs of batches in which every request decodes one token, where a GPU kernel attends."""
         from vllm.platforms import current_platform
 
-        device = torch.device(current_platform.device_type)
-        if choose_backend("auto", device, kv_cache_spec.dtype, kv_cache_spec.head_size).reads_host:
+        device, model = torch.device(current_platform.device_type), vllm_config.model_config
+        if choose_backend("auto", device, model.dtype, model.get_head_size()).reads_host:
             return AttentionCGSupport.NEVER
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
@@ -151,6 +151,7 @@ class ArenaBackend(AttentionBackend):
 
     forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = []  # any: what is not the model's own is refused in model.py
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
