@@ -23,7 +23,7 @@ from reasonalloc.cache.attention import choose_backend
 from reasonalloc.cache.step import Chunk
 from reasonalloc.engines.models import UnsupportedModelError
 from reasonalloc.engines.vllm.model import ServedModel
-from reasonalloc.engines.vllm.running import Running, attentions, running
+from reasonalloc.engines.vllm.running import Running, running
 from reasonalloc.engines.vllm.settings import settings
 
 
@@ -45,10 +45,9 @@ class StepBuilder(AttentionMetadataBuilder[Any]):
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """vLLM's description of the batch, as it is: the layers look at what was prepared."""
-        layers = self.vllm_config.compilation_config.static_forward_context
-        if next(iter(attentions(layers).values())).layer_name in self.layer_names:
-            serving = running(layers)
-            assert serving is not None, "a step before there is memory"
+        serving = running(self.vllm_config.compilation_config.static_forward_context)
+        assert serving is not None, "a step before there is memory"
+        if serving.first.layer_name in self.layer_names:
             serving.begin(common_attn_metadata)
         return common_attn_metadata
 

@@ -26,24 +26,22 @@ class Running:
 
     Attributes:
         cache: of all layers.
-        memory: of the first layer. Where the layer has another one, this is over.
+        first: the first layer.
+        memory: what it had. Where it has another one, this is over.
         metrics: what is counted.
         batch: what the present pass does.
         coming: vLLM's ``InputBatch`` of the pass that is prepared next; None for a pass without requests.
         owners: which request an arena belongs to.
     """
 
-    def __init__(self, served: ServedModel, memory: Mapping[int, Tensor], most: int) -> None:
-        """
-        Args:
-            served: the model, and how it is compressed.
-            memory: of each layer, by its number.
-            most: requests in a step, padding included.
-        """
+    def __init__(self, layers: Mapping[int, Any]) -> None:
+        """With vLLM's attention layers, by their number, in order."""
+        self.first = next(iter(layers.values()))
+        self.memory: Tensor = self.first.kv_cache
+        served: ServedModel = self.first.impl.served
         self.cache = RaggedCache(served.compression, served.shape)
-        layouts = {number: served.layout(number, memory[number].dtype) for number in memory}
-        self.cache.lend(memory, layouts, most)
-        self.memory = memory[min(memory)]
+        layouts = {number: served.layout(number, layer.kv_cache.dtype) for number, layer in layers.items()}
+        self.cache.lend({number: layer.kv_cache for number, layer in layers.items()}, layouts, self.first.impl.most)
         self.metrics = Metrics(self.cache)
         self.batch: Batch | None = None
         self.coming: Any = None
@@ -114,11 +112,7 @@ class Running:
 
 def attentions(layers: Mapping[str, Any]) -> dict[int, Any]:
     """vLLM's attention layers that are served here, by their number, in order."""
-    found = {
-        layer_number(name): layer
-        for name, layer in layers.items()
-        if isinstance(getattr(getattr(layer, "impl", None), "served", None), ServedModel)
-    }
+    found = {layer_number(name): layer for name, layer in layers.items() if _is_served(layer)}
     return dict(sorted(found.items()))
 
 
@@ -127,14 +121,18 @@ def running(layers: Mapping[str, Any]) -> Running | None:
 
     vLLM binds memory once to measure its graphs, and once more to serve.
     """
-    found = attentions(layers)
-    first = next(iter(found.values()), None)
-    if first is None or not first.kv_cache.numel():
-        return None
-    known: Running | None = first.impl.running
-    if known is not None and known.memory is first.kv_cache:
+    one = next(filter(_is_served, layers.values()), None)
+    known: Running | None = None if one is None else one.impl.running  # all have the same; several calls a step
+    if known is not None and known.memory is known.first.kv_cache:
         return known
-    new = Running(first.impl.served, {n: layer.kv_cache for n, layer in found.items()}, first.impl.most)
+    found = attentions(layers)
+    if not found or not next(iter(found.values())).kv_cache.numel():
+        return None
+    new = Running(found)
     for index, layer in enumerate(found.values()):
         layer.impl.serve(new, index)
     return new
+
+
+def _is_served(layer: Any) -> bool:
+    return isinstance(getattr(getattr(layer, "impl", None), "served", None), ServedModel)
