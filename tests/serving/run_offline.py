@@ -3,7 +3,8 @@
     python run_offline.py JOB.json RESULT.json
 
 A job: {"model", "prompts": [token ids], "tokens": how many to generate, one number or a list, "options": of vllm.LLM,
-"abort": {number of a prompt: after how many tokens its client hangs up}, "watch": whether to report what is kept}.
+"abort": {number of a prompt: after how many tokens its client hangs up}, "watch": whether to report what is kept,
+"backend": whether attention reads nothing on the host, "graphs": whether decoding steps are recorded, too}.
 """
 
 import json
@@ -23,9 +24,11 @@ def core_of(llm):
 
 def kept_by(worker):
     """Positions on one rank, by arena, layer and head."""
-    layers = worker.model_runner.vllm_config.compilation_config.static_forward_context.values()
-    cache = next(layer.impl.running.cache for layer in layers if getattr(getattr(layer, "impl", None), "running", None))
-    requests = {}
+    from reasonalloc.engines.vllm.running import running
+
+    serving = running(worker.model_runner.vllm_config.compilation_config.static_forward_context)
+    serving.end()
+    cache, requests = serving.cache, {}
     for layer in range(cache.table.layers):
         tokens = cache.tokens(layer)
         for arena in cache.table.seen.nonzero()[0].tolist():
@@ -76,11 +79,17 @@ def generate(llm, job):
 
 def main():
     job = json.loads(Path(sys.argv[1]).read_text())
+    if job.get("backend") or job.get("graphs"):
+        import graphs_on_cpu
+
+        graphs_on_cpu.use_device_backend()
     began = time.perf_counter()
     llm = LLM(
         model=job["model"], dtype="float32", seed=0,
         **{"max_model_len": 1024, "enable_prefix_caching": False, **job.get("options", {})},
     )  # fmt: skip
+    if job.get("graphs"):
+        llm.collective_rpc(graphs_on_cpu.record)
     ready = time.perf_counter()
     result, cache = generate(llm, job), llm.llm_engine.vllm_config.cache_config
     result |= {
@@ -89,6 +98,8 @@ def main():
         "slots": cache.num_gpu_blocks * cache.block_size,
         "step": llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens,
         "kept": kept(llm) if job.get("watch") else None,
+        "replays": llm.collective_rpc(graphs_on_cpu.replays)[0] if job.get("graphs") else 0,
+        "counters": llm.collective_rpc("reasonalloc_counters")[0] if os.environ.get("REASONALLOC") else None,
     }
     Path(sys.argv[2]).write_text(json.dumps(result))
 

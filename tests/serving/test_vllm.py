@@ -147,6 +147,29 @@ def test_requests_together_equal_requests_alone(tmp_path):
     assert ours["tokens"] == alone["tokens"]
 
 
+@pytest.mark.parametrize("method", ["h2o", "reasonalloc"])
+def test_full_graphs_of_decoding_steps_change_nothing(tmp_path, method):
+    """vLLM's runner chooses graphs, pads to them, and replays them; prompts of one token, and one token left of one."""
+    profile = {"profile": str(Path(MODEL, "demand_profile.json"))} if method == "reasonalloc" else {}
+    asked = {"method": method, "budget": 48, "interval": 16, **profile}
+    choose = random.Random(6)
+    job = {
+        "prompts": [*prompts(8, 20, 150, seed=6), [33], [*range(30, 95)]],
+        "tokens": [choose.randint(40, 100) for _ in range(10)],
+        "options": {
+            "max_num_seqs": 8,
+            "num_gpu_blocks_override": 7,
+            "max_num_batched_tokens": 64,
+            "max_model_len": 512,
+        },
+    }
+    graphs, eager = run(tmp_path, asked, graphs=True, **job), run(tmp_path, asked, backend=True, **job)
+    assert graphs["tokens"] == eager["tokens"]
+    assert graphs["counters"] == eager["counters"]
+    assert graphs["counters"]["rounds"] > 50
+    assert graphs["replays"] > 80
+
+
 def test_eight_times_as_many_requests_fit(tmp_path):
     """Maximum length 4096, budget 128, the same bytes: prompts of 3,900 tokens at once, and one by one."""
     asked, options = {"method": "rkv", "budget": 128}, {"max_model_len": 4096}

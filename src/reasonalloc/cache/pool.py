@@ -282,6 +282,14 @@ class Pool:
         )
         self.table.moves += 1
 
+    def lay_out(self, capacities: HostInts) -> None:
+        """Spans of all rows, which are empty: ``[layers, rows, heads]``. Nothing is written into them."""
+        rows, none = np.arange(self.table.rows), np.zeros_like(capacities)
+        self.note(rows, capacities, none)
+        starts = self.table.starts[self.layers]
+        spans = {"starts": starts, "capacities": capacities}
+        self.device.write(self.section, rows, **{name: on_device(x, self.keys.device) for name, x in spans.items()})
+
     def note(self, rows: HostInts, capacities: HostInts, settled: HostInts) -> None:
         """What the host's table says of spans that were rewritten: ``[layers, rows, heads]``."""
         starts = self.base[:, rows][..., None] + capacities.cumsum(-1) - capacities

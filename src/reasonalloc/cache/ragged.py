@@ -102,13 +102,17 @@ class RaggedCache:
         if self.totals is not None:
             self.totals.reset()
 
-    def lend(self, memory: Mapping[int, Tensor], layouts: Mapping[int, ArenaLayout]) -> None:
+    def lend(self, memory: Mapping[int, Tensor], layouts: Mapping[int, ArenaLayout], most: int = 0) -> None:
         """Live in an engine's memory from now on: one row for each arena.
+
+        Every arena has spans, of equal parts, before anything is in it: an engine that pads its steps to fixed sizes
+        lets padding decode in an arena that is no request's.
 
         Args:
             memory: of every layer that this process runs, by the layer's number: ``[arenas, ...]``, contiguous. Layers
                 whose memory lies one behind the other share pools.
             layouts: likewise; equally many heads.
+            most: rows of a step at most, padding included; 0: as many as there are arenas.
 
         Raises:
             ValueError: the compression's memory has no bound, or the memory does not fit the layouts.
@@ -122,12 +126,20 @@ class RaggedCache:
         for group in neighbours(numbers, memory, layouts, self._layers_at_once(memory[numbers[0]].device)):
             layers = [numbers.index(number) for number in group]
             pools.append(Pool.lent(table, device, layers, joined([memory[n] for n in group]), layouts[group[0]]))
-        self._start(table, np.array(numbers), device, pools)
+        self._start(table, np.array(numbers), device, pools, most or table.rows)
+        assert self.round is not None
+        for pool in pools:
+            pool.lay_out(self.round.first_capacities(pool.layers, self.rows))
         layout = layouts[numbers[0]]
         self._choose(memory[numbers[0]].device, {layout.dtype}, layout.dim)
 
     def _start(
-        self, table: Table, numbers: HostInts, device: DeviceTable | None = None, pools: Sequence[Pool] = ()
+        self,
+        table: Table,
+        numbers: HostInts,
+        device: DeviceTable | None = None,
+        pools: Sequence[Pool] = (),
+        most: int | None = None,
     ) -> None:
         self.table, self._device = table, device
         self._keep_pools(list(pools))
@@ -145,6 +157,7 @@ class RaggedCache:
         self.is_recording = False
         self._speculation: Speculation | None = None
         self._decode: Decode | None = None
+        self._most = most  # rows of a step in lent memory
         self._scaling = 1.0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -383,11 +396,11 @@ class RaggedCache:
         self.step.done = self.table.layers
 
     def end_replayed(self) -> None:
-        """The last pass was replayed by an engine's own graph: its layers ran where the host did not see them.
+        """The last pass ran where the host did not see its layers (an engine's graph): the rows due are compressed.
 
-        To be called before ``free`` and ``begin`` of the next pass; nothing happens where the host has seen it.
+        To be called before ``begin`` of the next pass; nothing happens where the host has seen the layers.
         """
-        if self.step.decode is not None and not self.step.done:
+        if not self.step.done:
             self._end_step()
             self.step.done = self.table.layers
 
@@ -531,8 +544,7 @@ class RaggedCache:
         if self._decode is None:
             assert self.backend is not None
             assert self._device is not None
-            some = any(pool.is_lent for pool in self.pools)
-            self._decode = Decode(self.table, self._device, self.pools, self.backend, some)
+            self._decode = Decode(self.table, self._device, self.pools, self.backend, self._most)
         self._decode.prepare(rows)
         return self._decode
 

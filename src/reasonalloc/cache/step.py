@@ -75,25 +75,25 @@ class Decode:
 
     Attributes:
         rows: which rows of the table decode.
-        spans: of each layer, the new tokens included.
     """
 
     def __init__(
-        self, table: Table, device: DeviceTable, pools: Sequence[Pool], backend: AttentionBackend, some: bool
+        self, table: Table, device: DeviceTable, pools: Sequence[Pool], backend: AttentionBackend, most: int | None
     ) -> None:
         """
         Args:
             table, device: the numbers.
             pools: the memory.
             backend: attends.
-            some: whether rows may be some of the table's; else they are always all of them.
+            most: rows are any of the table's, at most so many, in lent memory; one that comes several times, as
+                padding does, takes one token. None: they are always all of them.
         """
-        self.table, self._device, self._backend, self._some = table, device, backend, some
+        self.table, self._device, self._backend, self._some = table, device, backend, most is not None
         self._layers = [(pool, g) for pool in pools for g in range(len(pool.layers))]
-        self._pools = pools
+        self._pools, self._most = pools, table.rows if most is None else most
         ring = pools[0].queries
         self._size, self._heads, self._tracks = ring.size, ring.heads, pools[0].received is not None
-        shape, where = (table.layers, table.rows, table.heads), device.device
+        shape, where, some = (table.layers, self._most, table.heads), device.device, self._some
 
         def zeros(*sizes: int) -> Tensor:
             return torch.zeros(sizes, dtype=torch.int64, device=where)
@@ -101,13 +101,13 @@ class Decode:
         self._starts, self._lengths = (zeros(*shape), zeros(*shape)) if some else (device.starts, device.lengths)
         self._slots, self._places = zeros(*shape), zeros(*shape)
         self._new_places = zeros(*shape)
-        self._index, self._shift = zeros(table.rows), zeros(*shape[:2], 1)
+        self._index, self._shift = zeros(self._most), zeros(*shape[:2], 1)
         self._base, self._ring = zeros(*shape[:2], self._heads), zeros(*shape[:2], self._heads)
         self._chunks: ChunkTable | None = None
         self._room = 0  # slots of a layer that the chunks are made for
         self.rows = np.zeros(0, dtype=np.int64)
         self._moves = -1
-        self.spans: list[Spans] = []
+        self._views: list[tuple[Spans, Tensor, Tensor, Tensor]] = []
 
     def prepare(self, rows: HostInts) -> None:
         """Before the next step: which rows decode, and where their spans are now. It does not wait for the device."""
@@ -123,33 +123,41 @@ class Decode:
             self._base[:, :count].copy_(on_device(base[..., None] + np.arange(self._heads), where), non_blocking=True)
         self._cut(count)
         self._moves = self.table.moves
-        self.spans = [
-            Spans(
-                pool.keys, pool.values, pool.received,
-                self._starts[layer, :count], self._lengths[layer, :count], self._places[layer, :count], len(pool.keys),
-                None if self._chunks is None else self._chunks.layer(layer, count * self.table.heads),
-            )
-            for layer, (pool, _) in enumerate(self._layers)
-        ]  # fmt: skip
-        self._of_layer = [
-            tuple(x[layer, :count].view(-1) for x in (self._slots, self._new_places, self._ring))
-            for layer in range(self.table.layers)
-        ]
+        if not self._some or (len(self._views) and self._views[0][0].rows != count):
+            self._views = []
 
     def _cut(self, count: int) -> None:
         """What the backend wants prepared, of the spans of ``count`` rows."""
-        slots = max(int(pool.sizes.sum(1).max(initial=0)) for pool in self._pools)
+        if self._some:
+            slots = self._most * max(int(pool.sizes.max(initial=0)) for pool in self._pools)
+        else:
+            slots = max(int(pool.sizes.sum(1).max(initial=0)) for pool in self._pools)
         if slots > self._room:  # again only with layers that grow at the cost of others
             self._room = slots if not self._room else slots + slots // 4
-            layers, rows, heads = self._device.lengths.shape
-            self._chunks = self._backend.table(layers, rows, heads, self._room, self._device.device)
+            layers, heads = self.table.layers, self.table.heads
+            self._chunks = self._backend.table(layers, self._most, heads, self._room, self._device.device)
         if self._chunks is not None:
             capacities = self._device.capacities
             self._chunks.fill(capacities.index_select(1, self._index[:count]) if self._some else capacities)
 
     def let_go(self) -> None:
-        """Forget the pools' memory, which may be replaced; ``prepare`` before the next step."""
-        self.spans, self._moves = [], -1
+        """Forget memory that may be replaced, which lent memory is not; ``prepare`` before the next step."""
+        self._moves = -1
+        if not self._some:
+            self._views = []
+
+    def _look(self) -> list[tuple[Spans, Tensor, Tensor, Tensor]]:
+        """Of each layer: spans, new tokens included; slots and places of these tokens; places of their queries."""
+        count, views = len(self.rows), []
+        for layer, (pool, _) in enumerate(self._layers):
+            spans = Spans(
+                pool.keys, pool.values, pool.received,
+                self._starts[layer, :count], self._lengths[layer, :count], self._places[layer, :count], len(pool.keys),
+                None if self._chunks is None else self._chunks.layer(layer, count * self.table.heads),
+            )  # fmt: skip
+            slots, places, ring = (x[layer, :count].view(-1) for x in (self._slots, self._new_places, self._ring))
+            views.append((spans, slots, places, ring))
+        return views
 
     def count(self) -> None:
         """Count the tokens that now come, on the host."""
@@ -190,8 +198,8 @@ class Decode:
         scaling: float,
     ) -> Float[Tensor, "rows query_heads 1 value_dim"]:
         """What a layer does in a step: it scatters keys, values and queries, and attends."""
-        spans = self.spans[layer]
-        slots, received_at, ring = self._of_layer[layer]
+        self._views = self._views or self._look()
+        spans, slots, received_at, ring = self._views[layer]
         spans.keys.index_copy_(0, slots, key.reshape(-1, key.shape[-1]))
         spans.values.index_copy_(0, slots, value.reshape(-1, value.shape[-1]))
         if self._size:

@@ -149,7 +149,7 @@ class Table:
         if numbers.device.type != "cuda":
             land(numbers.cpu().numpy())
             return
-        pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        pinned = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
         pinned.copy_(numbers, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(numbers.device))

@@ -168,7 +168,7 @@ def attend_compiled(
 ) -> Float[Tensor, "batch query_heads 1 value_dim"]:
     """Attention of one query per sequence over all tokens of its rows; adds to ``spans.received`` if it is tracked."""
     rows, width = spans.rows * spans.heads, spans.values.shape[1]
-    out = torch.empty(rows, query.shape[1] // spans.heads, width)
+    out = torch.empty(rows, query.shape[1] // spans.heads, width, device="cpu")
     starts, lengths, places = spans.on_host
     arguments = (
         (query.float() * scaling).reshape(rows, -1, query.shape[-1]).numpy(),

@@ -2,113 +2,54 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from vllm.config import get_current_vllm_config
-from vllm.forward_context import get_forward_context
-from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, MultipleOf
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    MultipleOf,
+)
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from reasonalloc.cache.ragged import RaggedCache
+from reasonalloc.cache.attention import choose_backend
 from reasonalloc.cache.step import Chunk
 from reasonalloc.engines.models import UnsupportedModelError
-from reasonalloc.engines.vllm.metrics import LayerMetrics
-from reasonalloc.engines.vllm.model import ServedModel, layer_number
+from reasonalloc.engines.vllm.model import ServedModel
+from reasonalloc.engines.vllm.running import Running, running
 from reasonalloc.engines.vllm.settings import settings
-
-_RESERVED = 1  # block 0 is vLLM's null block, which no request gets
-_logger = logging.getLogger("vllm.reasonalloc")  # below vLLM's own, so that it is shown as vLLM's are
-
-
-@dataclass(frozen=True)
-class PromptPart:
-    """Tokens of one request's prompt in a batch.
-
-    Attributes:
-        chunk: as the cache takes it.
-        tokens: where they lie in the batch.
-        first: whether nothing came before them; the arena may hold what another request left.
-    """
-
-    chunk: Chunk
-    tokens: slice
-    first: bool
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a forward pass does.
-
-    Attributes:
-        arenas: of the requests that decode one token, their prompts being complete.
-        rows: where these tokens lie in the batch: a slice if no others are between them.
-        prompts: all others.
-    """
-
-    arenas: list[int]
-    rows: Tensor | slice
-    prompts: list[PromptPart]
-
-    @classmethod
-    def read(cls, batch: Any) -> Batch:
-        """Off vLLM's description of a batch; waits for the device, where its block table lies."""
-        bounds = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
-        lengths = batch.seq_lens_cpu_upper_bound[: batch.num_reqs].tolist()  # of prompts it is exact
-        in_prompt = batch.is_prefilling[: batch.num_reqs].tolist()
-        table = batch.block_table_tensor
-        arenas = table[: batch.num_reqs, 0].tolist()
-        decoding, rows, prompts = [], [], []
-        for arena, start, stop, length, prompt in zip(arenas, bounds[:-1], bounds[1:], lengths, in_prompt, strict=True):
-            if stop - start == 1 and not prompt:
-                decoding.append(arena)
-                rows.append(start)
-            elif stop > start:
-                chunk = Chunk.of(np.array([arena]), stop - start, ends_prompt=False)
-                prompts.append(PromptPart(chunk, slice(start, stop), stop - start == length))
-        if rows and rows[-1] - rows[0] + 1 == len(rows):
-            return cls(decoding, slice(rows[0], rows[-1] + 1), prompts)
-        return cls(decoding, torch.tensor(rows, dtype=torch.long, device=table.device), prompts)
 
 
 class StepBuilder(AttentionMetadataBuilder[Any]):
-    """Hands vLLM's description of a batch on, unread: layers of unequal arenas have a builder each, one reads it."""
+    """Prepares a pass. Layers of unequal arenas have a builder each; that of the process's first layer does it."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
 
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Full graphs of batches in which every request decodes one token, where a GPU kernel attends."""
+        from vllm.platforms import current_platform
+
+        device, model = torch.device(current_platform.device_type), vllm_config.model_config
+        if choose_backend("auto", device, model.dtype, model.get_head_size()).reads_host:
+            return AttentionCGSupport.NEVER
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-        """The description itself."""
+        """vLLM's description of the batch, as it is: the layers look at what was prepared."""
+        serving = running(self.vllm_config.compilation_config.static_forward_context)
+        assert serving is not None, "a step before there is memory"
+        if serving.first.layer_name in self.layer_names:
+            serving.begin(common_attn_metadata)
         return common_attn_metadata
-
-
-@dataclass
-class Running:
-    """What the layers of a process share.
-
-    Attributes:
-        cache: of all of them.
-        metrics: of each layer.
-        batch: the present one; the first layer reads it.
-    """
-
-    cache: RaggedCache
-    metrics: Sequence[LayerMetrics]
-    batch: Batch | None = None
-
-    def begin(self, description: Any) -> None:
-        """Before the first layer."""
-        self.batch = batch = Batch.read(description)
-        self.cache.free([int(prompt.chunk.rows[0]) for prompt in batch.prompts if prompt.first])
-        self.cache.begin(batch.arenas, [prompt.chunk for prompt in batch.prompts])
 
 
 class ArenaAttention(AttentionImpl[Any]):
@@ -149,6 +90,7 @@ class ArenaAttention(AttentionImpl[Any]):
         self.scale, self.kv_cache_dtype = scale, kv_cache_dtype
         config = get_current_vllm_config()
         self.served = ServedModel.of(asked, config)
+        self.most = config.scheduler_config.max_num_seqs  # requests in a step, padding included
         # Of prompts that arenas have no room for: the longest one, and what the step that ends it begins of others.
         self.staged_tokens = config.model_config.max_model_len + config.scheduler_config.max_num_batched_tokens
         self.room: Tensor | None = None  # held while vLLM measures what the model takes beside its cache
@@ -167,30 +109,25 @@ class ArenaAttention(AttentionImpl[Any]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attend, remember, and where it is time forget."""
+        """Attend and remember.
+
+        Where no prompts come, a CUDA graph may record it: it works on the device alone, in tensors that stay where
+        they are from step to step.
+        """
         if not kv_cache.numel():  # vLLM measures its own memory
             self.room = torch.empty(2, self.staged_tokens, *key.shape[1:], dtype=key.dtype, device=key.device)
             return output
-        if self.running is None:
-            self._open()
         if attn_metadata is None:  # it warms up
             return output
         assert self.running is not None
-        cache = self.running.cache
-        if self.index == 0:
-            self.running.begin(attn_metadata)
         batch = self.running.batch
         assert batch is not None
         for prompt in batch.prompts:
             q, k, v = (x[prompt.tokens].transpose(0, 1)[None] for x in (query, key, value))
             output[prompt.tokens] = self._attend(prompt.chunk, q, k, v)[0].transpose(0, 1)
-        if batch.arenas:
+        if len(batch.arenas):
             q, k, v = (x[batch.rows][:, :, None] for x in (query, key, value))
-            output[batch.rows] = cache.decode(self.index, q, k, v, self.scale)[:, :, 0]
-        cache.end_layer(self.index)
-        if self.index == cache.table.layers - 1:
-            for metrics in self.running.metrics:
-                metrics.update()
+            output[batch.rows] = self.running.cache.decode(self.index, q, k, v, self.scale)[:, :, 0]
         return output
 
     def _attend(self, chunk: Chunk, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -203,33 +140,9 @@ class ArenaAttention(AttentionImpl[Any]):
         cache.take(self.index, chunk, query, key, value, self.scale)
         return out
 
-    def _open(self) -> None:
-        """Make arenas of the memory that vLLM has bound to the layers: of all of them, by the first that is asked."""
-        found = attentions(get_forward_context().no_compile_layers)
-        memory = {number: attention.kv_cache for number, attention in found.items()}
-        layouts = {number: self.served.layout(number, cache.dtype) for number, cache in memory.items()}
-        cache = RaggedCache(self.served.compression, self.served.shape)
-        cache.lend(memory, layouts)
-        requests = len(memory[min(memory)]) - _RESERVED
-        running = Running(cache, [LayerMetrics(cache, index, requests) for index in range(len(found))])
-        for index, number in enumerate(sorted(found)):
-            found[number].impl._take(running, index)
-        _logger.info(
-            "reasonalloc: %d requests fit at once, each %d tokens per head and layer on average",
-            requests, self.served.compression.budget,
-        )  # fmt: skip
-
-    def _take(self, running: Running, index: int) -> None:
+    def serve(self, running: Running | None, index: int = 0) -> None:
+        """There is memory, and this is the layer of that index in it; None: there is none any more."""
         self.room, self.running, self.index = None, running, index
-
-
-def attentions(layers: Mapping[str, Any]) -> dict[int, Any]:
-    """vLLM's attention layers that are served here, by their number."""
-    return {
-        layer_number(name): layer
-        for name, layer in layers.items()
-        if isinstance(getattr(layer, "impl", None), ArenaAttention)
-    }
 
 
 class ArenaBackend(AttentionBackend):
@@ -237,6 +150,7 @@ class ArenaBackend(AttentionBackend):
 
     forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = []  # any: what is not the model's own is refused in model.py
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:

@@ -6,6 +6,7 @@ the server's /metrics collects from all of them. Arenas in use are vLLM's ``kv_c
 
 from __future__ import annotations
 
+import numpy as np
 from prometheus_client import Counter, Gauge
 
 from reasonalloc.cache.ragged import RaggedCache
@@ -18,24 +19,27 @@ _KEPT = Gauge(
 _ARENAS = Gauge("reasonalloc_arenas", "Requests that fit at once.", multiprocess_mode="mostrecent")
 
 
-class LayerMetrics:
-    """Reads one layer's counts and tells Prometheus what is new."""
+class Metrics:
+    """Reads a cache's counts and tells Prometheus what is new."""
 
-    def __init__(self, cache: RaggedCache, index: int, requests: int) -> None:
+    def __init__(self, cache: RaggedCache) -> None:
         assert cache.round is not None
-        self.round, self.index = cache.round, index
-        layer = int(cache.round.numbers[index])
-        self._seen = (0, 0)
-        self._evicted, self._compressions = _EVICTED.labels(layer), _COMPRESSIONS.labels(layer)
-        self._kept = _KEPT.labels(layer)
+        self._table, self._round = cache.table, cache.round
+        layers = cache.round.numbers.tolist()
+        self._seen = np.zeros((2, len(layers)), dtype=np.int64)
+        self._metrics = [[metric.labels(layer) for metric in (_EVICTED, _COMPRESSIONS, _KEPT)] for layer in layers]
+
+    def show(self, requests: int) -> None:
+        """How many requests fit."""
         _ARENAS.set(requests)
 
     def update(self) -> None:
-        """After a forward pass."""
-        evicted, compressions = int(self.round.evicted[self.index]), int(self.round.rounds[self.index])
-        if (evicted, compressions) == self._seen:
-            return
-        self._evicted.inc(evicted - self._seen[0])
-        self._compressions.inc(compressions - self._seen[1])
-        self._kept.set(float(self.round.kept[self.index]))
-        self._seen = (evicted, compressions)
+        """Between two passes; it does not wait for rounds that the device has not finished."""
+        self._table.land_what_is_there()
+        counts = np.stack([self._round.evicted, self._round.rounds])
+        new, self._seen = counts - self._seen, counts
+        for layer in new.any(0).nonzero()[0].tolist():
+            evicted, compressions, kept = self._metrics[layer]
+            evicted.inc(int(new[0, layer]))
+            compressions.inc(int(new[1, layer]))
+            kept.set(float(self._round.kept[layer]))

@@ -93,6 +93,9 @@ def _refuse(vllm_config: Any) -> None:
         "batches are split: leave --enable-dbo and --ubatch-size out (a step is prepared once for all layers)": (
             parallel.use_ubatching
         ),
+        "the V2 model runner is on: unset VLLM_USE_V2_MODEL_RUNNER (the plugin works with the V1 model runner)": (
+            vllm_config.use_v2_model_runner
+        ),
         "decode context parallelism is on: it splits tokens over ranks, arenas are whole": (
             getattr(parallel, "decode_context_parallel_size", 1) > 1
         ),

@@ -8,6 +8,7 @@ from typing import Any
 from reasonalloc.engines.vllm.settings import VARIABLE, settings
 
 _COPIED = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+_NEWER_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's default on a GPU since 0.32; the plugin knows the other one
 
 
 def register() -> None:
@@ -19,18 +20,18 @@ def register() -> None:
     if settings() is None:
         return
     _carry_to_other_machines()
+    os.environ.setdefault(_NEWER_RUNNER, "0")
     from vllm.model_executor.layers.attention.attention import Attention
     from vllm.v1.attention.backends.registry import register_backend
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    from reasonalloc.engines.vllm import runner
     from reasonalloc.engines.vllm.backend import ArenaBackend, slot
 
     register_backend(slot(), f"{ArenaBackend.__module__}.{ArenaBackend.__qualname__}")
     if not hasattr(Attention, "stock_kv_cache_spec"):  # vLLM may call this again
         Attention.stock_kv_cache_spec = Attention.get_kv_cache_spec
         Attention.get_kv_cache_spec = arena_spec
-        GPUModelRunner.stock_update_states = GPUModelRunner._update_states
-        GPUModelRunner._update_states = update_states
+        runner.install()
 
 
 def _carry_to_other_machines() -> None:
@@ -38,31 +39,6 @@ def _carry_to_other_machines() -> None:
     copied = os.environ.get(_COPIED, "").split(",")
     if VARIABLE not in copied:
         os.environ[_COPIED] = ",".join([name for name in copied if name] + [VARIABLE])
-
-
-def update_states(runner: Any, scheduler_output: Any) -> Any:
-    """In the place of ``GPUModelRunner._update_states``, where a worker hears which requests have ended.
-
-    Their arenas are emptied, and the memory of prompts that had not ended is let go of. A request that pauses is none
-    of these. What arena a request has is noted when it gets it: one that was preempted has lost its arena, perhaps to
-    another.
-    """
-    from reasonalloc.engines.vllm.backend import attentions
-
-    owners: dict[int, str] = vars(runner).setdefault("arena_owners", {})
-    arenas = [arena for arena, name in owners.items() if name in scheduler_output.finished_req_ids]
-    for arena in arenas:
-        del owners[arena]
-    if arenas:
-        for attention in attentions(runner.compilation_config.static_forward_context).values():
-            if attention.impl.running is not None:
-                attention.impl.running.cache.free(arenas)
-                break
-    done = runner.stock_update_states(scheduler_output)
-    given = [request.req_id for request in scheduler_output.scheduled_new_reqs]
-    for name in (*given, *scheduler_output.scheduled_cached_reqs.resumed_req_ids):
-        owners.update({blocks[0]: name for blocks in runner.requests[name].block_ids if blocks})
-    return done
 
 
 def arena_spec(attention: Any, vllm_config: Any) -> Any:
