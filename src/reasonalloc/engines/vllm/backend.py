@@ -39,7 +39,7 @@ class StepBuilder(AttentionMetadataBuilder[Any]):
         from vllm.platforms import current_platform
 
         device, model = torch.device(current_platform.device_type), vllm_config.model_config
-        if choose_backend("auto", device, model.dtype, model.get_head_size()).reads_host:
+        if choose_backend("auto", device, {model.dtype}, model.get_head_size()).reads_host:
             return AttentionCGSupport.NEVER
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
