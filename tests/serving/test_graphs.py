@@ -197,7 +197,7 @@ def test_graphs_where_attention_reads_nothing_on_the_host(monkeypatch, asked, re
     model = SimpleNamespace(dtype=torch.bfloat16, get_head_size=lambda: 64)
     found = backend.StepBuilder.get_cudagraph_support(SimpleNamespace(model_config=model), None)
     assert found.name == support
-    assert seen == [("auto", torch.device("cuda"), torch.bfloat16, 64)]
+    assert seen == [("auto", torch.device("cuda"), {torch.bfloat16}, 64)]
 
 
 def test_the_newer_runner_is_refused(monkeypatch, asked):
