@@ -124,6 +124,8 @@ def _enlarged(new: Memory, old: Memory | None, layers: int) -> Memory:
 class PromptTokens:
     """The tokens of a prompt on their way into a pool."""
 
+    is_settled = False
+
     def __init__(self, prompt: Prompt, pool: Pool) -> None:
         self.pool, self.rows = pool, prompt.rows
         self._memory = prompt.of(pool).map(lambda x: x.flatten(0, 1))

@@ -452,7 +452,7 @@ class RaggedCache:
             self._observe(layer, chunk, of_layer)
         if prompt is not None:
             known = self.prompt_columns
-            self._protect(rows, chunk.counts if known is None else np.minimum(chunk.counts, known))
+            self._keep_prompt(rows, chunk.counts if known is None else np.minimum(chunk.counts, known))
             for pool in self.pools:
                 self._compress(pool, rows)
             self._settle(rows)
@@ -514,15 +514,17 @@ class RaggedCache:
         self.table.pushed[rows] += chunk.counts
         self._count_pushed()
         if self._in_prompt(rows) and not self.holding and (chunk.columns > 1 or prompt is not None):
-            self._protect(rows, self.table.protected[rows] + chunk.counts)
+            self._keep_prompt(rows, self.table.prompt[rows] + chunk.counts)
 
     def _in_prompt(self, rows: HostInts) -> bool:
         return bool((self.table.phases[rows] != Phase.DECODING).all())
 
-    def _protect(self, rows: HostInts, tokens: HostInts) -> None:
+    def _keep_prompt(self, rows: HostInts, tokens: HostInts) -> None:
         """So many leading tokens of these rows are a prompt's."""
+        self.table.prompt[rows] = tokens
         if self.compression.prompt == "protect":
             self.table.protected[rows] = tokens
+        self.table.pinned[rows] = np.minimum(tokens, self.compression.most_pinned)
 
     def _prepare(self, rows: HostInts) -> Decode:
         self._make_room_for_a_step()

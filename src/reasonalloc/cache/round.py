@@ -29,7 +29,7 @@ from reasonalloc.cache.moving import Source, Survivors
 from reasonalloc.cache.pool import Pool
 from reasonalloc.cache.queries import Queries
 from reasonalloc.cache.recorder import Recorder, Routing
-from reasonalloc.cache.selection import Candidates, kept_of, rank, route_heads, select
+from reasonalloc.cache.selection import Candidates, kept_of, pin, rank, route_heads, select
 from reasonalloc.cache.table import HostInts, Table, on_device
 from reasonalloc.cache.totals import LayerTotals
 from reasonalloc.policies.allocation import HeadAllocator, attention_demand
@@ -50,11 +50,13 @@ class Held(Protocol):
         pool: where the survivors go; its layers are the batch.
         rows: which rows.
         lengths: ``[layers, rows, heads]``, tokens of each span, on the host.
+        is_settled: whether what is pinned comes first already; of a prompt that has just ended it is to be chosen yet.
     """
 
     pool: Pool
     rows: HostInts
     lengths: HostInts
+    is_settled: bool
 
     def tokens(self, first: int, last: int) -> LayerTokens:
         """Those of the pool's layers ``first`` to ``last - 1``, counted within it; batch layer-major."""
@@ -66,8 +68,8 @@ class Held(Protocol):
 class PoolTokens:
     """Tokens that lie in the pool itself."""
 
-    def __init__(self, pool: Pool, rows: HostInts) -> None:
-        self.pool, self.rows = pool, rows
+    def __init__(self, pool: Pool, rows: HostInts, is_settled: bool = True) -> None:
+        self.pool, self.rows, self.is_settled = pool, rows, is_settled
         self.lengths = pool.table.lengths_of(pool.layers, rows)
 
     def tokens(self, first: int, last: int) -> LayerTokens:
@@ -150,9 +152,14 @@ class Round:
         share, odd = np.divmod(self.totals.of(self.numbers[layers], rows)[..., None], heads)
         return share + (np.arange(heads) < odd) + self.compression.interval
 
-    def is_due(self, layers: HostInts, rows: HostInts, lengths: HostInts) -> bool:
-        """Whether any of these rows holds more than its total in one of these layers, or all must be planned."""
-        if self.totals.dynamic is not None:
+    def is_due(self, layers: HostInts, rows: HostInts, lengths: HostInts, is_settled: bool = True) -> bool:
+        """Whether any of these rows holds more than its total in one of these layers, or all must be planned.
+
+        That is so with dynamic layers, and where it is still to be chosen what of a prompt is pinned.
+        """
+        most = self.compression.most_pinned
+        to_pin = bool(most) and not is_settled and bool((self.table.prompt[rows] > most).any())
+        if self.totals.dynamic is not None or to_pin:
             return True
         counted = (lengths - self.table.protected[rows][:, None]).sum(-1)
         return bool((counted > self.totals.of(self.numbers[layers], rows)).any())
@@ -176,9 +183,8 @@ class Round:
         with torch.autocast(device.type, enabled=False):
             ranked, wrong, demands = self._score(parts, totals, scaling)
             candidates = _side_by_side(ranked)
-            split = route_heads(
-                self._allocator(layers), candidates, on_device(totals.reshape(-1), device), self.compression.kept_window
-            )
+            wanted, least = on_device(totals.reshape(-1), device), self._least(layers, rows, device)
+            split = route_heads(self._allocator(layers), candidates, wanted, least)
             del ranked
         stays = kept_of(candidates, split.budgets)
         threshold = split.threshold if split.threshold is not None else candidates.scores.new_zeros(0)
@@ -250,7 +256,8 @@ class Round:
                 f"expected one score per token: {shape}"
             )
         spared = on_device(np.tile(self.table.protected[rows], len(pool.layers)), tokens.device)
-        candidates, is_nan = rank(scores, tokens.lengths, self.compression.kept_window, spared)
+        pinned = self._pinned(pool.layers, rows, tokens.device) if part.is_settled else None
+        candidates, is_nan = rank(scores, tokens.lengths, self.compression.kept_window, spared, pinned)
         return candidates, is_nan, demands
 
     def _observe(
@@ -277,6 +284,16 @@ class Round:
             ),
         )
 
+    def _pinned(self, layers: HostInts, rows: HostInts, device: torch.device) -> Int[Tensor, "batch"] | None:
+        """Leading tokens that stay inside the budget, of every row; None: there are none of any."""
+        pinned = self.table.pinned[rows]
+        return on_device(np.tile(pinned, len(layers)), device) if pinned.any() else None
+
+    def _least(self, layers: HostInts, rows: HostInts, device: torch.device) -> int | Int[Tensor, "batch 1"]:
+        """What every head keeps whatever its score: the window and what is pinned."""
+        pinned, window = self._pinned(layers, rows, device), self.compression.kept_window
+        return window if pinned is None else pinned[:, None] + window
+
     def _queries(self, pool: Pool, rows: HostInts, count: int) -> Queries:
         return pool.queries.read(rows, self.table.pushed[rows], count)
 
@@ -286,7 +303,7 @@ class Round:
         if key not in self._allocators:
             compression, totals = self.compression, self.totals
             self._allocators[key] = compression.head_allocator.for_layers(
-                key, totals.shape, totals.budget, compression.kept_window, compression.demand_profile
+                key, totals.shape, totals.budget, compression.least, compression.demand_profile
             )
         return self._allocators[key]
 
@@ -308,6 +325,10 @@ class Round:
             first = of.stop
             width = int(part.lengths.max(initial=0))
             index, _ = select(candidates.part(batch, width), budgets[batch], by_score)
+            in_order = not by_score
+            pinned = self._pinned(pool.layers, rows, index.device)
+            if pinned is not None and not part.is_settled:
+                index, in_order = pin(candidates.part(batch, width), index, stays[batch], pinned), False
             kept = stays[batch].view(part.lengths.shape)
             # What the host knows of it: a row that is over its total keeps just that, any other all it has.
             protected = self.table.protected[rows]
@@ -315,7 +336,7 @@ class Round:
             count = int((np.minimum(counted, totals[of]) + heads * protected).sum())
             spare = on_device(protected + interval, kept.device)[:, None]
             sizes = totals[of] + heads * (protected + interval)
-            survivors = Survivors(part.source(), kept, count, width, index, not by_score)
+            survivors = Survivors(part.source(), kept, count, width, index, in_order)
             pool.rewrite(rows, survivors, budgets[batch].view(kept.shape) + spare, sizes, kept)
 
     def _land(self, outcome: Outcome, pools: Sequence[Pool], found: npt.NDArray[np.float64]) -> None:

@@ -13,7 +13,7 @@ from reasonalloc.cache.pool import Pool
 from reasonalloc.cache.prompt import Prompt, PromptTokens
 from reasonalloc.cache.queries import Queries
 from reasonalloc.cache.round import Held, PoolTokens, Round
-from reasonalloc.cache.table import HostInts, Table, on_device
+from reasonalloc.cache.table import HostInts, Phase, Table, on_device
 from reasonalloc.policies.scoring.tokens import LayerTokens
 
 
@@ -79,11 +79,12 @@ class Schedule:
             prompt: their prompt, if it lies beside the pool.
             scaling, columns: as for ``after_interval``.
         """
-        held: Held = PoolTokens(pool, rows) if prompt is None else PromptTokens(prompt, pool)
+        is_over = bool((self.table.phases[rows] == Phase.DECODING).all())
+        held: Held = PoolTokens(pool, rows, is_over) if prompt is None else PromptTokens(prompt, pool)
         if self.round is not None and first:
             self.table.land(rows)  # what these rows' last round measured
             self.round.totals.open_round()
-        if self.round is not None and self.round.is_due(pool.layers, rows, held.lengths):
+        if self.round is not None and self.round.is_due(pool.layers, rows, held.lengths, held.is_settled):
             self.round.run([held], scaling, columns)
         elif isinstance(held, PromptTokens):
             self._store(held)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -53,23 +53,59 @@ def rank(
     lengths: Int[Tensor, "batch heads"],
     window: int,
     protected: Int[Tensor, "batch"],
+    pinned: Int[Tensor, "batch"] | None = None,
 ) -> tuple[Candidates, Bool[Tensor, ""]]:
-    """``rank_candidates`` of left-aligned tokens whose newest ``window`` are kept; and whether a score is NaN."""
+    """``rank_candidates`` of left-aligned tokens whose newest ``window`` are kept; and whether a score is NaN.
+
+    So are each row's first ``pinned`` tokens, where there are any.
+    """
     if launch.serve(scores.device):
         from reasonalloc.kernels import ranking
 
         ranked, is_nan = ranking.rank(scores, lengths, protected, window)
-        return Candidates(ranked, (lengths - protected[:, None]).clamp(min=0), protected), is_nan
+        candidates = Candidates(ranked, (lengths - protected[:, None]).clamp(min=0), protected)
+    else:
+        index = torch.arange(scores.shape[-1], device=scores.device)
+        valid = index < lengths[..., None]
+        newest = valid & (index >= lengths[..., None] - window)
+        candidates, is_nan = rank_candidates(scores, valid, newest, protected), (scores.isnan() & valid).any()
+    if pinned is None:
+        return candidates, is_nan
     index = torch.arange(scores.shape[-1], device=scores.device)
-    valid = index < lengths[..., None]
-    newest = valid & (index >= lengths[..., None] - window)
-    return rank_candidates(scores, valid, newest, protected), (scores.isnan() & valid).any()
+    first = (index < pinned[:, None, None]) & (index < lengths[..., None])
+    return replace(candidates, scores=candidates.scores.masked_fill(first, float("inf"))), is_nan
+
+
+def pin(
+    candidates: Candidates,
+    index: Int[Tensor, "batch heads tokens"],
+    kept: Int[Tensor, "batch heads"],
+    pinned: Int[Tensor, "batch"],
+) -> Int[Tensor, "batch heads tokens"]:
+    """The tokens that stay, each head's best-scored ``pinned`` ones first, the window's not asked; each part in order.
+
+    Args:
+        candidates: tokens of prompts that have just ended.
+        index, kept: what stays of them, as ``select`` says.
+        pinned: of each row.
+    """
+    scores = candidates.scores
+    asked = scores.masked_fill(torch.isposinf(scores), float("-inf"))
+    best = asked.argsort(dim=-1, descending=True, stable=True)
+    width = index.shape[-1]
+    at = torch.arange(width, device=index.device)
+    rank_of = torch.empty_like(best).scatter_(-1, best, at.expand_as(best))
+    chosen = rank_of.gather(-1, index.long()) < pinned[:, None, None]
+    place = torch.where(chosen, at, at + width).masked_fill(at >= kept[..., None], 2 * width)
+    return index.gather(-1, place.argsort(-1))
 
 
 def route_heads(
-    allocator: HeadAllocator, candidates: Candidates, total: Int[Tensor, "batch"], window: int
+    allocator: HeadAllocator, candidates: Candidates, total: Int[Tensor, "batch"], least: int | Int[Tensor, "batch 1"]
 ) -> HeadSplit:
     """Head budgets that sum to ``total`` for every sequence, also where the layer is not full yet.
+
+    ``least``: as for ``HeadAllocator.allocate``.
 
     A sequence that holds no more than ``total`` keeps everything; what it does not use is shared out evenly.
     """
@@ -77,7 +113,7 @@ def route_heads(
     over = lengths.sum(-1) > total
     # Rows that fit are given a solvable problem instead (their own length); its answer is then not used.
     target = torch.minimum(total, lengths.sum(-1))
-    split = allocator.allocate(candidates.scores, lengths, target, window)
+    split = allocator.allocate(candidates.scores, lengths, target, least)
     spare = (total - lengths.sum(-1)).clamp(min=0)
     room = torch.ones_like(lengths, dtype=torch.float64)
     even = lengths + apportion(room, spare, torch.zeros_like(room), room * spare[:, None])

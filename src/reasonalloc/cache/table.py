@@ -66,7 +66,9 @@ class Table:
         seen: ``[rows]``, tokens of each row so far, padding not counted, evicted ones included.
         steps: ``[rows]``, steps decoded since the last round.
         pushed: ``[rows]``, queries that went into the ring.
+        prompt: ``[rows]``, tokens of its prompt.
         protected: ``[rows]``, leading tokens of every head that stay on top of the budget.
+        pinned: ``[rows]``, leading tokens of every head that stay inside the budget.
         streams: ``[rows]``, which random numbers a row draws: a row that moves takes its stream along.
         phases: ``[rows]``, a ``Phase`` each.
         moves: how often spans were moved, or their sizes changed.
@@ -82,7 +84,8 @@ class Table:
         self._flights.clear()
         self._starts, self._capacities, self._settled = (np.zeros(spans, np.int64) for _ in range(3))
         self.young = np.zeros((layers, rows), np.int64)
-        self.seen, self.steps, self.pushed, self.protected = (np.zeros(rows, np.int64) for _ in range(4))
+        self.seen, self.steps, self.pushed = (np.zeros(rows, np.int64) for _ in range(3))
+        self.prompt, self.protected, self.pinned = (np.zeros(rows, np.int64) for _ in range(3))
         self.streams = np.arange(rows)
         self.phases = np.full(rows, Phase.EMPTY, dtype=np.int64)
         self.moves = 0
@@ -187,7 +190,7 @@ class Table:
         self.land(rows)
         self._settled[:, rows] = 0
         self.young[:, rows] = 0
-        for counts in (self.seen, self.steps, self.pushed, self.protected):
+        for counts in (self.seen, self.steps, self.pushed, self.prompt, self.protected, self.pinned):
             counts[rows] = 0
         self.phases[rows] = Phase.EMPTY
 

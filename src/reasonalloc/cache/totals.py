@@ -32,7 +32,7 @@ class LayerTotals:
         self.budget = compression.budget
         allocator = compression.layer_allocator
         with torch.device("cpu"):  # whatever the caller's default device is
-            fixed = allocator.allocate(shape, self.budget, compression.kept_window, compression.demand_profile)
+            fixed = allocator.allocate(shape, self.budget, compression.least, compression.demand_profile)
         self._fixed = fixed.numpy()
         self.dynamic = allocator if isinstance(allocator, DynamicLayers) else None
         self.reset()
@@ -57,7 +57,7 @@ class LayerTotals:
         """Before the first layer of a round: re-split by what all layers have reported."""
         if self.dynamic is None or self._average is None or len(self._reported) < self.shape.layers:
             return
-        split = self.dynamic.split(self._average, self.shape, self.budget, self.compression.kept_window)
+        split = self.dynamic.split(self._average, self.shape, self.budget, self.compression.least)
         self._totals = split.cpu().numpy()
 
     def report(self, layers: HostInts, demand: npt.NDArray[np.float64]) -> None:

@@ -25,7 +25,7 @@ from reasonalloc.policies.scoring.scorer import without_window
 from reasonalloc.policies.values import check_setting, shown, tokens
 
 Allocator = TypeVar("Allocator", LayerAllocator, HeadAllocator)
-Prompt = Literal["compete", "protect"]
+Prompt = Literal["compete", "protect", "pin"]
 StorageOrder = Literal["position", "score"]
 Settings = Mapping[str, Any]  # of a policy, its name among them
 AUTO_PROFILE = "auto"
@@ -49,8 +49,13 @@ class Compression:
         interval: decoded tokens between two compressions (the paper's Delta).
         window: newest tokens that every head keeps; None takes the scorer's own.
         prompt: "compete": the prompt's tokens are evicted like all others (as in the paper);
-            "protect": they stay, on top of the budget. A prompt ends before the first token that comes alone, so
-            a chunk of one token (but for the very first) counts as decoded.
+            "protect": they stay, on top of the budget; "pin": they stay, inside the budget, in every head as many as
+            ``pin_share`` allows. A prompt ends before the first token that comes alone, so a chunk of one token (but
+            for the very first) counts as decoded.
+        pin_share: of the budget, that a prompt's tokens may hold with "pin" (arXiv 2609.03430 keeps all of it). Of a
+            longer prompt every head pins its best-scored ones, chosen when the prompt ends; the window's are not asked.
+            Layers and heads get no less than those and the window, whatever their demand, so budget and window must
+            leave room; that floor counts before R(.)'s own bounds, and its upper bound gives way to it.
         storage_order: order of the survivors in memory. "position" keeps the text's order; "score" is the order of
             R-KV's original code, where neighbours in later rounds are neighbours in score.
         seed: of the cache's own random numbers, for scorers that draw.
@@ -72,6 +77,7 @@ class Compression:
     interval: int = 128
     window: int | None = None
     prompt: Prompt = "compete"
+    pin_share: float = 0.75
     storage_order: StorageOrder = "position"
     seed: int = 0
     asked: Asked | None = field(default=None, kw_only=True, repr=False, compare=False)
@@ -96,6 +102,18 @@ class Compression:
         """The window as a number: newest tokens that every head keeps."""
         assert self.window is not None
         return self.window
+
+    @property
+    def most_pinned(self) -> int:
+        """Tokens of a prompt that every head keeps for good at most."""
+        if self.prompt != "pin" or self.budget is None:
+            return 0
+        return int(self.pin_share * self.budget)
+
+    @property
+    def least(self) -> int:
+        """Tokens that a head needs room for whatever its demand: the pinned ones of a long prompt, and the window."""
+        return self.kept_window + self.most_pinned
 
     @property
     def token_scorer(self) -> Scorer:
@@ -144,7 +162,7 @@ class Compression:
                 "layers='uniform' (method 'reasonalloc-head') for equal layers"
             )
         if self.prompt == "protect":
-            return "prompt='protect' has no bound: use prompt='compete' with a larger budget"
+            return "prompt='protect' has no bound: use prompt='pin', which keeps the prompt inside the budget"
         return ""
 
     def describe(self) -> dict[str, Any]:
@@ -162,6 +180,7 @@ class Compression:
             "interval": self.interval,
             "window": self.window,
             "prompt": self.prompt,
+            **({"pin_share": self.pin_share} if self.prompt == "pin" else {}),
             "storage_order": self.storage_order,
             "seed": self.seed,
         }
@@ -227,6 +246,7 @@ def _resolved(given: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
         "profile": profile,
         "interval": tokens("interval", given["interval"], 1),
         "window": tokens("window", scorer.window if window is None else window, 0),
+        "pin_share": check_setting("pin_share", given["pin_share"], "float"),
         "seed": check_setting("seed", given["seed"], "int"),
     }
 
@@ -244,6 +264,13 @@ def _check(made: Compression) -> None:
         raise ValueError(
             f"budget {made.budget} leaves nothing beside the window of {made.kept_window} newest tokens: "
             f"ask for at least {made.kept_window + 1}, or pass a smaller window"
+        )
+    if not 0 < made.pin_share <= 1:
+        raise ValueError(f"pin_share is a share of the budget, above 0 and at most 1, got {made.pin_share}")
+    if made.budget is not None and made.most_pinned and made.budget < made.least + 1:
+        raise ValueError(
+            f"budget {made.budget} has no room for {made.most_pinned} pinned tokens (pin_share {made.pin_share}), the "
+            f"window of {made.kept_window} and one more: ask for a larger budget, or a smaller window or pin_share"
         )
     for name, allowed in (("prompt", get_args(Prompt)), ("storage_order", get_args(StorageOrder))):
         if getattr(made, name) not in allowed:

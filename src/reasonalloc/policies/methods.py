@@ -35,6 +35,10 @@ METHODS: dict[str, Method] = {
     "vase": _uniform("VaSE: large values kept, the rest drawn by attention", "vase"),
     "vase-queryfree": _uniform("VaSE without queries: sinks, and random sketches of keys and values", "vase-queryfree"),
     "random": _uniform("random eviction, the control", "random"),
+    "random-pin": Method(
+        "random eviction, the prompt kept inside the budget: the null hypothesis",
+        {"scorer": "random", "layers": "uniform", "heads": "uniform", "prompt": "pin"},
+    ),
     "pyramid-rkv": Method("R-KV, PyramidKV's layers", {"scorer": "rkv", "layers": "pyramid", "heads": "uniform"}),
     "adakv-rkv": Method("R-KV, AdaKV's heads", {"scorer": "rkv", "layers": "uniform", "heads": "adakv"}),
     "reasonalloc": Method("ReasonAlloc: layers by demand, heads by threshold", {"scorer": "rkv", "heads": "threshold"}),

@@ -73,7 +73,7 @@ class HeadAllocator(ABC):
         scores: Float[Tensor, "batch heads tokens"],
         lengths: Int[Tensor, "batch heads"],
         total: Int[Tensor, "batch"],
-        window: int,
+        least: int | Int[Tensor, "batch 1"],
     ) -> HeadSplit:
         """Split ``total`` over the heads of each sequence.
 
@@ -81,7 +81,8 @@ class HeadAllocator(ABC):
             scores: utility of each token, see the module's text.
             lengths: tokens that each head holds; no head is given more than it holds.
             total: the layer's budget per sequence; ``lengths.sum(-1) > total`` is assumed.
-            window: recent tokens that every head keeps.
+            least: tokens that every head keeps whatever their score, of those that it holds: the window, and the pinned
+                ones of a prompt, whose number differs by sequence.
         """
 
 
@@ -96,7 +97,7 @@ class LayeredHeads(HeadAllocator):
         scores: Float[Tensor, "batch heads tokens"],
         lengths: Int[Tensor, "batch heads"],
         total: Int[Tensor, "batch"],
-        window: int,
+        least: int | Int[Tensor, "batch 1"],
     ) -> HeadSplit:
         """Each layer's split of its rows. There are thresholds where all layers have them."""
         check_layers(len(lengths), len(self.own))
@@ -104,7 +105,7 @@ class LayeredHeads(HeadAllocator):
         splits = []
         for i, allocator in enumerate(self.own):
             own = slice(i * rows, (i + 1) * rows)
-            splits.append(allocator.allocate(scores[own], lengths[own], total[own], window))
+            splits.append(allocator.allocate(scores[own], lengths[own], total[own], of_rows(least, own)))
         thresholds = [split.threshold for split in splits if split.threshold is not None]
         return HeadSplit(
             torch.cat([split.budgets for split in splits]),
@@ -135,12 +136,20 @@ def pooled_counts(
     return (scores >= threshold[:, None, None]).sum(-1), threshold
 
 
+def of_rows(least: int | Int[Tensor, "batch 1"], rows: slice) -> int | Int[Tensor, "some 1"]:
+    """What ``HeadAllocator.allocate`` is told of some sequences alone."""
+    return least if isinstance(least, int) else least[rows]
+
+
 def share_out(
-    weights: Float[Tensor, "batch heads"], lengths: Int[Tensor, "batch heads"], total: Int[Tensor, "batch"], window: int
+    weights: Float[Tensor, "batch heads"],
+    lengths: Int[Tensor, "batch heads"],
+    total: Int[Tensor, "batch"],
+    least: int | Int[Tensor, "batch 1"],
 ) -> HeadSplit:
-    """Shares in proportion to ``weights``: every head at least its window, none more than it holds."""
+    """Shares in proportion to ``weights``: every head what it keeps anyway, none more than it holds."""
     held = lengths.to(torch.float64)
-    return HeadSplit(apportion(weights, total, held.clamp(max=window), held))
+    return HeadSplit(apportion(weights, total, held.clamp(max=least), held))
 
 
 @HEAD_ALLOCATORS.register("uniform")
@@ -153,10 +162,10 @@ class UniformHeads(HeadAllocator):
         scores: Float[Tensor, "batch heads tokens"],
         lengths: Int[Tensor, "batch heads"],
         total: Int[Tensor, "batch"],
-        window: int,
+        least: int | Int[Tensor, "batch 1"],
     ) -> HeadSplit:
         """Equal shares; a head that holds less than its share leaves the rest to the others."""
-        return share_out(torch.ones_like(lengths), lengths, total, window)
+        return share_out(torch.ones_like(lengths), lengths, total, least)
 
 
 @HEAD_ALLOCATORS.register("threshold")
@@ -181,13 +190,13 @@ class ThresholdHeads(HeadAllocator):
         scores: Float[Tensor, "batch heads tokens"],
         lengths: Int[Tensor, "batch heads"],
         total: Int[Tensor, "batch"],
-        window: int,
+        least: int | Int[Tensor, "batch 1"],
     ) -> HeadSplit:
         """R(counts above the threshold; total)."""
         demand, threshold = pooled_counts(scores, total)
         mean = (total.to(torch.float64) / lengths.shape[-1])[:, None]
         held = lengths.to(torch.float64)
-        low = torch.minimum((self.lower * mean).clamp(min=window), held)
+        low = torch.minimum((self.lower * mean).expand_as(held).clamp(min=least), held)
         high = torch.maximum(torch.minimum(self.upper * mean, held), low)
         # A head far over its upper bound (after the layer's total shrank) must not make the split infeasible.
         high = high.where(high.sum(-1, keepdim=True) >= total[:, None], held)
@@ -214,11 +223,11 @@ class AdaKVHeads(HeadAllocator):
         scores: Float[Tensor, "batch heads tokens"],
         lengths: Int[Tensor, "batch heads"],
         total: Int[Tensor, "batch"],
-        window: int,
+        least: int | Int[Tensor, "batch 1"],
     ) -> HeadSplit:
         """Window, plus ``(1 - safeguard) * count + safeguard * equal share`` of what the windows leave."""
         counts, threshold = pooled_counts(scores, total)
-        recent = lengths.clamp(max=window)
+        recent = lengths.clamp(max=least)
         rest = total - recent.sum(-1)
         free = (lengths - recent).to(torch.float64)
         own, equal = (counts - recent).to(torch.float64), rest.to(torch.float64)[:, None] / lengths.shape[-1]

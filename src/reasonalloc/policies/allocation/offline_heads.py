@@ -101,7 +101,7 @@ class OfflineHeads(OfflineBudgets, HeadAllocator):
         scores: Float[Tensor, "batch heads tokens"],
         lengths: Int[Tensor, "batch heads"],
         total: Int[Tensor, "batch"],
-        window: int,
+        least: int | Int[Tensor, "batch 1"],
     ) -> HeadSplit:
         """Not to be called: shares differ from layer to layer, see ``for_layer``."""
         raise TypeError(f"{type(self).__name__} splits a layer only after for_layer")
@@ -123,12 +123,12 @@ class FixedHeads(HeadAllocator):
         scores: Float[Tensor, "batch heads tokens"],
         lengths: Int[Tensor, "batch heads"],
         total: Int[Tensor, "batch"],
-        window: int,
+        least: int | Int[Tensor, "batch 1"],
     ) -> HeadSplit:
         """Weighted shares; a head that holds less than its share leaves the rest to the others."""
         weights = _on_device(self.weights, lengths.device)
         check_layers(len(lengths), len(weights))
-        return share_out(weights.repeat_interleave(len(lengths) // len(weights), 0), lengths, total, window)
+        return share_out(weights.repeat_interleave(len(lengths) // len(weights), 0), lengths, total, least)
 
 
 @lru_cache(maxsize=256)

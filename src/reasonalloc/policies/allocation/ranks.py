@@ -54,7 +54,7 @@ class GatheredHeads(HeadAllocator):
         scores: Float[Tensor, "batch heads tokens"],
         lengths: Int[Tensor, "batch heads"],
         total: Int[Tensor, "batch"],
-        window: int,
+        least: int | Int[Tensor, "batch 1"],
     ) -> HeadSplit:
         """Budgets of this rank's heads; they sum to ``total``, as ever."""
         widest = int(self._gather_whole(torch.tensor([scores.shape[-1]], device=scores.device)).max())
@@ -63,11 +63,11 @@ class GatheredHeads(HeadAllocator):
             _side_by_side(self.gather(scores[None])),
             _side_by_side(self._gather_whole(lengths[None])),
             self._gather_whole(total[None]).sum(0),
-            window,
+            least,
         )
         heads = lengths.shape[1]
         wish = every.budgets[:, self.rank * heads : (self.rank + 1) * heads]
-        return HeadSplit(within_rank(wish, lengths, total, window), every.threshold)
+        return HeadSplit(within_rank(wish, lengths, total, least), every.threshold)
 
     def _gather_whole(self, x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         """Numbers of tokens travel as float32, exact below 2**24: not every engine gathers integers."""
@@ -75,11 +75,14 @@ class GatheredHeads(HeadAllocator):
 
 
 def within_rank(
-    wish: Int[Tensor, "batch heads"], lengths: Int[Tensor, "batch heads"], total: Int[Tensor, "batch"], window: int
+    wish: Int[Tensor, "batch heads"],
+    lengths: Int[Tensor, "batch heads"],
+    total: Int[Tensor, "batch"],
+    least: int | Int[Tensor, "batch 1"],
 ) -> Int[Tensor, "batch heads"]:
     """A rank's budgets in a split over all heads, scaled to the ``total`` that its own memory holds."""
     held = lengths.to(torch.float64)
-    return apportion(wish.to(torch.float64), total, held.clamp(max=window), held)
+    return apportion(wish.to(torch.float64), total, held.clamp(max=least), held)
 
 
 def _side_by_side(stacked: Tensor) -> Tensor:
