@@ -115,6 +115,11 @@ def lines_of(process: "subprocess.Popen[str]", seconds: float) -> Any:
         yield line
 
 
+def uninterpreted() -> dict[str, str]:
+    """The environment of a part: its kernels are compiled, whatever was set here."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
 def end(process: "subprocess.Popen[str]") -> None:
     """End a process and all that it has started."""
     for how, wait in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
@@ -147,7 +152,7 @@ def run(command: Sequence[str], seconds: float) -> dict[str, Any]:
     problem, last = "", None
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True,
+        errors="replace", start_new_session=True, env=uninterpreted(),
     )  # fmt: skip
     try:
         for line in lines_of(process, seconds):
@@ -276,7 +281,6 @@ def main() -> int:
     if set(wanted) - set(names):
         parser.error(f"--only takes some of {','.join(names)}, got {options.only}")
     began = time.monotonic()
-    os.environ.pop("TRITON_INTERPRET", None)
     try:
         machine = look(60)
     except Ended as problem:

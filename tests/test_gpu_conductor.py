@@ -243,3 +243,14 @@ def test_small_things(capsys):
     }  # fmt: skip
     assert [part.limit for part in gpu.PARTS[:4]] == [90, 60, 100, 110]
     assert gpu.TOTAL < 360
+
+
+def test_the_conductor_leaves_the_environment_as_it_is(monkeypatch):
+    """Other tests of this process go on with interpreted kernels; the parts compile theirs."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    before = dict(os.environ)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", "attention"])
+    monkeypatch.setattr(gpu, "look", lambda seconds: {"missing": ["torch"], "gpu": None})
+    assert gpu.main() == 2
+    assert dict(os.environ) == before
+    assert "TRITON_INTERPRET" not in gpu.uninterpreted()
