@@ -42,16 +42,16 @@ class OnRanks(HeadAllocator):
         scores: Float[Tensor, "batch heads tokens"],
         lengths: Int[Tensor, "batch heads"],
         total: Int[Tensor, "batch"],  # noqa: F821
-        window: int,
+        least: Any,
     ) -> HeadSplit:
         """Head budgets of all ranks, side by side."""
-        every = self.inner.allocate(scores, lengths, total, window)
+        every = self.inner.allocate(scores, lengths, total, least)
         parts = []
         for wish, own, held in zip(*(x.chunk(RANKS, 1) for x in (every.budgets, scores, lengths)), strict=True):
             if self.routing == "rank":
-                parts.append(self.inner.allocate(own, held, total // RANKS, window).budgets)
+                parts.append(self.inner.allocate(own, held, total // RANKS, least).budgets)
             else:
-                parts.append(within_rank(wish, held, total // RANKS, window))
+                parts.append(within_rank(wish, held, total // RANKS, least))
         return HeadSplit(torch.cat(parts, 1))
 
 

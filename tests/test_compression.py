@@ -287,7 +287,7 @@ def test_settings_without_a_default_are_asked_for():
     [
         (ra.Compression.method("full"), "a full cache has no bound: ask for a budget"),
         (ra.Compression(64), "layer budgets measured while decoding fix no layer's memory: pass a calibrated profile"),
-        (ra.Compression.method("rkv", 64, prompt="protect"), "prompt='protect' has no bound: use prompt='compete'"),
+        (ra.Compression.method("rkv", 64, prompt="protect"), "prompt='protect' has no bound: use prompt='pin'"),
     ],
 )
 def test_what_has_no_bound_says_why(made, reason):

@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from reasonalloc.cli.console import clear_errors, console, errors
-from reasonalloc.cli.options import Device, Dtype, whole_numbers
+from reasonalloc.cli.options import Device, Dtype, prompt_of, whole_numbers
 
 if TYPE_CHECKING:
     from reasonalloc.evaluation.store import Result, Store
@@ -56,6 +56,7 @@ def evaluate(
     profile: Annotated[str | None, typer.Option(help="Demand profile (JSON), or 'auto'.")] = None,
     interval: Annotated[int, typer.Option(min=1, help="Decoded tokens between two compressions.")] = 128,
     protect_prompt: Annotated[bool, typer.Option(help="Keep the prompt, on top of the budget.")] = False,
+    pin_prompt: Annotated[bool, typer.Option(help="Keep the prompt, inside the budget: up to 3/4 of it.")] = False,
     random_splits: Annotated[int, typer.Option(min=0, help="Random splits of each budget, as a control.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Answers decoded together.")] = 16,
     dtype: Dtype = "auto",
@@ -99,7 +100,7 @@ def evaluate(
                     "common": {
                         "interval": interval,
                         **({"profile": profile} if profile else {}),
-                        **({"prompt": "protect"} if protect_prompt else {}),
+                        **prompt_of(protect_prompt, pin_prompt),
                     },
                     "random_splits": random_splits,
                     "dtype": dtype,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reasonalloc.cli.console import clear_errors, errors
-from reasonalloc.cli.options import Device, Dtype
+from reasonalloc.cli.options import Device, Dtype, prompt_of
 
 if TYPE_CHECKING:
     from reasonalloc.policies.compression import Compression
@@ -27,6 +27,7 @@ def generate(
     ] = None,
     interval: Annotated[int, typer.Option(help="Decoded tokens between two compressions.")] = 128,
     protect_prompt: Annotated[bool, typer.Option(help="Keep the prompt, on top of the budget.")] = False,
+    pin_prompt: Annotated[bool, typer.Option(help="Keep the prompt, inside the budget: up to 3/4 of it.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
@@ -44,9 +45,7 @@ def generate(
             raise ValueError(f"--record is saved as .json or .npz, got {record.name!r}")
         from reasonalloc.policies.compression import Compression
 
-        overrides: dict[str, Any] = {"interval": interval, "seed": seed}
-        if protect_prompt:
-            overrides["prompt"] = "protect"
+        overrides: dict[str, Any] = {"interval": interval, "seed": seed, **prompt_of(protect_prompt, pin_prompt)}
         if profile is not None:
             overrides["profile"] = profile
         compression = Compression.method(method, budget, **overrides)

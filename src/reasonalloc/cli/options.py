@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,3 +16,14 @@ def whole_numbers(text: str, option: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{option} takes whole numbers with commas between them, got {text!r}") from None
+
+
+def prompt_of(protect: bool, pin: bool) -> dict[str, Any]:
+    """``--protect-prompt`` and ``--pin-prompt`` as a field of ``Compression``; none without either.
+
+    Raises:
+        ValueError: both.
+    """
+    if protect and pin:
+        raise ValueError("--protect-prompt keeps the prompt on top of the budget, --pin-prompt inside it: choose one")
+    return {"prompt": "protect"} if protect else {"prompt": "pin"} if pin else {}

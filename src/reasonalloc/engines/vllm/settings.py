@@ -70,7 +70,9 @@ def _check(chosen: Compression) -> None:
             'calibrated "profile", or "method": "reasonalloc-head" for equal layers'
         )
     if chosen.prompt == "protect":
-        raise ValueError('"prompt": "protect" has no bound, an arena has one: use "compete" with a larger budget')
+        raise ValueError(
+            '"prompt": "protect" has no bound, an arena has one: use "pin", which keeps it inside the budget'
+        )
     if chosen.profile == AUTO_PROFILE:
         raise ValueError(
             '"profile": "auto" calibrates a model, a server cannot: run `reasonalloc calibrate` and name its file'
