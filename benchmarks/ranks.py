@@ -10,6 +10,7 @@ by text.
 
 import argparse
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
