@@ -61,7 +61,7 @@ def attention_forward(
     if refused:
         raise UnsupportedModelError(f"a ragged cache cannot serve attention with {', '.join(refused)}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    with ordinary_tensors():
+    with torch.inference_mode(False), torch.no_grad():  # as ordinary_tensors, without its cost in every layer
         chunk = layer.begin(attention_mask, query, kwargs.get("position_ids"))
         if chunk is not None and layer.ragged.is_new(chunk):
             out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
