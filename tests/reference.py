@@ -180,7 +180,9 @@ def random_chunks(lengths, steps, seed=2):
 
 
 def compression(method, budget=24, interval=16, **changes):
-    """A method at a tiny budget; VaSE's window of 64 tokens is cut down to fit."""
+    """A method at a tiny budget; VaSE's window of 64 tokens is cut down to fit, and so is a pinned prompt."""
     if method in ("vase", "vase-queryfree"):
         changes = {"window": 8, **changes}
+    if method == "random-pin":
+        changes = {"pin_share": 0.25, **changes}
     return method_of(method, budget, interval=interval, **changes)

@@ -182,7 +182,7 @@ WRONG = [
     ({"interval": True}, "interval must be a whole number of tokens, at least 1, got True"),
     ({"window": 8.5}, "window must be a whole number of tokens, at least 0, got 8.5"),
     ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
-    ({"prompt": ["compete"]}, "prompt must be one of compete, protect, got ['compete']"),
+    ({"prompt": ["compete"]}, "prompt must be one of compete, protect, pin, got ['compete']"),
     ({"asked": 3}, "asked is a Compression's own record, leave it out: got 3"),
     ({"scorer": {}}, 'a token scorer with settings needs its name, {"name": ...}, got {}'),
     ({"scorer": {"kernel": 5}}, "a token scorer with settings needs its name, {\"name\": ...}, got {'kernel': 5}"),

@@ -74,7 +74,9 @@ def test_dynamic_layers_stay_in_one_memory(kernels):
     assert [x.data_ptr() for x in (pool.keys, pool.values)] == list(memory[:2])
 
 
-@pytest.mark.parametrize("changes", [{"prompt": "protect"}, {"storage_order": "score"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"prompt": "protect"}, {"storage_order": "score"}, {"prompt": "pin", "pin_share": 0.5}], ids=str
+)
 def test_what_else_a_round_knows(changes, kernels, request):
     def batch():
         made = Batch("reasonalloc-head", rows=2, **changes)

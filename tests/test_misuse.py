@@ -26,7 +26,7 @@ from reasonalloc.cache.attention import choose_backend
             {"budget": 64, "heads": "tresholds"},
             "unknown head allocator 'tresholds'. Did you mean 'threshold'?",
         ),
-        ({"budget": 64, "prompt": "keep"}, "prompt must be one of compete, protect, got 'keep'"),
+        ({"budget": 64, "prompt": "keep"}, "prompt must be one of compete, protect, pin, got 'keep'"),
         ({"budget": 64, "storage_order": "x"}, "storage_order must be one of position, score, got 'x'"),
         ({"budget": 64, "layers": "wave"}, "WaveLayers needs the model's demand profile"),
         ({"budget": 64, "scorer": "vase"}, "budget 64 leaves nothing beside the window of 64"),

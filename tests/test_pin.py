@@ -204,3 +204,6 @@ def test_what_cannot_be_pinned():
     chosen = ra.Compression.method("random-pin", 64)
     assert (chosen.prompt, chosen.most_pinned, chosen.least) == ("pin", 48, 56)
     assert ra.Compression(64).most_pinned == 0
+    halves = ra.Compression.method("h2o", 64, prompt="pin")
+    assert (halves.most_pinned, halves.window) == (48, 8), "half of what the prompt leaves"
+    assert halves.replace(prompt="compete").window == 32

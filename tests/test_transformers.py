@@ -23,7 +23,7 @@ from reasonalloc.cache.pool import Pool
 from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
 
 METHODS = [name for name in ra.METHODS if name != "full"]
-DRAWN = {"random", "vase", "vase-queryfree"}  # a draw depends on the row of the batch, by design
+DRAWN = {"random", "random-pin", "vase", "vase-queryfree"}  # a draw depends on the row of the batch, by design
 GREEDY = {"do_sample": False, "max_new_tokens": 40}
 
 

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reasonalloc.policies.methods import METHODS
-from reasonalloc.policies.values import tokens
+from reasonalloc.policies.values import check_setting, tokens
+
+PIN_SHARE = 0.75  # of the budget, that the tokens of a prompt may hold with prompt="pin"
+
+
+def pinned_of(budget: int, prompt: object, share: float) -> int:
+    """Tokens of a prompt that every head keeps for good at most."""
+    return int(share * budget) if prompt == "pin" else 0
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,11 @@ class Asked:
         """The fields of ``Compression``: the method's at this budget, and over them what was given."""
         if not self.method:
             return dict(self.given)
-        budget = self.given["budget"]
-        return {**METHODS[self.method].fields(0 if budget is None else tokens("budget", budget, 1)), **self.given}
+        budget, method = self.given["budget"], METHODS[self.method]
+        free = 0 if budget is None else tokens("budget", budget, 1)
+        prompt = {**method.fixed, **self.given}.get("prompt")
+        free -= pinned_of(free, prompt, check_setting("pin_share", self.given.get("pin_share", PIN_SHARE), "float"))
+        return {**method.fields(free), **self.given}
 
     def changed(self, changes: Mapping[str, Any]) -> Asked:
         """The same with some fields given otherwise."""

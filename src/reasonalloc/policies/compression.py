@@ -17,7 +17,7 @@ from reasonalloc.policies.allocation import (
 )
 from reasonalloc.policies.allocation.layers import no_profile
 from reasonalloc.policies.allocation.miss import MissCurveBudgets
-from reasonalloc.policies.asked import Asked
+from reasonalloc.policies.asked import PIN_SHARE, Asked, pinned_of
 from reasonalloc.policies.methods import METHODS
 from reasonalloc.policies.registry import unknown_name
 from reasonalloc.policies.scoring import SCORERS, Scorer
@@ -77,7 +77,7 @@ class Compression:
     interval: int = 128
     window: int | None = None
     prompt: Prompt = "compete"
-    pin_share: float = 0.75
+    pin_share: float = PIN_SHARE
     storage_order: StorageOrder = "position"
     seed: int = 0
     asked: Asked | None = field(default=None, kw_only=True, repr=False, compare=False)
@@ -106,9 +106,7 @@ class Compression:
     @property
     def most_pinned(self) -> int:
         """Tokens of a prompt that every head keeps for good at most."""
-        if self.prompt != "pin" or self.budget is None:
-            return 0
-        return int(self.pin_share * self.budget)
+        return 0 if self.budget is None else pinned_of(self.budget, self.prompt, self.pin_share)
 
     @property
     def least(self) -> int:

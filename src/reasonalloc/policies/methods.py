@@ -16,7 +16,7 @@ class Method:
     by_budget: Callable[[int], dict[str, Any]] | None = None
 
     def fields(self, budget: int) -> dict[str, Any]:
-        """The ``Compression`` fields that the method sets at this budget."""
+        """The ``Compression`` fields that the method sets at this budget, without what a prompt has pinned of it."""
         return {**self.fixed, **(self.by_budget(budget) if self.by_budget else {})}
 
 
