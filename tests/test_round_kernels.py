@@ -3,13 +3,11 @@
 Without a GPU they are compiled for real ones, too.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from uninterpreted import SHARED, printed
 
 pytest.importorskip("triton")
 
@@ -530,13 +528,9 @@ for arch, (kernel, known, warps, stages, others) in [*((90, one) for one in kern
 )
 def test_they_compile_for_gpus(dtype, dim):
     """To machine code, through ptxas, no GPU needed; into the shared memory that consumer GPUs have."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, dtype, str(dim)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
+    lines = printed(COMPILE, dtype, dim)
     assert len(lines) == 15 + 4, "all of them for Hopper, R-KV's largest for Ampere, too"
-    assert max(int(line[1]) for line in lines) <= 101_376
+    assert max(int(line[1]) for line in lines) <= SHARED
 
 
 @pytest.mark.skipif(launch.INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU, uninterpreted")

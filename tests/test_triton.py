@@ -1,14 +1,12 @@
 """Triton without a GPU: where its kernels are interpreted, and that they compile for GPUs."""
 
 import os
-import subprocess
-import sys
 
 import pytest
+from uninterpreted import SHARED, printed
 
 pytest.importorskip("triton")
 
-SHARED = 101_376  # bytes of shared memory of one program on consumer GPUs
 COMPILE = """
 import sys
 from triton import compile
@@ -63,11 +61,7 @@ for capability in (80, 90):
 )
 def test_attention_compiles_for_gpus(dtype, dim):
     """To machine code, through ptxas, no GPU needed; into the shared memory that consumer GPUs have."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, dtype, str(dim)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
+    lines = printed(COMPILE, dtype, dim)
     assert len(lines) == 16
     assert max(int(line[2]) for line in lines) <= SHARED, lines
 
@@ -76,8 +70,5 @@ def test_a_gpu_is_used_where_there_is_one():
     """conftest asks for the interpreter only where there is no GPU."""
     asked = "import os, sys; sys.path.insert(0, sys.argv[1]); import torch; torch.cuda.is_available = lambda: {}; "
     asked += "import conftest; print(os.environ.get('TRITON_INTERPRET'))"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     for available, wanted in ((True, "None"), (False, "1")):
-        command = [sys.executable, "-c", asked.format(available), os.path.dirname(__file__)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == wanted
+        assert printed(asked.format(available), os.path.dirname(__file__)) == [[wanted]]

@@ -385,7 +385,8 @@ class RaggedCache:
         """
         if self.fixed_memory != memory:
             raise RuntimeError("the cache's memory has moved since the step was recorded")
-        decode = self._ready()
+        decode = self._decode
+        assert decode is not None  # the memory was asked for, which makes the step ready
         self.table.phases[decode.rows] = Phase.DECODING
         self.step = Step(None)  # until it is done an interruption shows
         decode.count()

@@ -17,8 +17,9 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reasonalloc.kernels.decode_attention import LOG2_E, load_tile, most_of, tile_for, widens
+from reasonalloc.kernels.decode_attention import LOG2_E, most_of, tile_for
 from reasonalloc.kernels.launch import device_of, padded
+from reasonalloc.kernels.tiles import load_tile, widens
 
 _WARPS, _STAGES = 4, 2
 

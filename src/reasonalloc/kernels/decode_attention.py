@@ -20,7 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reasonalloc.kernels.chunks import LayerChunks
-from reasonalloc.kernels.launch import INTERPRETED, LEAST_WIDTH, device_of, padded
+from reasonalloc.kernels.launch import LEAST_WIDTH, device_of, padded
+from reasonalloc.kernels.tiles import load_tile, widens
 
 LOG2_E = log2(e)  # logits are in base 2
 SHARED = 96 * 1024  # bytes of shared memory that tiles may take: what every GPU since Ampere has
@@ -150,19 +151,6 @@ def attend(
                 received_starts.contiguous(), scaling * LOG2_E, **of_query, **sizes, **options,
             )  # fmt: skip
     return out
-
-
-def widens(dtype: torch.dtype) -> bool:
-    """Whether tiles are made float32 before they are multiplied: the interpreter's product cannot read bfloat16."""
-    return INTERPRETED and dtype == torch.bfloat16
-
-
-@triton.jit
-def load_tile(source, at, there, width: tl.constexpr, WIDTH: tl.constexpr, WIDEN: tl.constexpr):
-    """Rows ``at`` of a matrix of ``width`` columns; zeros where ``there`` is false, and in columns up to ``WIDTH``."""
-    column = tl.arange(0, WIDTH)[None, :]
-    tile = tl.load(source + at[:, None] * width + column, mask=there[:, None] & (column < width), other=0.0)
-    return tile.to(tl.float32) if WIDEN else tile
 
 
 @triton.jit(do_not_specialize_on_alignment=_NUMBERS)

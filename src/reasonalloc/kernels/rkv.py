@@ -24,13 +24,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reasonalloc.kernels import launch
+from reasonalloc.kernels.tiles import load_tile
 from reasonalloc.kernels.window import (
     WindowAttention,
     add_to_softmax,
     group_logits,
     key_sizes,
     largest_nearby,
-    load_keys,
     load_queries,
     mean_weight,
     pooled_importance,
@@ -173,7 +173,7 @@ def _scan(
     for at in range(0, n, TILE):
         t = at + tl.arange(0, TILE)
         live = t < n
-        key = load_keys(first, t, live, dim, DIM, WIDEN)
+        key = load_tile(first, t, live, dim, DIM, WIDEN)
         wide = key.to(tl.float32)
         reciprocal = 1.0 / tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), 1e-8)
         tl.store(reciprocals + row + t, reciprocal, mask=live)
@@ -203,7 +203,7 @@ def _compare(
     column = tl.arange(0, KEYS)
     j = first + column
     there = j >= 0
-    key = load_keys(keys, j, there, dim, DIM, WIDEN)
+    key = load_tile(keys, j, there, dim, DIM, WIDEN)
     reciprocal = tl.load(reciprocals + j, mask=there, other=0.0)
     product = tl.dot(q, tl.trans(key), input_precision=PRECISION) * reciprocal[None, :]
     matches = (product > floor[:, None]) & (i[:, None] != j[None, :])
@@ -254,7 +254,7 @@ def _ask_newest(
     d = tl.arange(0, DIM)
     i = tile * ASKING + tl.arange(0, ASKING)
     asks = i < n
-    q = load_keys(first, i, asks, dim, DIM, WIDEN)
+    q = load_tile(first, i, asks, dim, DIM, WIDEN)
     own = tl.load(reciprocals + row + i, mask=asks, other=1.0)
     wide = q.to(tl.float32)
     similarity = tl.sum(wide * tl.load(sums + span.to(tl.int64) * DIM + d)[None, :], 1) * own
@@ -279,6 +279,19 @@ def _ask_newest(
         _append(rest + row, rest_counts + span, i, asks & (best < 0))
 
 
+@triton.jit
+def _load_asking(
+    keys, reciprocals, asking, tile, count, threshold,
+    dim: tl.constexpr, DIM: tl.constexpr, WIDEN: tl.constexpr, ASKING: tl.constexpr,
+):  # fmt: skip
+    """A tile of a span's list: tokens, which of them there are, their keys, reciprocal norms, and least products."""
+    at = tile * ASKING + tl.arange(0, ASKING)
+    asks = at < count
+    i = tl.load(asking + at, mask=asks, other=0)
+    own = tl.load(reciprocals + i, mask=asks, other=1.0)
+    return i, asks, load_tile(keys, i, asks, dim, DIM, WIDEN), own, tl.where(asks, threshold / own, float("inf"))
+
+
 @triton.jit(do_not_specialize=["stride", "tiles"], do_not_specialize_on_alignment=["asking_counts"])
 def _ask_all(
     keys, starts, lengths, reciprocals, spared, asking, asking_counts, threshold, stride, tiles,
@@ -293,12 +306,9 @@ def _ask_all(
         return
     first = keys + tl.load(starts + span).to(tl.int64) * dim
     row = span.to(tl.int64) * stride
-    at = tile * ASKING + tl.arange(0, ASKING)
-    asks = at < count
-    i = tl.load(asking + row + at, mask=asks, other=0)
-    q = load_keys(first, i, asks, dim, DIM, WIDEN)
-    own = tl.load(reciprocals + row + i, mask=asks, other=1.0)
-    floor = tl.where(asks, threshold / own, float("inf"))
+    i, _, q, own, floor = _load_asking(
+        first, reciprocals + row, asking + row, tile, count, threshold, dim, DIM, WIDEN, ASKING
+    )
     best = tl.full([ASKING], -1, tl.int32)
     similar = tl.zeros([ASKING], tl.int32)
     for gone in range(SKIP, n, KEYS):
@@ -326,12 +336,9 @@ def _ask_on(
         return
     first = keys + tl.load(starts + span).to(tl.int64) * dim
     row = span.to(tl.int64) * stride
-    at = tile * ASKING + tl.arange(0, ASKING)
-    asks = at < count
-    i = tl.load(asking + row + at, mask=asks, other=0)
-    q = load_keys(first, i, asks, dim, DIM, WIDEN)
-    own = tl.load(reciprocals + row + i, mask=asks, other=1.0)
-    floor = tl.where(asks, threshold / own, float("inf"))
+    i, asks, q, own, floor = _load_asking(
+        first, reciprocals + row, asking + row, tile, count, threshold, dim, DIM, WIDEN, ASKING
+    )
     best = tl.full([ASKING], -1, tl.int32)
     similar = tl.zeros([ASKING], tl.int32)
     top = n - SKIP

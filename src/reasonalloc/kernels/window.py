@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reasonalloc.kernels import launch
+from reasonalloc.kernels.tiles import load_tile, widens
 
 _ROUND = 128  # scratch is padded to a multiple of it: whole lines of memory
 _QUERY_BYTES = 16 * 1024  # of shared memory that the queries of a program take
@@ -134,7 +135,7 @@ def key_sizes(keys: Float[Tensor, "slots dim"]) -> dict[str, Any]:
     return {
         "dim": keys.shape[1],
         "DIM": launch.padded(keys.shape[1]),
-        "WIDEN": launch.INTERPRETED and keys.dtype != torch.float32,
+        "WIDEN": widens(keys.dtype),
         "PRECISION": "ieee",
     }
 
@@ -151,14 +152,6 @@ def tile_of(keys: Float[Tensor, "slots dim"]) -> dict[str, int]:
 
 
 # ---- device functions, also R-KV's ----
-
-
-@triton.jit
-def load_keys(keys, t, live, dim: tl.constexpr, DIM: tl.constexpr, WIDEN: tl.constexpr):
-    """The keys of tokens ``t``, zeros where there is none. ``keys``: the span's first."""
-    d = tl.arange(0, DIM)
-    key = tl.load(keys + t[:, None] * dim + d[None, :], mask=live[:, None] & (d < dim)[None, :], other=0.0)
-    return key.to(tl.float32) if WIDEN else key
 
 
 @triton.jit
@@ -255,7 +248,7 @@ def _statistics(
     total = tl.zeros([ASKED], tl.float32)
     for at in range(0, n, TILE):
         t = at + tl.arange(0, TILE)
-        key = load_keys(first, t, t < n, dim, DIM, WIDEN)
+        key = load_tile(first, t, t < n, dim, DIM, WIDEN)
         logits = group_logits(key, asked, scaling, GROUP, ASKED, TILE, PRECISION)
         top, total = add_to_softmax(tl.where(t[:, None] < limit[None, :], logits, float("-inf")), top, total)
     query = (span * tl.num_programs(1) + block) * ASKED + tl.arange(0, ASKED)
@@ -278,7 +271,7 @@ def _weigh(
         return
     first = keys + tl.load(starts + span).to(tl.int64) * dim
     t = tile * TILE + tl.arange(0, TILE)
-    key = load_keys(first, t, t < n, dim, DIM, WIDEN)
+    key = load_tile(first, t, t < n, dim, DIM, WIDEN)
     mean = mean_weight(
         key, t, n, span, queries, largest, totals, shares, scaling, window, heads,
         group, observed, GROUP, ASKED, BLOCKS, dim, DIM, WIDEN, PRECISION, TILE,
