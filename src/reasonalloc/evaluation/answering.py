@@ -58,6 +58,7 @@ class Answer:
         finished: whether it ended by itself; False: the length limit cut it off.
         kept_tokens: tokens per head held, averaged over layers, heads and decoding steps.
         kv_bytes: of keys and values at their largest, see ``Footprint``.
+        evicted: whether any token had been dropped when it ended; None in results of a version that did not look.
     """
 
     text: str
@@ -65,6 +66,7 @@ class Answer:
     finished: bool
     kept_tokens: float
     kv_bytes: int
+    evicted: bool | None = None
 
 
 def answer(
@@ -109,12 +111,17 @@ def answer(
         generation_config=sampling.config(model, tokenizer),
     )
     written = out[:, inputs["input_ids"].shape[1] :].tolist()
-    found = zip(written, footprint.kept, footprint.kv_bytes, strict=True)
-    return [_describe(tokenizer, ids, ends, kept, kv_bytes * ranks(model)) for ids, kept, kv_bytes in found]
+    found = zip(written, footprint.kept, footprint.kv_bytes, footprint.evicted, strict=True)
+    return [
+        _describe(tokenizer, ids, ends, kept, kv_bytes * ranks(model), evicted)
+        for ids, kept, kv_bytes, evicted in found
+    ]
 
 
-def _describe(tokenizer: Any, ids: list[int], ends: set[int], kept: list[float], kv_bytes: int) -> Answer:
+def _describe(
+    tokenizer: Any, ids: list[int], ends: set[int], kept: list[float], kv_bytes: int, evicted: bool
+) -> Answer:
     stops = [i for i, token in enumerate(ids) if token in ends]
     body = ids[: stops[0]] if stops else ids
     text = tokenizer.decode(body, skip_special_tokens=False)
-    return Answer(text, len(body) + bool(stops), bool(stops), sum(kept) / len(kept), kv_bytes)
+    return Answer(text, len(body) + bool(stops), bool(stops), sum(kept) / len(kept), kv_bytes, evicted)

@@ -47,6 +47,7 @@ class Fidelity:
         agree: whether the likeliest token is the full cache's; None without one.
         kept_tokens: tokens per head held, averaged over layers, heads and intervals.
         kv_bytes: of keys and values at their largest, see ``Footprint``.
+        evicted: whether any token had been dropped at the end.
         log_probs: the whole distributions, if they were asked for.
     """
 
@@ -55,6 +56,7 @@ class Fidelity:
     agree: np.ndarray[Any, Any] | None
     kept_tokens: float
     kv_bytes: int
+    evicted: bool
     log_probs: Float[Tensor, "answer vocabulary"] | None = None
 
 
@@ -64,7 +66,7 @@ class Reading:
 
     Attributes:
         nll, kl, agree: at every position of the text, see ``Fidelity``.
-        kept_tokens, kv_bytes: see ``Fidelity``.
+        kept_tokens, kv_bytes, evicted: see ``Fidelity``; ``evicted`` is None in results of a version that did not look.
     """
 
     nll: list[float]
@@ -72,6 +74,7 @@ class Reading:
     agree: list[bool]
     kept_tokens: float
     kv_bytes: int
+    evicted: bool | None = None
 
     @property
     def tokens(self) -> int:
@@ -90,6 +93,7 @@ def read_alike(model: Any, trace: Trace, compressions: list[Compression]) -> lis
             [bool(x) for x in one.agree],  # type: ignore[union-attr]
             one.kept_tokens,
             one.kv_bytes,
+            one.evicted,
         )
         for one in found
     ]
@@ -164,6 +168,7 @@ def teacher_force(
         torch.cat(agree).numpy() if agree else None,
         float(np.mean(footprint.kept[0])) if footprint.kept[0] else 0.0,
         footprint.kv_bytes[0] * ranks(model),
+        footprint.evicted[0],
         torch.cat(kept) if kept else None,
     )
 

@@ -15,11 +15,13 @@ class Footprint:
         kv_bytes: for each sequence, the most bytes of keys and values that it held: an equal share of the batch's
             slots, free ones included. Of a full cache only its tokens count: it grows ahead to be fast, and
             transformers' own, which it stands for, does not.
+        evicted: for each sequence, whether any head had dropped a token of it at the last look.
     """
 
     def __init__(self, sequences: int) -> None:
         self.kept: list[list[float]] = [[] for _ in range(sequences)]
         self.kv_bytes = [0] * sequences
+        self.evicted = [False] * sequences
         self._held: list[int] = []  # the sequence of each row of the cache
 
     def look(self, cache: Cache, sequences: list[int]) -> None:
@@ -30,12 +32,16 @@ class Footprint:
         table, pools = cache.ragged.table, cache.ragged.pools
         if len(sequences) == table.rows:
             self._held = sequences
-        lengths = table.lengths[:, [self._held.index(sequence) for sequence in sequences]]
+        rows = [self._held.index(sequence) for sequence in sequences]
+        lengths = table.lengths[:, rows]
+        short = (lengths.min((0, 2)) < table.seen[rows]).tolist()
         if cache.compression.budget is None:
             per_token = pools[0].kv_bytes // len(pools[0].keys)
             held = lengths.sum((0, 2)) * per_token
         else:
             held = np.full(len(sequences), sum(pool.kv_bytes for pool in pools) // table.rows)
-        for sequence, tokens, size in zip(sequences, lengths.mean((0, 2)).tolist(), held.tolist(), strict=True):
+        kept = lengths.mean((0, 2)).tolist()
+        for sequence, tokens, size, evicted in zip(sequences, kept, held.tolist(), short, strict=True):
+            self.evicted[sequence] = evicted
             self.kept[sequence].append(tokens)
             self.kv_bytes[sequence] = max(self.kv_bytes[sequence], size)
