@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # the names of _NAMES, for type checkers and editors
     from reasonalloc.policies.allocation import HeadAllocator as HeadAllocator
     from reasonalloc.policies.allocation import HeadSplit as HeadSplit
     from reasonalloc.policies.allocation import LayerAllocator as LayerAllocator
+    from reasonalloc.policies.allocation import LossCurveHeads as LossCurveHeads
+    from reasonalloc.policies.allocation import LossCurveLayers as LossCurveLayers
     from reasonalloc.policies.allocation import MissCurveHeads as MissCurveHeads
     from reasonalloc.policies.allocation import MissCurveLayers as MissCurveLayers
     from reasonalloc.policies.allocation import ModelShape as ModelShape
@@ -78,6 +80,8 @@ _NAMES = {  # where each public name lives
         "HeadAllocator",
         "HeadSplit",
         "LayerAllocator",
+        "LossCurveHeads",
+        "LossCurveLayers",
         "MissCurveHeads",
         "MissCurveLayers",
         "ModelShape",

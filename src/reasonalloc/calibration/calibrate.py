@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,8 @@ import transformers
 from torch import Tensor
 
 from reasonalloc.calibration import CalibrationSettings, DemandProbe, ProbePrompt, built_in_prompts
+from reasonalloc.calibration.loss_curves import loss_curves
+from reasonalloc.calibration.probe import nine_digits
 from reasonalloc.calibration.sensitivity import loss_sensitivity
 from reasonalloc.engines.models import architecture, model_shape
 from reasonalloc.engines.transformers.cache import Cache
@@ -84,18 +86,19 @@ def calibrate(
 
 
 class _Meter:
-    """Progress in tokens. Loss sensitivity counts as as many tokens again as a prompt may be given."""
+    """Progress in tokens. What is measured on finished answers counts as as many tokens again, each, as a prompt may be
+    given."""
 
     def __init__(self, progress: Progress | None, prompts: int, settings: CalibrationSettings) -> None:
         self.progress = progress
-        self.each = settings.max_new_tokens * (1 if settings.sensitivity_window is None else 2)
+        self.each = settings.max_new_tokens * (1 + len(settings.loss) + (settings.sensitivity_window is not None))
         self.total = prompts * self.each
         self.before = 0
 
     def advance(self, tokens: float) -> None:
         """So many tokens of the current batch are done."""
         if self.progress is not None:
-            self.progress(int(self.before + tokens), self.total)
+            self.progress(round(self.before + tokens), self.total)
 
     def batch_done(self, prompts: int) -> None:
         """A batch is finished, however many tokens it needed."""
@@ -146,8 +149,7 @@ def _measure(
         raise ValueError(f"a prompt of one token cannot be measured: {prompts[0].text!r}")
     answers = _generate(model, inputs, cache, probe, prompts, settings, meter)
     records = probe.results([p.hash for p in prompts], [p.task for p in prompts], [len(a) for a in answers])
-    if settings.sensitivity_window is not None:
-        records = _with_sensitivity(model, inputs, records, answers, settings, meter)
+    records = _with_losses(model, inputs, records, answers, settings, meter)
     short = [prompt.text for prompt, record in zip(prompts, records, strict=True) if not record.rows]
     if short:
         warnings.warn(
@@ -223,7 +225,7 @@ def _generate(
     return answers
 
 
-def _with_sensitivity(
+def _with_losses(
     model: Any,
     inputs: dict[str, Tensor],
     records: list[PromptDemand],
@@ -231,21 +233,51 @@ def _with_sensitivity(
     settings: CalibrationSettings,
     meter: _Meter,
 ) -> list[PromptDemand]:
-    """The records with the loss sensitivity of each answer."""
-    assert settings.sensitivity_window is not None
-    layers, done = model_shape(model.config).layers, settings.max_new_tokens * len(records)
-    found = []
+    """The records with what each answer loses when heads forget: loss curves and loss sensitivity."""
+    found, done = [], settings.max_new_tokens * len(records)
+
+    def steps(count: int) -> Callable[[], None]:
+        """Called ``count`` times for one measurement of one answer."""
+
+        def advance() -> None:
+            nonlocal done
+            done += settings.max_new_tokens / count
+            meter.advance(done)
+
+        return advance
+
     for i, record in enumerate(records):
         prompt = inputs["input_ids"][i][inputs["attention_mask"][i].bool()]
         ids = torch.cat([prompt, torch.tensor(answers[i], device=prompt.device)])
-        passed = iter(range(1, layers + 1))
-
-        def advance(i: int = i, passed: Iterator[int] = passed) -> None:
-            meter.advance(done + settings.max_new_tokens * (i + next(passed) / layers))
-
-        rises = loss_sensitivity(model, ids, len(answers[i]), settings.sensitivity_window, advance)
-        found.append(replace(record, sensitivity=rises.numpy()))
+        seed = _seed(settings.seed, record.hash)
+        losses = {
+            scorer: nine_digits(
+                loss_curves(
+                    model,
+                    ids,
+                    len(answers[i]),
+                    scorer,
+                    grid,
+                    settings.loss_draws,
+                    seed,
+                    steps(settings.loss_draws),
+                )
+            )
+            for scorer, grid in settings.grids.items()
+            if scorer in settings.loss
+        }
+        record = replace(record, losses=losses)
+        if settings.sensitivity_window is not None:
+            advance = steps(model_shape(model.config).layers)
+            rises = loss_sensitivity(model, ids, len(answers[i]), settings.sensitivity_window, advance)
+            record = replace(record, sensitivity=rises.numpy())
+        found.append(record)
     return found
+
+
+def _seed(seed: int, prompt: str) -> int:
+    """Each prompt draws from a stream of its own."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:7], "big")
 
 
 class _Draw:
@@ -255,9 +287,8 @@ class _Draw:
         self.greedy = not settings.temperature
         self.generators = []
         for prompt in prompts:
-            digest = hashlib.sha256(f"{settings.seed} {prompt.hash}".encode()).digest()
             generator = torch.Generator(device=device)
-            self.generators.append(generator.manual_seed(int.from_bytes(digest[:7], "big")))
+            self.generators.append(generator.manual_seed(_seed(settings.seed, prompt.hash)))
         self.warpers = transformers.LogitsProcessorList()
         if not self.greedy:
             self.warpers.append(transformers.TemperatureLogitsWarper(settings.temperature))

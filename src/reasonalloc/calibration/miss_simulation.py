@@ -38,6 +38,11 @@ class MissSimulation:
         self._rows = torch.arange(0)  # of the first batch
         self._steps = grid.interval  # the prompt is compressed at once
 
+    @property
+    def kept(self) -> list[Bool[Tensor, "batch heads tokens"]]:
+        """For each budget, which tokens are still there."""
+        return self._kept
+
     def observe(
         self,
         weights: Float[Tensor, "batch heads group queries tokens"],

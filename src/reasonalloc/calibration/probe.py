@@ -116,7 +116,7 @@ class DemandProbe:
                 hash=hashes[i],
                 rows=int(self._rows[i]),
                 sums=self._sums[i],
-                misses={scorer: _nine_digits(values[i]) for scorer, values in self._misses.items()},
+                misses={scorer: nine_digits(values[i]) for scorer, values in self._misses.items()},
                 task=tasks[i],
                 tokens=tokens[i],
             )
@@ -165,6 +165,6 @@ class DemandProbe:
         self._histogram[layer] += counts.view(len(kept), -1).cpu().numpy()
 
 
-def _nine_digits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def nine_digits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Rounded once, here: files stay small, and what is merged is what was written."""
     return np.array([float(f"{x:.9g}") for x in values.flat]).reshape(values.shape)

@@ -31,6 +31,9 @@ class CalibrationSettings:
         miss: scorers (names) whose eviction is simulated for miss curves.
         miss_budgets: tokens per head of that simulation, ascending.
         interval: decoded tokens between two simulated compressions.
+        loss: scorers (names) whose loss curves are measured, at the same budgets; they get miss curves, too. It takes
+            about ``loss_draws`` passes over every answer, backwards.
+        loss_draws: random draws that a loss curve is the mean of, for each answer.
         sensitivity_window: tokens that a head keeps while its loss sensitivity is measured; None measures none. It
             takes about ``layers * kv_heads / 2`` passes over every answer.
     """
@@ -45,13 +48,15 @@ class CalibrationSettings:
     miss: tuple[str, ...] = ()
     miss_budgets: tuple[int, ...] = MISS_BUDGETS
     interval: int = 128
+    loss: tuple[str, ...] = ()
+    loss_draws: int = 4
     sensitivity_window: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rhos", "miss", "miss_budgets"):
+        for name in ("rhos", "miss", "miss_budgets", "loss"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_rhos(self.rhos)
-        for name in ("max_new_tokens", "least_tokens", "batch_size", "interval"):
+        for name in ("max_new_tokens", "least_tokens", "batch_size", "interval", "loss_draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sensitivity_window is not None and self.sensitivity_window < 1:
@@ -60,27 +65,33 @@ class CalibrationSettings:
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        for scorer in self.miss:
+        for scorer in self.simulated:
             for budget in self.miss_budgets:
                 try:
                     Compression(budget, scorer, layers="uniform")
                 except ValueError as error:
-                    raise ValueError(f"miss curves of {scorer!r} at miss_budgets (--miss-budgets): {error}") from error
+                    raise ValueError(f"curves of {scorer!r} at miss_budgets (--miss-budgets): {error}") from error
         self.probe()
 
     @property
+    def simulated(self) -> tuple[str, ...]:
+        """Scorers whose eviction is simulated."""
+        return tuple(dict.fromkeys([*self.miss, *self.loss]))
+
+    @property
     def grids(self) -> dict[str, MissGrid]:
-        """Where miss curves are simulated."""
-        return {scorer: MissGrid(self.miss_budgets, self.interval) for scorer in self.miss}
+        """Where their curves are measured."""
+        return {scorer: MissGrid(self.miss_budgets, self.interval) for scorer in self.simulated}
 
     def probe(self) -> ProbeSettings:
         """What the probe needs to know of this."""
         nearest = min(range(len(self.rhos)), key=lambda i: abs(self.rhos[i] - PAPER_RHO))
         # Blocks end where the simulated compressions are due; without any their length is free.
-        block = max(b for b in range(1, BLOCK + 1) if self.interval % b == 0) if self.miss else BLOCK
+        block = max(b for b in range(1, BLOCK + 1) if self.interval % b == 0) if self.simulated else BLOCK
         return ProbeSettings(self.rhos, nearest, self.grids, self.least_tokens, block)
 
     def describe(self) -> Mapping[str, Any]:
         """What merged profiles must agree on, beside rhos and grids, as plain JSON values."""
         names = ("max_new_tokens", "least_tokens", "temperature", "top_p", "seed", "sensitivity_window")
-        return {name: getattr(self, name) for name in names}
+        loss = {"loss": list(self.loss), "loss_draws": self.loss_draws} if self.loss else {}
+        return {name: getattr(self, name) for name in names} | loss

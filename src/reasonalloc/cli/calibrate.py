@@ -23,6 +23,10 @@ def calibrate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest chain of thought.")] = 1024,
     miss: Annotated[list[str] | None, typer.Option(help="Also miss curves of this scorer (may be repeated).")] = None,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(help="Also miss and loss curves of this scorer, for lossalloc (may be repeated)."),
+    ] = None,
     sensitivity: Annotated[
         bool,
         typer.Option(
@@ -64,6 +68,7 @@ def calibrate(
             seed=seed,
             batch_size=batch_size,
             miss=tuple(miss or ()),
+            loss=tuple(loss or ()),
             miss_budgets=tuple(whole_numbers(miss_budgets, "--miss-budgets")),
             interval=interval,
             sensitivity_window=SENSITIVITY_WINDOW if sensitivity else None,

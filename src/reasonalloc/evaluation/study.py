@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -91,6 +92,7 @@ class Study:
         samples: answers to each question; 1 when decoding greedily.
         sampling: how tokens are chosen.
         common: fields of ``Compression`` for all methods: interval, profile, prompt, ...
+        interval_share: the interval as a share of the budget, at least one token; None: as ``common`` says.
         random_splits: so many random splits of each budget, as a control: R-KV's scores, heads and layers at random.
         random_budgets: the budgets that get them; None: all.
         random_count: on so many of each task's questions, the first ones; None: on all.
@@ -108,6 +110,7 @@ class Study:
     samples: int = 8
     sampling: Sampling = field(default_factory=Sampling)
     common: Mapping[str, Any] = field(default_factory=dict)
+    interval_share: float | None = None
     random_splits: int = 0
     random_budgets: tuple[int, ...] | None = None
     random_count: int | None = None
@@ -121,6 +124,11 @@ class Study:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.interval_share is not None:
+            if not 0 < self.interval_share < math.inf:
+                raise ValueError(f"interval_share must be positive, got {self.interval_share}")
+            if "interval" in self.common:
+                raise ValueError("interval_share and an interval in common exclude each other: remove one")
         if self.random_splits < 0:
             raise ValueError(f"random_splits must not be negative, got {self.random_splits}")
         if not self.tasks or not self.variants:
@@ -195,13 +203,19 @@ class Study:
         cells = []
         for variant in self.variants:
             for budget in (None,) if variant.method == FULL else self.budgets:
-                cells.append(Cell(variant.name, budget, variant.compression(budget, self.common)))
+                cells.append(Cell(variant.name, budget, variant.compression(budget, self._common(budget))))
         for budget in self.budgets if self.random_budgets is None else self.random_budgets:
             for i in range(self.random_splits):
                 split = {"name": RANDOM, "split_seed": i}
                 variant = Variant(f"{RANDOM} {i}", "rkv", {"layers": split, "heads": split})
-                cells.append(Cell(variant.name, budget, variant.compression(budget, self.common)))
+                cells.append(Cell(variant.name, budget, variant.compression(budget, self._common(budget))))
         return cells
+
+    def _common(self, budget: int | None) -> Mapping[str, Any]:
+        """``common``, with the budget's own interval where that is a share of it."""
+        if budget is None or self.interval_share is None:
+            return self.common
+        return {**self.common, "interval": max(1, round(self.interval_share * budget))}
 
     def plan(self, model: str, sets: list[QuestionSet], profile: DemandProfile | None = None) -> list[Batch]:
         """All work, in batches: the longest prompts first, methods and budgets mixed.

@@ -16,7 +16,7 @@ from reasonalloc.policies.allocation import (
     LayerAllocator,
 )
 from reasonalloc.policies.allocation.layers import no_profile
-from reasonalloc.policies.allocation.miss import MissCurveBudgets
+from reasonalloc.policies.allocation.curves import CurveBudgets
 from reasonalloc.policies.asked import PIN_SHARE, Asked, pinned_of
 from reasonalloc.policies.methods import METHODS
 from reasonalloc.policies.registry import unknown_name
@@ -44,7 +44,8 @@ class Compression:
         layers: how tokens are split over layers: likewise, or a ``LayerAllocator``. None (the default) is
             "wave" where a profile is given, and otherwise "dynamic", ReasonAlloc's calibration-free form.
         heads: how a layer's tokens are split over its heads: likewise, or a ``HeadAllocator``.
-        profile: the model's demand profile, or the path of its JSON file; "wave", "miss-curve", "sensitivity" read it.
+        profile: the model's demand profile, or the path of its JSON file; "wave", "miss-curve",
+            "loss-curve", "sensitivity" read it.
             "auto": the engine's cache looks in the user's cache folder, and calibrates the model if nothing is there.
         interval: decoded tokens between two compressions (the paper's Delta).
         window: newest tokens that every head keeps; None takes the scorer's own.
@@ -250,8 +251,8 @@ def _resolved(given: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
 
 
 def _of_scorer(policy: Allocator, scorer: Scorer) -> Allocator:
-    """Miss curves that name no scorer are those of the scorer in use."""
-    if isinstance(policy, MissCurveBudgets) and not policy.scorer:
+    """Curves that name no scorer are those of the scorer in use."""
+    if isinstance(policy, CurveBudgets) and not policy.scorer:
         return replace(policy, scorer=SCORERS.name_of(scorer))
     return policy
 
@@ -276,8 +277,8 @@ def _check(made: Compression) -> None:
     for policy in (made.layer_allocator, made.head_allocator):
         if made.profile is None and policy.needs_profile:
             raise ValueError(no_profile(policy))
-        if isinstance(policy, MissCurveBudgets) and policy.scorer != SCORERS.name_of(made.token_scorer):
+        if isinstance(policy, CurveBudgets) and policy.scorer != SCORERS.name_of(made.token_scorer):
             raise ValueError(
-                f"miss curves of {policy.scorer!r} do not describe scorer {SCORERS.name_of(made.token_scorer)!r}: "
+                f"curves of {policy.scorer!r} do not describe scorer {SCORERS.name_of(made.token_scorer)!r}: "
                 "choose layers and heads together with the scorer"
             )

@@ -50,6 +50,10 @@ METHODS: dict[str, Method] = {
         "budgets of all heads by their miss curves (not in the paper)",
         {"scorer": "rkv", "layers": "miss-curve", "heads": "miss-curve"},
     ),
+    "lossalloc": Method(
+        "budgets of all heads by their loss curves (not in the paper)",
+        {"scorer": "rkv", "layers": "loss-curve", "heads": "loss-curve"},
+    ),
     "sensitivity": Method(
         "budgets of all heads by loss sensitivity (not in the paper)",
         {"scorer": "rkv", "layers": "sensitivity", "heads": "sensitivity"},

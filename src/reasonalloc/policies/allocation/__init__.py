@@ -1,6 +1,7 @@
 """Budgets: exact integer arithmetic over layers and heads. Imports torch alone, knows no model."""
 
 from reasonalloc.policies.allocation.apportion import apportion, robustify
+from reasonalloc.policies.allocation.curves import marginal_gain
 from reasonalloc.policies.allocation.demand import attention_demand, attention_demands
 from reasonalloc.policies.allocation.heads import (
     HEAD_ALLOCATORS,
@@ -20,7 +21,8 @@ from reasonalloc.policies.allocation.layers import (
     WaveLayers,
     register_layer_allocator,
 )
-from reasonalloc.policies.allocation.miss import MissCurveHeads, MissCurveLayers, marginal_gain
+from reasonalloc.policies.allocation.loss import LossCurveHeads, LossCurveLayers
+from reasonalloc.policies.allocation.miss import MissCurveHeads, MissCurveLayers
 from reasonalloc.policies.allocation.offline_heads import FixedHeads
 from reasonalloc.policies.allocation.profile import DemandProfile, MissGrid, PromptDemand, merge
 from reasonalloc.policies.allocation.random_split import RandomHeads, RandomLayers
@@ -37,6 +39,8 @@ __all__ = [
     "HeadAllocator",
     "HeadSplit",
     "LayerAllocator",
+    "LossCurveHeads",
+    "LossCurveLayers",
     "MissCurveHeads",
     "MissCurveLayers",
     "MissGrid",

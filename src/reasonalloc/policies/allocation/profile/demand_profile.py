@@ -67,6 +67,8 @@ class DemandProfile:
             self._check_prompt(prompt)
         if len({prompt.sensitivity is None for prompt in self.prompts}) > 1:
             raise ValueError("sensitivity was measured on some prompts only")
+        if len({tuple(sorted(prompt.losses)) for prompt in self.prompts}) > 1:
+            raise ValueError("loss curves of a scorer were measured on some prompts only")
         if self.histogram is not None:
             wanted = (self.shape.layers, self.shape.query_heads, len(HISTOGRAM_EDGES))
             if self.histogram.shape != wanted:
@@ -85,7 +87,14 @@ class DemandProfile:
             raise ValueError(
                 f"misses of prompt {prompt.hash[:8]} are of {sorted(prompt.misses)}, not {sorted(self.grids)}"
             )
-        for name, values in (("sums", prompt.sums), *((f"misses.{name}", v) for name, v in prompt.misses.items())):
+        if not set(prompt.losses) <= set(self.grids):
+            raise ValueError(
+                f"losses of prompt {prompt.hash[:8]} are of {sorted(prompt.losses)}, which are not all in grids: "
+                f"{sorted(self.grids)}"
+            )
+        curves = [(f"misses.{name}", name, values) for name, values in prompt.misses.items()]
+        curves += [(f"losses.{name}", name, values) for name, values in prompt.losses.items()]
+        for name, values in (("sums", prompt.sums), *((name, values) for name, _, values in curves)):
             if not np.isfinite(values).all() or (values < 0).any():
                 raise ValueError(f"{name} of prompt {prompt.hash[:8]} must be finite and not negative")
         heads = (self.shape.layers, self.shape.kv_heads)
@@ -93,10 +102,10 @@ class DemandProfile:
             prompt.sensitivity.shape != heads or not np.isfinite(prompt.sensitivity).all()
         ):
             raise ValueError(f"sensitivity of prompt {prompt.hash[:8]} must be {heads[0]} x {heads[1]} finite numbers")
-        for scorer, values in prompt.misses.items():
+        for name, scorer, values in curves:
             wanted = (len(self.grids[scorer].budgets), self.shape.layers, self.shape.kv_heads)
             if values.shape != wanted:
-                raise ValueError(f"misses.{scorer} have shape {values.shape}, expected {wanted}")
+                raise ValueError(f"{name} have shape {values.shape}, expected {wanted}")
 
     @classmethod
     def of_layers(
@@ -179,6 +188,18 @@ class DemandProfile:
                 f"calibrate with --miss {scorer}"
             )
         return total([prompt.misses[scorer] for prompt in self.prompts]) / self.rows
+
+    def loss_curves(self, scorer: str) -> Float[Floats, "budgets layers kv_heads"]:
+        """Estimated divergence per token from the full cache's predictions when one head alone is held to a budget.
+
+        In nats, at the budgets of ``grids[scorer]``. Raises ``ValueError`` if the profile has no such curves.
+        """
+        if any(scorer not in prompt.losses for prompt in self.prompts):
+            raise ValueError(
+                f"the profile has no loss curves of {scorer!r} (it has: {', '.join(self.prompts[0].losses) or 'none'}); "
+                f"calibrate with --loss {scorer}"
+            )
+        return total([prompt.losses[scorer] for prompt in self.prompts]) / sum(prompt.tokens for prompt in self.prompts)
 
     def loss_sensitivity(self) -> Float[Floats, "layers kv_heads"]:
         """Rise of the loss per token when one head alone forgets, in nats; negative where forgetting helps.

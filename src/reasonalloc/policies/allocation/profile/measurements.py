@@ -30,6 +30,8 @@ class PromptDemand:
         tokens: generated tokens.
         sensitivity: rise of the answer's negative log-likelihood, in nats over all its tokens, when one key/value head
             alone keeps only a short window; None if it was not measured.
+        losses: for some of the simulated scorers, how far the answer's predictions move when one key/value head alone
+            is held to a budget of the grid: an estimate of KL(full || held) in nats, summed over the answer's tokens.
     """
 
     hash: str
@@ -39,6 +41,7 @@ class PromptDemand:
     task: str = ""
     tokens: int = 0
     sensitivity: Float[Floats, "layers kv_heads"] | None = None
+    losses: Mapping[str, Float[Floats, "budgets layers kv_heads"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

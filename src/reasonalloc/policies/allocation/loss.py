@@ -1,0 +1,44 @@
+"""Loss curves: budgets for all heads of a model at once, by how far the predictions move when a head forgets.
+
+A miss curve counts attention that found nothing, whatever hung on it; a sensitivity says what hangs on a head, but not
+how many tokens it needs. A loss curve says both, in nats: the divergence from the full cache's predictions when the
+head alone is held to a budget by the scorer. Tokens are given where the curves fall most. This allocator is ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+
+from reasonalloc.policies.allocation.curves import CurveBudgets
+from reasonalloc.policies.allocation.heads import HEAD_ALLOCATORS
+from reasonalloc.policies.allocation.layers import LAYER_ALLOCATORS
+from reasonalloc.policies.allocation.offline_heads import OfflineHeads, OfflineLayers
+from reasonalloc.policies.allocation.profile import DemandProfile, Floats
+
+
+@dataclass(frozen=True)
+class LossCurveBudgets(CurveBudgets):
+    """The split of all tokens that minimises the summed losses of all heads of the model."""
+
+    @property
+    def calibrate_options(self) -> str:
+        """Loss curves of the scorer."""
+        return f"--loss {self.scorer or 'SCORER'}"
+
+    def curves(self, profile: DemandProfile) -> Float[Floats, "budgets layers kv_heads"]:
+        """Loss curves."""
+        return profile.loss_curves(self.scorer)
+
+
+@LAYER_ALLOCATORS.register("loss-curve")
+@dataclass(frozen=True)
+class LossCurveLayers(LossCurveBudgets, OfflineLayers):
+    """Layer totals by the loss curves of their heads [ours]."""
+
+
+@HEAD_ALLOCATORS.register("loss-curve")
+@dataclass(frozen=True)
+class LossCurveHeads(LossCurveBudgets, OfflineHeads):
+    """Head budgets by loss curves [ours]."""
