@@ -1,5 +1,6 @@
 """The command line, on a tiny model saved to disk."""
 
+import io
 import json
 import subprocess
 import sys
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from reference import tiny_model, word_tokenizer
+from rich.console import Console
 from transformers import MistralConfig, MistralForCausalLM
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -15,6 +18,7 @@ from typer.testing import CliRunner
 import reasonalloc as ra
 from reasonalloc.calibration.settings import MISS_BUDGETS
 from reasonalloc.cli.app import app
+from reasonalloc.cli.console import Progress, clear_errors, duration
 from reasonalloc.cli.options import whole_numbers
 
 PROMPT = " ".join(f"w{i}" for i in range(5, 60))
@@ -161,3 +165,62 @@ def test_sliding_window_model_and_empty_prompt(tmp_path, model_folder):
     assert result.exit_code == 2
     assert "slides over a window of 64 tokens" in " ".join(result.stderr.split())
     assert "the prompt is empty" in run("generate", "-m", model_folder, "-p", "  ", "-b", 24).stderr
+
+
+def lines_of(steps, **settings):
+    """What is printed without a terminal, when so many are done at such times: (seconds, how many)."""
+    seconds, out = [0.0], io.StringIO()
+    console = Console(file=out, width=40)
+    with Progress("answers", 20, clock=lambda: seconds[0], to=console, **settings) as progress:
+        for at, count in steps:
+            seconds[0] = at
+            progress.advance(count)
+    return out.getvalue().splitlines()
+
+
+def test_progress_without_a_terminal_is_a_line_a_minute():
+    """Time left is at the pace of this session: 2 answers in 60 s leave 14 for 420 s."""
+    assert lines_of([(30, 1), (60, 1), (90, 2), (119, 2), (121, 2), (400, 8)], done=4, said=lambda: "all well [b]") == [
+        "answers: 4 of 20 done; all well [b]",
+        "answers: 6 of 20 done; 7 min left; all well [b]",
+        "answers: 12 of 20 done; 2 min left; all well [b]",
+        "answers: 20 of 20 done; all well [b]",
+    ]
+    assert lines_of([]) == ["answers: 0 of 20 done"], "nothing new at the end"
+    assert lines_of([(1, 20)], hidden=True) == []
+
+
+def test_progress_of_work_that_fails_says_how_far_it_came():
+    out = io.StringIO()
+    progress = Progress("answers", 20, clock=lambda: 0.0, to=Console(file=out))
+
+    def work():
+        with progress:
+            progress.advance(5)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert out.getvalue().splitlines()[-1].startswith("answers: 5 of 20 done")
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100)
+    with Progress("answers", 20, done=4, said=lambda: "all well", clock=lambda: 0.0, to=console) as progress:
+        progress.advance(16)
+    assert "20/20" in out.getvalue()
+    assert "all well" in out.getvalue()
+    assert "answers: " not in out.getvalue()
+
+
+def test_durations():
+    assert [duration(x) for x in (0, 42.4, 60, 719, 3570, 12_000)] == [
+        "0 s", "42 s", "1 min", "12 min", "1 h 0 min", "3 h 20 min",
+    ]  # fmt: skip
+
+
+def test_errors_are_printed_as_they_are(capsys):
+    with pytest.raises(typer.Exit), clear_errors():
+        raise ImportError("pip install 'reasonalloc[plot]'")
+    assert capsys.readouterr().err == "error: pip install 'reasonalloc[plot]'\n"

@@ -1,5 +1,6 @@
 """Evaluation: questions, grading, the store and its executors, statistics, the report."""
 
+import csv
 import json
 import multiprocessing
 import random
@@ -9,19 +10,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_reasoner import SMALL
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import reasonalloc as ra
+from reasonalloc.cli import eval as eval_command
 from reasonalloc.cli.app import app
 from reasonalloc.evaluation import statistics
 from reasonalloc.evaluation.answering import Answer, Sampling, answer
 from reasonalloc.evaluation.executors import Worker, fingerprint, run_local, shard
 from reasonalloc.evaluation.fidelity import Reading
-from reasonalloc.evaluation.findings import ACCURACY, KL, NLL, collect
+from reasonalloc.evaluation.findings import ACCURACY, KL, MARGIN, NLL, collect
 from reasonalloc.evaluation.grading import after_thought, grade_recall, grader
 from reasonalloc.evaluation.questions import load_questions, load_texts
 from reasonalloc.evaluation.recall import recall_question
-from reasonalloc.evaluation.report import curves, markdown, sentences, to_csv, to_html, write_report
+from reasonalloc.evaluation.report import (
+    comparisons_csv,
+    curves,
+    markdown,
+    rows,
+    sentences,
+    to_csv,
+    to_html,
+    write_report,
+)
 from reasonalloc.evaluation.store import Store
 from reasonalloc.evaluation.study import Study
 from reasonalloc.reasoner.train import Trainer, TrainingConfig
@@ -519,9 +531,43 @@ def test_extreme_scores_have_honest_intervals():
 def test_holm():
     """Against the definition, on the textbook's example."""
     ps = [0.01, 0.04, 0.03, 0.005]
-    made = [statistics.Comparison(statistics.Estimate(0, 0, 0), p) for p in ps]
+    made = [statistics.Comparison(statistics.Estimate(0, 0, 0), p, 1, 2) for p in ps]
     assert [c.corrected for c in statistics.correct(made)] == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert [c.real for c in statistics.correct(made)] == [True, False, False, True]
+
+
+def test_the_sign_test_counts_problems_that_differ():
+    """By hand: nine wins and one loss have p = 2 (1 + 10) / 2**10, however large the differences are."""
+    first = np.array([0.5] * 9 + [0.0] + [0.25] * 30)
+    second = np.array([0.25] * 9 + [1.0] + [0.25] * 30)
+    found = statistics.compare(first, second)
+    assert (found.above, found.below) == (9, 1)
+    assert found.sign_p == pytest.approx(22 / 1024)
+    assert statistics.correct([found])[0].sign_p == found.sign_p, "kept, and not corrected"
+    assert statistics.compare(second, first).sign_p == found.sign_p
+    same = statistics.compare(first, first)
+    assert (same.above, same.below, same.sign_p) == (0, 0, 1.0)
+    assert statistics.compare(np.ones(4), np.zeros(4)).sign_p == pytest.approx(2 / 2**4)
+    samples = np.array([0.1, 0.2, 0.3])
+    assert samples.sum() != samples[::-1].sum()
+    orders = statistics.compare(np.array([samples.sum(), 1.0]), np.array([samples[::-1].sum(), 0.0]))
+    assert (orders.above, orders.below) == (1, 0), "the same samples in another order are a tie"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (-0.019, 0.3, False),
+        (-0.021, 0.3, None),
+        (-0.02, 0.3, None),
+        (-0.3, -0.021, True),
+        (-0.3, -0.02, None),
+        (-0.019, -0.01, False),  # worse, but by less than the margin
+        (-np.inf, np.inf, None),
+    ],
+)
+def test_inferiority_is_decided_by_the_interval(low, high, expected):
+    assert statistics.inferior(statistics.Estimate(0.0, low, high), 0.02) is expected
 
 
 def test_rank_among_random_splits():
@@ -531,8 +577,11 @@ def test_rank_among_random_splits():
 # ---- the report ----
 
 
-def fill(store, study, right):
-    """A finished study with made-up answers: ``right(method, budget, problem)`` says which are correct."""
+def fill(store, study, right, tokens=lambda method: 100, evicted=lambda *unit: None):
+    """A finished study with made-up answers.
+
+    ``right(method, budget, problem)`` says which are correct, ``evicted`` likewise, ``tokens(method)`` their length.
+    """
     store.begin(study, "m", study.load_questions())
     plan = store.plan()
     for batch in plan:
@@ -543,8 +592,8 @@ def fill(store, study, right):
             text = f"{problem.thought} <answer> {problem.answer if correct else 'x1'}"
             if correct is None:
                 text = problem.thought
-            kept = unit.cell.budget or 200
-            store.write(unit, Answer(text, 100, correct is not None, kept, 1000 * kept))
+            kept, gone = unit.cell.budget or 200, evicted(unit.cell.method, unit.cell.budget, int(unit.question.id))
+            store.write(unit, Answer(text, tokens(unit.cell.method), correct is not None, kept, 1000 * kept, gone))
     return plan
 
 
@@ -562,8 +611,11 @@ def test_report_says_what_is_real(model, tmp_path):
         share = {("rkv", 16): 2, ("h2o", 16): 6, ("snapkv", 16): 2, ("rkv", 32): 6, ("h2o", 32): 6, ("snapkv", 32): 1}
         return problem % 8 < share[method, budget] or (None if problem == 39 else False)
 
+    def evicted(method, budget, problem):
+        return {None: False, 16: True, 32: problem < 10}[budget] if method != "h2o" else None
+
     store = Store(tmp_path / "run")
-    plan = fill(store, study, right)
+    plan = fill(store, study, right, tokens=lambda method: 150 if method == "h2o" else 100, evicted=evicted)
     findings = collect(store, study, plan)
     cells = {(cell.method, cell.budget): cell for cell in findings.cells}
     assert cells["full", None].values[ACCURACY].mean() == 1
@@ -572,38 +624,183 @@ def test_report_says_what_is_real(model, tmp_path):
     assert cells["rkv", 16].unreadable == cells["rkv", 16].cut_off == 1 / 40
     text = "\n".join(sentences(findings, "maps:6"))
     assert "At budget 16, h2o is better than rkv (+50.0 [" in text
-    assert "At budget 16, snapkv cannot be told from rkv (+0.0 [" in text
+    # 20 of 40 problems differ, all to one side: 2 / 2**20. No problem differs: an interval of 1 - 0.025 ** (1 / 40).
+    assert "better on 20 problems, worse on 0, sign test p = 1.9e-06): not inferior by more than 2 points." in text
+    assert (
+        "At budget 16, snapkv cannot be told from rkv (+0.0 [-8.8, +8.8] points, corrected p = 1; better on 0 "
+        "problems, worse on 0, sign test p = 1): undecided at a margin of 2 points." in text
+    )
+    assert "better on 0 problems, worse on 25, sign test p = 6e-08): inferior by more than 2 points." in text
     assert "At budget 32, snapkv is worse than rkv (-62.5 [" in text
     assert "At budget 16, rkv is worse than the full cache (-75.0 [" in text
     assert "At budget 16, rkv (30.0) takes place 1 of 4 among random splits" in text
     assert "At budget 32, snapkv (15.0) takes place 4 of 4 among random splits" in text
     table = markdown(findings)
     assert "| rkv | 16 | 25.0 [" in table
-    assert "| 8.0% | 100 | 2.5% | 2.5% | 40 | 40 |" in table
-    assert len(to_csv(findings).splitlines()) == 1 + 7 * (7 + 6)
+    assert "| 8.0% | 2.5% | 2.5% | 40 | 40 |" in table
+    shown = {(line["method"], line["budget"]): line for line in rows(findings, "maps:6")}
+    assert list(shown["rkv", "16"])[2:6] == ["accuracy %", "score %", "mean length", "exposure"]
+    costs = {name: (line["mean length"], line["exposure"]) for name, line in shown.items()}
+    assert costs == {
+        ("full", "-"): ("100 (1.00x)", "0.0%"),
+        ("rkv", "16"): ("100 (1.00x)", "100.0%"),
+        ("h2o", "16"): ("150 (1.50x)", "-"),
+        ("snapkv", "16"): ("100 (1.00x)", "100.0%"),
+        ("rkv", "32"): ("100 (1.00x)", "25.0%"),
+        ("h2o", "32"): ("150 (1.50x)", "-"),
+        ("snapkv", "32"): ("100 (1.00x)", "25.0%"),
+    }
+    warned = [line for line in text.splitlines() if "evicted nothing in 75.0% of its answers" in line]
+    assert [line.split(" evicted")[0] for line in warned] == ["At budget 32, rkv", "At budget 32, snapkv"]
+    assert text.count("evicted nothing") == 2
+    lines = to_csv(findings).splitlines()
+    assert len(lines) == 1 + 8 * (7 + 6)
+    assert "maps:6,rkv,32,exposure,0.25,,,40,40" in lines
+    assert "maps:6,h2o,32,exposure,,,,40,40" in lines
+    compared = list(csv.DictReader(comparisons_csv(findings).splitlines()))
+    assert [(line["base"], line["method"], line["budget"]) for line in compared] == [
+        ("rkv", "h2o", "16"), ("rkv", "snapkv", "16"), ("rkv", "h2o", "32"), ("rkv", "snapkv", "32"),
+        *(("full", method, budget) for budget in ("16", "32") for method in ("rkv", "h2o", "snapkv")),
+    ]  # fmt: skip
+    wanted = {"task": "maps:6", "difference": "0.5", "wins": "20", "losses": "0", "sign p": "1.90735e-06"}
+    wanted |= {"verdict": "better", "margin": "2", "inferiority": "not inferior", "metric": "accuracy"}
+    assert wanted.items() <= compared[0].items()
+    assert float(compared[0]["corrected"]) == pytest.approx(4 * float(compared[0]["p"]), rel=1e-4)
+    wanted = {"low": "-0.0880973", "high": "0.0880973", "verdict": "undecided", "inferiority": "undecided"}
+    assert wanted.items() <= compared[1].items()
+    wider = collect(store, study, plan, margin=9.0)
+    assert wider.comparisons["maps:6"][1].inferiority == "not inferior"
+    assert "not inferior by more than 9 points" in "\n".join(sentences(wider, "maps:6"))
     drawn = curves(findings, "maps:6")["control"]
     assert drawn == {16: pytest.approx([20] * 3), 32: pytest.approx([20] * 3)}, (
         "as if asked all 40: 25 - 30 + 25, 75 - 80 + 25"
     )
     pytest.importorskip("matplotlib")
     paths = write_report(findings, tmp_path / "report")
-    assert {p.name for p in paths} == {"report.md", "report.csv", "report.html", "maps-6.png"}
+    assert {p.name for p in paths} == {"report.md", "report.csv", "report.html", "comparisons.csv", "maps-6.png"}
     page = to_html(findings, {"maps:6": b"png"})
     assert "data:image/png;base64,cG5n" in page
     assert "src='http" not in page
 
 
-def test_unfinished_problems_are_left_out_and_said(model, tmp_path):
-    study = study_of(model, tasks=[{"name": "maps:6", "count": 6}])
+def drop(store, plan, *wanted):
+    """Delete results: (method, budget, problem), all samples of them."""
+    for batch in plan:
+        for unit in batch:
+            if (unit.cell.method, unit.cell.budget, int(unit.question.id)) in wanted:
+                (path,) = store.folder.glob(f"results/*/{unit.key}.json")
+                path.unlink()
+
+
+def test_missing_answers_are_refused(model, tmp_path):
+    study = study_of(model, tasks=[{"name": "maps:6", "count": 6}], random_splits=1, random_budgets=[24])
     store = Store(tmp_path / "run")
     plan = fill(store, study, lambda *unit: True)
-    gone = sorted(store.folder.glob("results/*/*.json"))[0]
-    gone.unlink()
-    findings = collect(store, study, plan)
-    assert findings.missing == 1
-    assert sorted(len(cell.problems) for cell in findings.cells) == [5, 6, 6, 6, 6]
-    assert "Incomplete: 1 answers are missing" in markdown(findings)
-    assert len(sentences(findings, "maps:6")) == 2 + 4, "against R-KV at two budgets, and all against the full cache"
+    drop(store, plan, ("rkv", 16, 3), ("rkv", 16, 4), ("full", None, 3), ("random-split 0", 24, 1))
+    with pytest.raises(ValueError, match="is incomplete") as caught:
+        collect(store, study, plan)
+    assert str(caught.value) == (
+        f"{store.folder} is incomplete: maps:6 full (5 of 6 answers), maps:6 random-split 0 at budget 24 (5 of 6 "
+        f"answers), maps:6 rkv at budget 16 (4 of 6 answers); run `reasonalloc eval --resume -o {store.folder}`, or "
+        "report with --partial on the problems that all methods have"
+    )
+    for path in store.folder.glob("results/*/*.json"):
+        path.unlink()
+    more = study_of(model, tasks=[{"name": "maps:6", "count": 1}], budgets=[16, 24, 32, 40, 48, 56])
+    store = Store(tmp_path / "none")
+    store.begin(more, "m", more.load_questions())
+    with pytest.raises(ValueError, match=r"maps:6 full \(0 of 1 answers\), .* and 5 more; run"):  # 13 cells
+        collect(store, more, store.plan())
+
+
+def test_partial_reports_compare_all_methods_on_one_set_of_problems(model, tmp_path):
+    """R-KV is right on the problems 0 to 2, the full cache on all; what either lacks counts for nobody."""
+    study = study_of(
+        model, tasks=[{"name": "maps:6", "count": 6}, {"name": "search:5", "count": 2}], variants=["full", "rkv"],
+        budgets=[16], samples=2, sampling={"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 60}, random_splits=2,
+        random_count=4,
+    )  # fmt: skip
+    store = Store(tmp_path / "run")
+    plan = fill(store, study, lambda method, budget, problem: method == "full" or problem < 3)
+    assert {len(cell.problems) for cell in collect(store, study, plan).of("maps:6")} == {6}
+    drop(store, plan, ("rkv", 16, 0), ("full", None, 5), ("random-split 1", 16, 3))
+    maps = [unit for batch in plan for unit in batch if unit.task == "maps:6"]
+    (path,) = {  # one of two samples: the problem is unfinished
+        path for unit in maps for path in store.folder.glob(f"results/*/{unit.key}.json")
+        if (unit.cell.method, int(unit.question.id), unit.sample) == ("full", 4, 1)
+    }  # fmt: skip
+    path.unlink()
+    for unit in (unit for batch in plan for unit in batch if unit.task == "search:5"):
+        if unit.cell.method == "rkv":
+            for path in store.folder.glob(f"results/*/{unit.key}.json"):
+                path.unlink()
+    findings = collect(store, study, plan, partial=True)
+    assert findings.missing == 2 + 2 + 2 + 1 + 2 + 2  # search's problem 0 of both methods, and R-KV's other one
+    problems = {cell.method: cell.problems for cell in findings.of("maps:6")}
+    assert problems == {"full": ("1", "2", "3"), "rkv": ("1", "2", "3")}
+    problems = {cell.method: cell.problems for cell in findings.of("maps:6", control=True)}
+    assert problems == {"random-split 0": ("1", "2", "3"), "random-split 1": ("1", "2")}
+    (rkv,) = [cell for cell in findings.of("maps:6") if cell.method == "rkv"]
+    assert rkv.values[ACCURACY].tolist() == [1, 1, 0]
+    assert rkv.answers == 6
+    (compared,) = findings.comparisons["maps:6"]
+    assert (compared.problems, compared.wins, compared.losses) == (3, 0, 1)
+    assert findings.tasks() == ["maps:6"]
+    text = markdown(findings)
+    assert "INCOMPLETE: 11 answers are missing; every task is judged by the problems that all" in text
+    assert "search:5 is left out: no problem can be judged for all methods" in text
+
+
+def test_a_report_reads_grades_and_resamples_once(model, tmp_path, monkeypatch):
+    study = study_of(model, tasks=[{"name": "maps:6", "count": 6}], random_splits=1)
+    store, counts = Store(tmp_path / "run"), dict.fromkeys(("read", "grade", "_bootstrap"), 0)
+    plan = fill(store, study, lambda method, budget, problem: problem % 2 == (method == "rkv"))
+
+    def counted(home, name):
+        before = getattr(home, name)
+
+        def call(*arguments):
+            counts[name] += 1
+            return before(*arguments)
+
+        monkeypatch.setattr(home, name, call)
+
+    counted(Store, "read")
+    counted(Store, "grade")
+    counted(statistics, "_bootstrap")
+    done = CliRunner().invoke(app, ["report", str(store.folder)])
+    assert done.exit_code == 0, done.stderr
+    units = sum(map(len, plan))
+    # Accuracy and score of 5 named cells and 2 random ones; of 6 comparisons those 4 in which problems differ, that is
+    # R-KV's with the full cache and the small window's with R-KV (full and small window are right on the same).
+    assert counts == {"read": units, "grade": units, "_bootstrap": 14 + 4}
+
+
+def test_pictures_of_one_budget_and_their_legend():
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from reasonalloc.evaluation.plots import _draw_curves
+
+    def drawn(*budgets):
+        figure = Figure(layout="constrained")
+        series = {name: [(budget, (50.0, 40.0, 60.0)) for budget in budgets] for name in ("rkv", "h2o")}
+        _draw_curves(figure, series, None, {64: [45.0, 55.0]}, "maps:6", "accuracy %", True)
+        return figure
+
+    figure = drawn(64)
+    (axes,), (legend,) = figure.axes, figure.legends
+    figure.draw_without_rendering()
+    width = axes.get_window_extent().width
+    shown = [float(line.get_transform().transform((line.get_xdata()[0], 50.0))[0]) for line in axes.lines]
+    middle = axes.get_window_extent().x0 + width / 2
+    assert len(shown) >= 2
+    assert max(abs(x - middle) for x in shown) < width / 10, "beside one another in the middle"
+    labels = [" ".join(text.get_text().split()) for text in legend.get_texts()]
+    assert "random splits of the same total, R-KV's scores" in labels
+    low, high = drawn(64, 256).axes[0].get_xlim()
+    assert 32 < low < 64
+    assert 256 < high < 512
 
 
 def test_reading_given_solutions(model, tmp_path):
@@ -654,9 +851,16 @@ def test_lower_likelihoods_are_better(model, tmp_path):
         for unit in batch:
             nll = [1.0, 2.0] if unit.cell.method == "rkv" else [0.5, 2.0 + 0.01 * int(unit.question.id)]
             store.write(unit, Reading(nll, [0.1, 0.1], [True, False], 16.0, 10))
-    text = "\n".join(sentences(collect(store, study, plan), "fidelity:maps:4"))
+    findings = collect(store, study, plan)
+    text = "\n".join(sentences(findings, "fidelity:maps:4"))
     assert "At budget 16, h2o is better than rkv (-0.2225 [" in text
+    # Problems 0 to 11: means of 1.5 against 1.25 + 0.005 i, always lower and so better: p = 2 / 2**12.
+    assert "better on 12 problems, worse on 0, sign test p = 0.00049)." in text
     assert "nats, corrected p = " in text
+    assert "margin" not in text
+    assert "inferior" not in text
+    (line,) = csv.DictReader(comparisons_csv(findings).splitlines())
+    assert {"wins": "12", "losses": "0", "verdict": "better", "margin": "", "inferiority": ""}.items() <= line.items()
 
 
 def test_problems_without_a_readable_reference_are_left_out(model, tmp_path):
@@ -696,9 +900,12 @@ def test_a_report_of_controls_alone(model, tmp_path):
         for unit in batch:
             if unit.cell.method.startswith("random"):
                 store.write(unit, Answer("", 1, True, 16.0, 10))
-    findings = collect(store, study, store.plan())
+    findings = collect(store, study, store.plan(), partial=True)
     assert findings.tasks() == []
-    assert "Incomplete: 2 answers" in markdown(findings)
+    assert "INCOMPLETE: 2 answers" in markdown(findings)
+    done = CliRunner().invoke(app, ["report", str(store.folder), "--partial"])
+    assert done.exit_code == 2
+    assert "no problem yet that can be judged for all methods" in " ".join(done.stderr.split())
 
 
 def test_texts_from_a_file(tmp_path):
@@ -711,14 +918,49 @@ def test_texts_from_a_file(tmp_path):
         load_texts("mine", path, least_words=9)
 
 
+def test_progress_counts_what_the_folder_holds(model, tmp_path):
+    """Two batches were there before, one of them half: of 7 answers 4 are done, and 3 in this session."""
+    study = study_of(
+        model, tasks=[{"name": "maps:6", "count": 7}], variants=["rkv"], budgets=[16], batch=4, random_splits=0
+    )  # fmt: skip
+    store = Store(tmp_path / "run")
+    plan = fill(store, study, lambda method, budget, problem: problem % 2 == 0)
+    assert [len(batch) for batch in plan] == [4, 3]
+    before, now = plan
+    answers = [store.read(unit) for unit in now]
+    drop(store, plan, ("rkv", 16, int(now[0].question.id)))
+    seconds = [0.0]
+    watch = eval_command._Watch(store, plan, clock=lambda: seconds[0])
+
+    def share(units):
+        return sum(int(unit.question.id) % 2 == 0 for unit in units) / len(units)
+
+    with watch as shown:
+        assert (shown.progress.done, shown.progress.total) == (4, 7)
+        assert shown._said() == f"right so far: rkv {share(before):.0%}"
+        store.write(now[0], answers[0])
+        seconds[0] = 10.0
+        shown.done(now, answers, 1.0)
+        assert shown.progress.done == 7
+        assert shown._said() == f"30 tokens/s in this session; right so far: rkv {share([*before, *now]):.0%}"
+    assert len(list(store.folder.glob("grades/*/*.json"))) == 7, "graded once, for the report, too"
+
+
 def test_the_commands(model, tmp_path):
     runner = CliRunner()
     base = ["eval", "-o", str(tmp_path / "run"), "-m", model, "--task", "maps:6", "--count", "3", "--samples", "1"]
     base += ["--temperature", "0", "--max-new-tokens", "30", "--dtype", "float32"]
     done = runner.invoke(app, [*base, "--methods", "full,rkv", "--budgets", "16,24", "--interval", "8"])
     assert done.exit_code == 0, done.stderr
-    done = runner.invoke(app, ["report", str(tmp_path / "run"), "--metric", "score"])
+    lines = [line for line in done.stderr.splitlines() if line.startswith("answers: ")]
+    assert lines[0] == "answers: 0 of 9 done"
+    assert lines[-1].startswith("answers: 9 of 9 done; ")
+    assert "tokens/s in this session; right so far: " in lines[-1]
+    done = runner.invoke(app, ["report", str(tmp_path / "run"), "--metric", "score", "--margin", "3"])
     assert done.exit_code == 0, done.stderr
+    assert "a margin of 3 points" in done.stdout
+    default = next(o.default for o in get_command(app).commands["report"].params if o.name == "margin")
+    assert default == MARGIN
     assert "rkv cannot be told from the full cache" in done.stdout
     assert (tmp_path / "run" / "report" / "report.html").exists()
     for arguments, message in (
@@ -738,6 +980,7 @@ def test_the_commands(model, tmp_path):
         (["eval", "-o", str(tmp_path / "other"), "--resume"], "holds no study"),
         (["report", str(tmp_path / "other")], "holds no study"),
         (["report", str(tmp_path / "run"), "--metric", "luck"], "accuracy or score"),
+        (["report", str(tmp_path / "run"), "--margin", "nan"], "the margin is 0 to 100 points, got nan"),
     ):
         done = runner.invoke(app, arguments)
         assert done.exit_code == 2, done.stdout

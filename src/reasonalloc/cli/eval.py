@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from reasonalloc.cli.console import clear_errors, console, errors
+from reasonalloc.cli.console import Progress, clear_errors, console, errors
 from reasonalloc.cli.options import Device, Dtype, prompt_of, whole_numbers
 
 if TYPE_CHECKING:
     from reasonalloc.evaluation.store import Result, Store
-    from reasonalloc.evaluation.study import Batch, Study
+    from reasonalloc.evaluation.study import Batch, Study, Unit
 
 DEFAULT_METHODS = "full,rkv,pyramid-rkv,reasonalloc"
 
@@ -194,36 +195,49 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 class _Watch:
-    """The live table: answers done, tokens a second, accuracy so far of each method. Grades are not kept."""
+    """Progress of a shard: answers done, time left, tokens a second, accuracy so far of each method.
 
-    def __init__(self, store: Store, batches: list[Batch], hidden: bool = False) -> None:
-        self.right: dict[str, list[bool]] = defaultdict(list)
-        self.tokens, self.seconds = 0, 0.0
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, TextColumn("{task.fields[so_far]}"), console=errors, disable=hidden)
+    What the folder held before counts, in answers and accuracies; pace and time left are this session's.
+    """
+
+    def __init__(
+        self, store: Store, batches: list[Batch], hidden: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.store, self.right, self.tokens = store, defaultdict[str, list[bool]](list), 0
+        finished = [] if hidden else [unit for batch in batches if not store.missing(batch) for unit in batch]
+        for unit in finished:
+            self._grade(unit)
         units = sum(map(len, batches))
-        finished = units - sum(len(batch) for batch in batches if store.missing(batch))
-        self.task = self.progress.add_task("answers", total=units, completed=finished, so_far="")
+        self.progress = Progress("answers", units, len(finished), self._said, hidden, clock)
 
     def __enter__(self) -> _Watch:
-        self.progress.start()
+        self.progress.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.progress.stop()
+        self.progress.__exit__(*error)
 
     def done(self, batch: Batch, results: list[Result], seconds: float) -> None:
         """Count a finished batch."""
-        from reasonalloc.evaluation.answering import Answer
-        from reasonalloc.evaluation.grading import grader
-
-        for unit, found in zip(batch, results, strict=True):
-            if isinstance(found, Answer):
-                with suppress(Exception):  # whatever an answer does to its grader, the run goes on
-                    right = grader(unit.grader)(unit.question.reference, found.text).correct
-                    self.right[unit.cell.method].append(right)
+        for unit in batch:
+            self._grade(unit)
         self.tokens += sum(found.tokens for found in results)
-        self.seconds += seconds
-        so_far = ", ".join(f"{name} {sum(x) / len(x):.0%}" for name, x in list(self.right.items())[:5])
-        speed = f"{self.tokens / self.seconds:.0f} tokens/s"
-        self.progress.update(self.task, advance=len(batch), so_far=f"{speed}; {so_far}")
+        self.progress.advance(len(batch))
+
+    def _grade(self, unit: Unit) -> None:
+        """Count a stored answer of a named method. Its grade is kept, so that nothing is graded twice."""
+        from reasonalloc.evaluation.answering import Answer
+        from reasonalloc.evaluation.questions import FIDELITY
+        from reasonalloc.evaluation.study import RANDOM
+
+        if unit.grader == FIDELITY or unit.cell.method.startswith(RANDOM):
+            return
+        with suppress(Exception):  # whatever an answer does to its grader, the run goes on
+            found = self.store.read(unit)
+            if isinstance(found, Answer):
+                self.right[unit.cell.method].append(self.store.grade(unit, found).correct)
+
+    def _said(self) -> str:
+        pace = f"{self.tokens / self.progress.elapsed:.0f} tokens/s in this session" if self.tokens else ""
+        right = ", ".join(f"{name} {sum(x) / len(x):.0%}" for name, x in self.right.items())
+        return "; ".join(filter(None, (pace, right and f"right so far: {right}")))

@@ -16,8 +16,15 @@ def report(
     metric: Annotated[
         str, typer.Option(help="What is compared: accuracy (all of an answer right) or score (share of it).")
     ] = "accuracy",
+    margin: Annotated[float, typer.Option(help="Points that a method may lose and be called not inferior.")] = 2.0,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Some answers are missing: report on the problems that all methods have.")
+    ] = False,
 ) -> None:
-    """Grade the answers; write report.html, report.md, report.csv and pictures. Needs neither model nor hub."""
+    """Grade the answers; write report.html, report.md, report.csv, comparisons.csv and pictures.
+
+    Needs neither model nor hub.
+    """
     with clear_errors():
         from reasonalloc.evaluation.findings import ACCURACY, SCORE, collect
         from reasonalloc.evaluation.report import markdown, write_report
@@ -25,10 +32,12 @@ def report(
 
         if metric not in ("accuracy", "score"):
             raise ValueError(f"the metric is accuracy or score, got {metric!r}")
-        store = Store(folder)
-        findings = collect(store, store.study(), store.plan(), SCORE if metric == "score" else ACCURACY)
+        if not 0 <= margin <= 100:
+            raise ValueError(f"the margin is 0 to 100 points, got {margin:g}")
+        store, compared = Store(folder), SCORE if metric == "score" else ACCURACY
+        findings = collect(store, store.study(), store.plan(), compared, margin, partial)
         if not findings.tasks():
-            raise ValueError(f"{folder} has no finished problem yet")
+            raise ValueError(f"{folder} has no problem yet that can be judged for all methods")
         paths = write_report(findings, output or folder / "report")
         console.print(markdown(findings), highlight=False, markup=False, soft_wrap=True)
         console.print(f"wrote {', '.join(map(str, paths))}", highlight=False, soft_wrap=True)

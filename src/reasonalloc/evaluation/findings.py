@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
-from functools import lru_cache
+from functools import cached_property
 
 import numpy as np
 
 from reasonalloc.evaluation.fidelity import Reading
 from reasonalloc.evaluation.questions import FIDELITY
-from reasonalloc.evaluation.statistics import Comparison, Estimate, Floats, compare, correct, mean_score, mean_value
+from reasonalloc.evaluation.statistics import (
+    Comparison,
+    Estimate,
+    Floats,
+    compare,
+    correct,
+    inferior,
+    mean_score,
+    mean_value,
+)
 from reasonalloc.evaluation.store import Result, Store
 from reasonalloc.evaluation.study import RANDOM, Batch, Study, Unit
 
-Cell = tuple[str, int]  # method, budget
+MARGIN = 2.0  # points that a method may lose and still be called no worse
+_NAMED = 8  # incomplete cells in one message
+_Key = tuple[str, str, int | None]  # a cell's task, method, budget
 
 
 @dataclass(frozen=True)
@@ -39,19 +52,12 @@ class Metric:
 
     def estimate(self, values: Floats) -> Estimate:
         """Mean over problems with its interval."""
-        return _estimate(values.tobytes(), self.bounded)
+        return mean_score(values) if self.bounded else mean_value(values)
 
     def text(self, found: Estimate, sign: str = "") -> str:
         """ "mean [low, high]"."""
         mean, low, high = (f"{self.scale * x:{sign}.{self.digits}f}" for x in astuple(found))
         return f"{mean} [{low}, {high}]"
-
-
-@lru_cache(maxsize=1024)
-def _estimate(values: bytes, bounded: bool) -> Estimate:
-    """One bootstrap, however many tables and pictures show it."""
-    numbers = np.frombuffer(values)
-    return mean_score(numbers) if bounded else mean_value(numbers)
 
 
 ACCURACY = Metric("accuracy %", "points", 100, 1)
@@ -73,6 +79,7 @@ class CellResult:
         kept: tokens per head held, mean over answers and steps.
         kv_bytes: of one answer's keys and values at their largest, mean over answers.
         tokens: written or read, mean.
+        exposure: share of answers in which anything was evicted; None where results do not say.
         cut_off: share of answers that hit the length limit.
         unreadable: share of answers in which no answer could be found.
         ungradable: problems left out because their reference cannot be read.
@@ -87,10 +94,62 @@ class CellResult:
     kept: float
     kv_bytes: float
     tokens: float
+    exposure: float | None
     cut_off: float
     unreadable: float
     ungradable: int
     answers: int
+
+    @cached_property
+    def estimates(self) -> dict[Metric, Estimate]:
+        """Of every metric the mean with its interval; one bootstrap, however many tables and pictures show it."""
+        return {metric: metric.estimate(values) for metric, values in self.values.items()}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A method against another, on the problems that both have.
+
+    Attributes:
+        cell: the method at a budget.
+        base: the base line at that budget, or the full cache.
+        metric: of the values.
+        comparison: cell minus base, in the metric's own number.
+        problems: how many both have.
+        margin: in points.
+    """
+
+    cell: CellResult
+    base: CellResult
+    metric: Metric
+    comparison: Comparison
+    problems: int
+    margin: float
+
+    @property
+    def wins(self) -> int:
+        """Problems on which the method is the better one."""
+        return self.comparison.below if self.metric.lower_is_better else self.comparison.above
+
+    @property
+    def losses(self) -> int:
+        """Problems on which the base is the better one."""
+        return self.comparison.above if self.metric.lower_is_better else self.comparison.below
+
+    @property
+    def verdict(self) -> str:
+        """ "better" or "worse" where the difference is real, else "undecided"."""
+        if not self.comparison.real:
+            return "undecided"
+        return "better" if (self.comparison.difference.mean < 0) == self.metric.lower_is_better else "worse"
+
+    @property
+    def inferiority(self) -> str:
+        """By the margin: "not inferior", "inferior" or "undecided"; empty for metrics that are no shares."""
+        if not self.metric.bounded:
+            return ""
+        found = inferior(self.comparison.difference, self.margin / self.metric.scale)
+        return "undecided" if found is None else "inferior" if found else "not inferior"
 
 
 @dataclass(frozen=True)
@@ -102,12 +161,16 @@ class Findings:
         cells: what was found.
         missing: units without result.
         metric: by which answers are compared, ``ACCURACY`` or ``SCORE``; texts are by ``NLL``.
+        left_out: tasks of which no problem can be judged for all methods.
+        margin: of non-inferiority, in points.
     """
 
     study: Study
     cells: tuple[CellResult, ...]
     missing: int
     metric: Metric
+    left_out: tuple[str, ...] = ()
+    margin: float = MARGIN
 
     def of(self, task: str, budget: int | None = -1, control: bool = False) -> list[CellResult]:
         """Cells of a task, of one budget unless that is -1; named methods, or the random splits."""
@@ -133,31 +196,115 @@ class Findings:
         """What methods are compared by."""
         return NLL if task.startswith(FIDELITY) else self.metric
 
+    @cached_property
+    def comparisons(self) -> dict[str, list[Compared]]:
+        """Of each task every method against the base line at its budget, then against the full cache.
 
-def collect(store: Store, study: Study, plan: Iterable[Batch], metric: Metric = ACCURACY) -> Findings:
-    """Grade what there is. Cells of which some answers are missing are judged by the problems that are complete."""
-    groups: dict[tuple[str, str, int | None], dict[str, list[dict[str, float] | None]]] = {}
-    for batch in plan:
-        for unit in batch:
-            problems = groups.setdefault((unit.task, unit.cell.method, unit.cell.budget), {})
-            found = store.read(unit)
-            judged = None if found is None else _judge(store, unit, found)
-            problems.setdefault(unit.question.id, []).append(judged)
-    cells = [_cell(*name, problems) for name, problems in groups.items()]
-    missing = sum(row is None for problems in groups.values() for rows in problems.values() for row in rows)
+        p-values are corrected over all of a task's comparisons with the base line, and over those with the full cache.
+        """
+        found = {}
+        for task in self.tasks():
+            cells = [cell for cell in self.of(task) if cell.budget is not None]
+            lines = self._against([(cell, self.base(task, cell.budget)) for cell in cells])
+            found[task] = [*lines, *self._against([(cell, self.full(task)) for cell in cells])]
+        return found
+
+    def _against(self, pairs: list[tuple[CellResult, CellResult | None]]) -> list[Compared]:
+        found, made = [], []
+        for cell, base in pairs:
+            if base is None or cell is base:
+                continue
+            metric = self.metric_of(cell.task)
+            first, second = paired([cell, base], metric)
+            if first.size:
+                found.append((cell, base, metric, first.size))
+                made.append(compare(first, second, bounded=metric.bounded))
+        return [
+            Compared(cell, base, metric, comparison, size, self.margin)
+            for (cell, base, metric, size), comparison in zip(found, correct(made), strict=True)
+        ]
+
+
+def collect(
+    store: Store,
+    study: Study,
+    plan: Iterable[Batch],
+    metric: Metric = ACCURACY,
+    margin: float = MARGIN,
+    partial: bool = False,
+) -> Findings:
+    """Read and grade what there is, each result once.
+
+    All named methods of a task are judged by the same problems: all that were asked, or with ``partial`` those that
+    all of them have answered in full. Random splits may have been asked fewer.
+
+    Args:
+        store: with the results.
+        study: what was asked.
+        plan: the store's.
+        metric: by which answers are compared.
+        margin: of non-inferiority, in points.
+        partial: judge by what is there.
+
+    Raises:
+        ValueError: answers are missing, without ``partial``; of which cells is said.
+    """
+    units = [unit for batch in plan for unit in batch]
+    gone = {unit.key for unit in units if store.missing((unit,))}
+    if gone and not partial:
+        raise ValueError(_incomplete(store, units, gone))
+    unfinished = {(_key(unit), unit.question.id) for unit in units if unit.key in gone}
+    shared = _shared(units, unfinished)
+    groups: dict[_Key, dict[str, list[dict[str, float]]]] = {}
+    for unit in units:
+        problem = unit.question.id
+        if problem in shared[unit.task] and (_key(unit), problem) not in unfinished:
+            judged = _judge(store, unit, store.read(unit))  # type: ignore[arg-type]  # it is there
+            groups.setdefault(_key(unit), {}).setdefault(problem, []).append(judged)
     order = {cell.method: i for i, cell in enumerate(study.cells)}
-    found_cells = sorted((c for c in cells if c is not None), key=lambda c: (c.task, c.budget or 0, order[c.method]))
-    return Findings(study, tuple(found_cells), missing, metric)
+    cells = [found for key, problems in groups.items() if (found := _cell(*key, problems)) is not None]
+    cells.sort(key=lambda cell: (cell.task, cell.budget or 0, order[cell.method]))
+    judged_tasks = {cell.task for cell in cells if not cell.method.startswith(RANDOM)}
+    left_out = tuple(task for task in shared if task not in judged_tasks)
+    return Findings(study, tuple(cells), len(gone), metric, left_out, margin)
 
 
-def _cell(
-    task: str, method: str, budget: int | None, problems: dict[str, list[dict[str, float] | None]]
-) -> CellResult | None:
-    finished = {name: [row for row in rows if row is not None] for name, rows in problems.items() if None not in rows}
-    complete = {name: rows for name, rows in sorted(finished.items()) if all(row["gradable"] for row in rows)}
-    if not complete:
+def _key(unit: Unit) -> _Key:
+    return unit.task, unit.cell.method, unit.cell.budget
+
+
+def _shared(units: list[Unit], unfinished: set[tuple[_Key, str]]) -> dict[str, set[str]]:
+    """Of each task the problems that no named method has left unfinished."""
+    shared: dict[str, set[str]] = {}
+    for unit in units:
+        shared.setdefault(unit.task, set()).add(unit.question.id)
+    for (task, method, _), problem in unfinished:
+        if not method.startswith(RANDOM):
+            shared[task].discard(problem)
+    return shared
+
+
+def _incomplete(store: Store, units: list[Unit], gone: set[str]) -> str:
+    """Which cells lack answers, and what can be done."""
+    asked = Counter(_key(unit) for unit in units)
+    lacking = Counter(_key(unit) for unit in units if unit.key in gone)
+    cells = [
+        f"{task} {method}{'' if budget is None else f' at budget {budget}'} "
+        f"({asked[task, method, budget] - count} of {asked[task, method, budget]} answers)"
+        for (task, method, budget), count in sorted(lacking.items(), key=lambda item: (*item[0][:2], item[0][2] or 0))
+    ]
+    more = f" and {len(cells) - _NAMED} more" if len(cells) > _NAMED else ""
+    return (
+        f"{store.folder} is incomplete: {', '.join(cells[:_NAMED])}{more}; run `reasonalloc eval --resume -o "
+        f"{store.folder}`, or report with --partial on the problems that all methods have"
+    )
+
+
+def _cell(task: str, method: str, budget: int | None, problems: dict[str, list[dict[str, float]]]) -> CellResult | None:
+    gradable = {name: rows for name, rows in sorted(problems.items()) if all(row["gradable"] for row in rows)}
+    if not gradable:
         return None
-    every = [row for rows in complete.values() for row in rows]
+    every = [row for rows in gradable.values() for row in rows]
 
     def mean(name: str) -> float:
         return float(np.mean([row[name] for row in every]))
@@ -166,24 +313,26 @@ def _cell(
         task,
         method,
         budget,
-        tuple(complete),
+        tuple(gradable),
         {
-            metric: np.array([np.mean([row[metric.name] for row in rows]) for rows in complete.values()])
+            metric: np.array([np.mean([row[metric.name] for row in rows]) for rows in gradable.values()])
             for metric in ((NLL, KL, AGREEMENT) if task.startswith(FIDELITY) else (ACCURACY, SCORE))
         },
         mean("kept"),
         mean("kv_bytes"),
         mean("tokens"),
+        None if math.isnan(mean("evicted")) else mean("evicted"),
         mean("cut_off"),
         mean("unreadable"),
-        len(finished) - len(complete),
+        len(problems) - len(gradable),
         len(every),
     )
 
 
 def _judge(store: Store, unit: Unit, found: Result) -> dict[str, float]:
-    """One result in numbers."""
-    cost = {"kept": found.kept_tokens, "kv_bytes": found.kv_bytes, "tokens": found.tokens}
+    """One result in numbers; ``evicted`` is NaN where the result does not say."""
+    evicted = math.nan if found.evicted is None else float(found.evicted)
+    cost = {"kept": found.kept_tokens, "kv_bytes": found.kv_bytes, "tokens": found.tokens, "evicted": evicted}
     if isinstance(found, Reading):
         means = [float(np.mean(values)) for values in (found.nll, found.kl, np.array(found.agree))]
         judged = dict(zip((NLL.name, KL.name, AGREEMENT.name), means, strict=True))
@@ -193,22 +342,6 @@ def _judge(store: Store, unit: Unit, found: Result) -> dict[str, float]:
     unread = grade.gradable and grade.extracted is None
     states = {"cut_off": float(not found.finished), "unreadable": float(unread), "gradable": float(grade.gradable)}
     return {**judged, **cost, **states}
-
-
-def comparisons(findings: Findings, task: str, against: CellResult | None = None) -> dict[Cell, Comparison]:
-    """Every method against the base line at its budget, or against one cell, on the problems that both have.
-
-    p-values are corrected over all comparisons that one call makes.
-    """
-    found, metric = {}, findings.metric_of(task)
-    for cell in findings.of(task):
-        base = against or findings.base(task, cell.budget)
-        if base is None or cell is base or cell.budget is None:
-            continue
-        first, second = paired([cell, base], metric)
-        if first.size:
-            found[cell.method, cell.budget] = compare(first, second, bounded=metric.bounded)
-    return dict(zip(found, correct(list(found.values())), strict=True))
 
 
 def paired(cells: list[CellResult], metric: Metric) -> list[Floats]:

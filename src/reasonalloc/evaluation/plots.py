@@ -201,6 +201,20 @@ def draw_curves(
 ) -> bytes:
     """A PNG of each method's metric against the budget, with intervals, the full cache's band and random splits."""
     figure = _figure("curves.png", 9.5, 5)
+    _draw_curves(figure, series, full, control, title, metric, from_zero)
+    return _png(figure)
+
+
+def _draw_curves(
+    figure: Any,
+    series: dict[str, list[tuple[int, Interval]]],
+    full: Interval | None,
+    control: dict[int, list[float]],
+    title: str,
+    metric: str,
+    from_zero: bool,
+) -> None:
+    """The picture of ``draw_curves``, on an empty figure."""
     axes = figure.subplots()
     budgets = sorted({budget for points in series.values() for budget, _ in points})
     if full is not None:
@@ -216,17 +230,18 @@ def draw_curves(
             x, y, yerr=[below, above], marker="osD^vP*X"[i % 8], markersize=4, linewidth=1, capsize=2, label=method
         )
     for budget, means in control.items():
-        label = "random splits" if budget == min(control) else None
+        label = "random splits of the same total,\nR-KV's scores" if budget == min(control) else None
         axes.scatter([budget] * len(means), means, marker="_", color="black", alpha=0.4, label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(budgets, [str(budget) for budget in budgets])
+    if len(budgets) == 1:  # else the methods' small shifts would fill the picture
+        axes.set_xlim(budgets[0] / 2**0.5, budgets[0] * 2**0.5)
     axes.set_xlabel("budget: tokens per key/value head")
     axes.set_ylabel(metric)
     if from_zero:
         axes.set_ylim(bottom=0)
     axes.set_title(title)
     figure.legend(fontsize="small", loc="outside right upper")
-    return _png(figure)
 
 
 def _figure(path: str | Path, width: float, height: float) -> Any:

@@ -11,17 +11,17 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from reasonalloc.evaluation.findings import NLL, Cell, CellResult, Findings, Metric, comparisons, paired
-from reasonalloc.evaluation.statistics import Comparison, rank_among
+from reasonalloc.evaluation.findings import NLL, CellResult, Compared, Findings, Metric, paired
+from reasonalloc.evaluation.statistics import rank_among
 from reasonalloc.files import write_atomically
+
+_SELDOM = 0.5  # an exposure below is warned of
+_VERDICTS = {"better": "is better than", "worse": "is worse than", "undecided": "cannot be told from"}
 
 
 def sentences(findings: Findings, task: str) -> list[str]:
-    """Which differences are real, in words."""
-    full = findings.full(task)
-    lines = _verdicts(findings, task, comparisons(findings, task), str(findings.study.compared_with))
-    if full is not None:
-        lines += _verdicts(findings, task, comparisons(findings, task, full), "the full cache")
+    """Which differences are real, in words; and which cells say little."""
+    lines = [_sentence(found) for found in findings.comparisons[task]]
     metric = findings.metric_of(task)
     for budget in findings.study.budgets:
         control = findings.of(task, budget, control=True)
@@ -36,19 +36,30 @@ def sentences(findings: Findings, task: str) -> list[str]:
                     f"{rank} of {places} among random splits of the same total with R-KV's scores, on {own.size} "
                     "problems (ties count against it)."
                 )
+    lines += [
+        f"At budget {cell.budget}, {cell.method} evicted nothing in {1 - cell.exposure:.1%} of its answers: "
+        "they are the full cache's own, and its results say little about it."
+        for cell in findings.of(task)
+        if cell.budget is not None and cell.exposure is not None and cell.exposure < _SELDOM
+    ]
     return lines
 
 
-def _verdicts(findings: Findings, task: str, found: dict[Cell, Comparison], base: str) -> list[str]:
-    lines, metric = [], findings.metric_of(task)
-    for (method, budget), comparison in found.items():
-        better = (comparison.difference.mean < 0) == metric.lower_is_better
-        verdict = f"is {'better' if better else 'worse'} than" if comparison.real else "cannot be told from"
-        lines.append(
-            f"At budget {budget}, {method} {verdict} {base} "
-            f"({metric.text(comparison.difference, '+')} {metric.unit}, corrected p = {comparison.corrected:.2g})."
-        )
-    return lines
+def _sentence(found: Compared) -> str:
+    comparison, metric = found.comparison, found.metric
+    base = "the full cache" if found.base.budget is None else found.base.method
+    inferiority = {
+        "": "",
+        "undecided": f": undecided at a margin of {found.margin:g} points",
+        "inferior": f": inferior by more than {found.margin:g} points",
+        "not inferior": f": not inferior by more than {found.margin:g} points",
+    }[found.inferiority]
+    return (
+        f"At budget {found.cell.budget}, {found.cell.method} {_VERDICTS[found.verdict]} {base} "
+        f"({metric.text(comparison.difference, '+')} {metric.unit}, corrected p = {comparison.corrected:.2g}; "
+        f"better on {found.wins} problems, worse on {found.losses}, sign test p = {comparison.sign_p:.2g})"
+        f"{inferiority}."
+    )
 
 
 def rows(findings: Findings, task: str) -> list[dict[str, str]]:
@@ -57,12 +68,14 @@ def rows(findings: Findings, task: str) -> list[dict[str, str]]:
     lines = []
     for cell in findings.of(task):
         line = {"method": cell.method, "budget": "-" if cell.budget is None else str(cell.budget)}
-        line |= {metric.name: metric.text(metric.estimate(values)) for metric, values in cell.values.items()}
+        line |= {metric.name: metric.text(estimate) for metric, estimate in cell.estimates.items()}
+        ratio = "" if full is None else f" ({cell.tokens / full.tokens:.2f}x)"
+        line |= {"mean length": f"{cell.tokens:.0f}{ratio}"}
+        line |= {"exposure": "-" if cell.exposure is None else f"{cell.exposure:.1%}"}
         line |= {"kept tokens": f"{cell.kept:.0f}", "KV bytes": f"{cell.kv_bytes:.0f}"}
         line |= {"of full": "" if full is None else f"{cell.kv_bytes / full.kv_bytes:.1%}"}
-        line |= {"tokens": f"{cell.tokens:.0f}", "cut off": f"{cell.cut_off:.1%}"}
-        line |= {"unreadable": f"{cell.unreadable:.1%}", "problems": str(len(cell.problems))}
-        lines.append({**line, "answers": str(cell.answers)})
+        line |= {"cut off": f"{cell.cut_off:.1%}", "unreadable": f"{cell.unreadable:.1%}"}
+        lines.append({**line, "problems": str(len(cell.problems)), "answers": str(cell.answers)})
     return lines
 
 
@@ -83,14 +96,24 @@ def _preamble(findings: Findings) -> str:
     text = (
         f"{study.samples} answer(s) to each question, {how}, at most {sampling.max_new_tokens} tokens. Intervals: "
         f"95 %, bootstrap over problems. Comparisons: paired by problem ({findings.metric.name} of answers, {NLL.name} "
-        "of texts that are read), sign-flip test, Holm's correction over all of a task's comparisons with the same "
-        "method. accuracy: all of the answer right; score: share of it. nll: negative log-likelihood of the text, nats "
-        "per token; kl: from the full cache's distribution; agreement: same likeliest token. kept tokens: per head, "
-        "mean over layers, heads, and decoding steps; KV bytes: the largest share of the cache that fell to one "
-        "answer, free slots included."
+        "of texts that are read), sign-flip test of the mean, Holm's correction over all of a task's comparisons with "
+        "the same method; beside it the exact sign test over the problems that differ, not corrected. Not inferior "
+        f"by more than {findings.margin:g} points: all of the difference's interval lies above -{findings.margin:g}; "
+        "inferior: all of it lies below; not corrected. "
+        "accuracy: all of the answer right; score: share of it. nll: negative log-likelihood of the text, nats "
+        "per token; kl: from the full cache's distribution; agreement: same likeliest token. mean length: tokens of "
+        "an answer or text, and how many times the full cache's; tight budgets lengthen traces, so that accuracy may "
+        "be paid for in tokens. exposure: share of answers in which anything was evicted; a budget that nobody "
+        "reached proves nothing. kept tokens: per head, mean over layers, heads, and decoding steps; KV bytes: the "
+        "largest share of the cache that fell to one answer, free slots included."
     )
     if findings.missing:
-        text += f" **Incomplete: {findings.missing} answers are missing.**"
+        text += (
+            f" **INCOMPLETE: {findings.missing} answers are missing; every task is judged by the problems that all its "
+            "methods have.**"
+        )
+    for task in findings.left_out:
+        text += f" **{task} is left out: no problem can be judged for all methods.**"
     ungradable = {cell.task: cell.ungradable for cell in findings.cells if cell.ungradable}
     for task, count in ungradable.items():
         text += f" **{task}: {count} problem(s) left out, whose reference answer cannot be read.**"
@@ -105,12 +128,36 @@ def to_csv(findings: Findings) -> str:
     for cell in findings.cells:
         name = (cell.task, cell.method, "" if cell.budget is None else cell.budget)
         size = (len(cell.problems), cell.answers)
-        for metric, values in cell.values.items():
-            estimate = astuple(metric.estimate(values))
-            writer.writerow([*name, metric.name.removesuffix(" %"), *(f"{x:.6g}" for x in estimate), *size])
-        for quantity in ("kept", "kv_bytes", "tokens", "cut_off", "unreadable"):
-            writer.writerow([*name, quantity, f"{getattr(cell, quantity):.6g}", "", "", *size])
+        for metric, estimate in cell.estimates.items():
+            writer.writerow([*name, _plain(metric), *(f"{x:.6g}" for x in astuple(estimate)), *size])
+        for quantity in ("kept", "kv_bytes", "tokens", "exposure", "cut_off", "unreadable"):
+            value = getattr(cell, quantity)
+            writer.writerow([*name, quantity, "" if value is None else f"{value:.6g}", "", "", *size])
     return out.getvalue()
+
+
+def comparisons_csv(findings: Findings) -> str:
+    """Every comparison on a line of its own; differences as in ``to_csv``, the margin in points."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        ["task", "base", "method", "budget", "difference", "low", "high", "p", "corrected", "wins", "losses", "sign p",
+         "verdict", "margin", "inferiority", "metric", "problems"]
+    )  # fmt: skip
+    for task in findings.tasks():
+        for found in findings.comparisons[task]:
+            made = found.comparison
+            numbers = (f"{x:.6g}" for x in (*astuple(made.difference), made.p, made.corrected))
+            name = (task, found.base.method, found.cell.method, found.cell.budget)
+            margin = f"{found.margin:g}" if found.inferiority else ""
+            last = (found.verdict, margin, found.inferiority, _plain(found.metric), found.problems)
+            writer.writerow([*name, *numbers, found.wins, found.losses, f"{made.sign_p:.6g}", *last])
+    return out.getvalue()
+
+
+def _plain(metric: Metric) -> str:
+    """A metric's name in files, where shares are no percentages."""
+    return metric.name.removesuffix(" %")
 
 
 def to_html(findings: Findings, pictures: dict[str, bytes]) -> str:
@@ -163,11 +210,12 @@ def curves(findings: Findings, task: str) -> dict[str, Any]:
 
 def _interval(cell: CellResult, origin: CellResult | None, metric: Metric) -> tuple[float, ...]:
     """Mean and interval of a cell, or of its difference from another on the problems that both have."""
-    values = cell.values[metric]
-    if origin is not None:
+    if origin is None:
+        estimate = cell.estimates[metric]
+    else:
         own, others = paired([cell, origin], metric)
-        values = own - others
-    return tuple(metric.scale * x for x in astuple(metric.estimate(values)))
+        estimate = metric.estimate(own - others)
+    return tuple(metric.scale * x for x in astuple(estimate))
 
 
 def _comparable(findings: Findings, cell: CellResult, metric: Metric) -> float:
@@ -181,7 +229,7 @@ def _comparable(findings: Findings, cell: CellResult, metric: Metric) -> float:
 
 
 def write_report(findings: Findings, folder: Path) -> list[Path]:
-    """report.html, report.md, report.csv; with matplotlib, a PNG for each task that was asked with budgets."""
+    """report.html, report.md, report.csv, comparisons.csv; with matplotlib, a PNG of each task asked with budgets."""
     pictures: dict[str, bytes] = {}
     try:
         from reasonalloc.evaluation.plots import draw_curves
@@ -194,6 +242,7 @@ def write_report(findings: Findings, folder: Path) -> list[Path]:
     files = {
         "report.md": markdown(findings).encode(),
         "report.csv": to_csv(findings).encode(),
+        "comparisons.csv": comparisons_csv(findings).encode(),
         "report.html": to_html(findings, pictures).encode(),
         **{f"{re.sub('[: ]', '-', task)}.png": png for task, png in pictures.items()},
     }

@@ -7,7 +7,7 @@ evidence about others.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from scipy import stats
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 LEVEL = 0.95
 DRAWS = 10_000
+_EQUAL = 1e-12  # means of the same samples in another order differ by less
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,27 @@ class Comparison:
 
     Attributes:
         difference: of the means, first minus second, with its interval.
-        p: two-sided, of a paired sign-flip test.
+        p: two-sided, of a paired sign-flip test of the mean.
+        above, below: problems on which the first is above, and below, the second; on all others they are equal.
         corrected: p corrected for all comparisons made together (Holm); None until ``correct`` was called.
     """
 
     difference: Estimate
     p: float
+    above: int
+    below: int
     corrected: float | None = None
 
     @property
     def real(self) -> bool:
         """Whether the corrected p is below 5 %."""
         return self.corrected is not None and self.corrected < 1 - LEVEL
+
+    @property
+    def sign_p(self) -> float:
+        """Two-sided p of the exact sign test over the problems that differ; 1 if there is none. Never corrected."""
+        differing = self.above + self.below
+        return float(stats.binomtest(self.above, differing).pvalue) if differing else 1.0
 
 
 def mean_score(problems: Float[Floats, "problems"], seed: int = 0) -> Estimate:
@@ -87,16 +97,17 @@ def compare(
     if not len(first):
         raise ValueError("there is no problem to compare on")
     differences = first - second
+    sides = int((differences > _EQUAL).sum()), int((differences < -_EQUAL).sum())
     if len(differences) < 2 or np.ptp(differences) == 0:
         mean = float(differences.mean())
         rare = 1 - ((1 - LEVEL) / 2) ** (1 / len(differences)) if bounded else math.inf
         low, high = mean - rare * (1 + mean), mean + rare * (1 - mean)
-        return Comparison(Estimate(mean, low, high), 1.0 if mean == 0 else 2.0 ** (1 - len(differences)))
+        return Comparison(Estimate(mean, low, high), 1.0 if mean == 0 else 2.0 ** (1 - len(differences)), *sides)
     rng = np.random.default_rng(seed)
     signs = rng.integers(0, 2, (DRAWS, len(differences)), dtype=np.int8) * 2 - 1
     flipped = np.abs(signs @ differences)
     reached = int((flipped >= abs(differences.sum()) * (1 - 1e-12)).sum())
-    return Comparison(_bootstrap(differences, seed), (reached + 1) / (DRAWS + 1))
+    return Comparison(_bootstrap(differences, seed), (reached + 1) / (DRAWS + 1), *sides)
 
 
 def correct(comparisons: list[Comparison]) -> list[Comparison]:
@@ -106,7 +117,18 @@ def correct(comparisons: list[Comparison]) -> list[Comparison]:
     for rank, i in enumerate(order):
         largest = max(largest, min(1.0, comparisons[i].p * (len(comparisons) - rank)))
         corrected[i] = largest
-    return [Comparison(c.difference, c.p, p) for c, p in zip(comparisons, corrected, strict=True)]
+    return [replace(c, corrected=p) for c, p in zip(comparisons, corrected, strict=True)]
+
+
+def inferior(difference: Estimate, margin: float) -> bool | None:
+    """Whether the first is worse than the second by more than a margin, where higher is better.
+
+    Decided by the interval of the difference alone: False where all of it lies above -margin, True where all of it
+    lies below, None (undecided) otherwise.
+    """
+    if difference.low > -margin:
+        return False
+    return True if difference.high < -margin else None
 
 
 def rank_among(value: float, others: list[float]) -> tuple[int, int]:
