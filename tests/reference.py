@@ -69,7 +69,7 @@ def tiny_model(kind="llama", dtype=torch.float32, attention="reasonalloc", **cha
 
 def tiny_profile(seed=0):
     """A profile of ``tiny_model`` with everything that allocators read, at random."""
-    rng = np.random.default_rng(seed)
+    rng, curves = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     grids = {"rkv": MissGrid((10, 16, 32, 64, 128), 16)}
     prompts = [
         PromptDemand(
@@ -79,6 +79,7 @@ def tiny_profile(seed=0):
             {"rkv": np.sort(rng.random((5, 3, 3)), axis=0)[::-1] * 10},
             tokens=10,
             sensitivity=rng.normal(0.3, 0.3, (3, 3)),
+            losses={"rkv": np.sort(curves.random((5, 3, 3)), axis=0)[::-1]},
         )
         for i in range(3)
     ]
@@ -87,7 +88,7 @@ def tiny_profile(seed=0):
 
 def method_of(name, budget, **changes):
     """A method by name; those that need a profile get a random one."""
-    if name in ("missalloc", "sensitivity"):
+    if name in ("missalloc", "lossalloc", "sensitivity"):
         changes = {"profile": tiny_profile(), **changes}
     return ra.Compression.method(name, budget, **changes)
 

@@ -545,7 +545,7 @@ def test_wrong_use_of_curves():
         assert split.min() >= 10
         assert split.sum() == 9 * budget
     short = [replace(p, misses={"rkv": p.misses["rkv"] * [[[1]], [[1]], [[0]], [[0]], [[0]]]}) for p in profile.prompts]
-    with pytest.raises(ValueError, match=r"with 32 tokens per head nothing was missed .*--max-new-tokens"):
+    with pytest.raises(ValueError, match=r"with 32 tokens per head nothing was lost .*--max-new-tokens"):
         ra.Cache(
             tiny_model().config, ra.Compression.method("missalloc", 32, profile=replace(profile, prompts=tuple(short)))
         )

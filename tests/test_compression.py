@@ -62,7 +62,7 @@ def test_miss_curves_follow_the_scorer_unless_they_name_one(change):
     assert (start.layers.scorer, start.heads.scorer) == ("rkv", "rkv")
     assert (changed.layers.scorer, changed.heads.scorer) == ("snapkv", "snapkv")
     named = ra.Compression(256, layers=ra.MissCurveLayers(scorer="rkv"), heads="uniform", profile=PROFILE)
-    with pytest.raises(ValueError, match="miss curves of 'rkv' do not describe scorer 'snapkv'"):
+    with pytest.raises(ValueError, match="curves of 'rkv' do not describe scorer 'snapkv'"):
         change(named, scorer="snapkv")
 
 

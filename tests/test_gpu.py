@@ -50,7 +50,7 @@ def sizes(kind, changes):
 
 def compression(method, **changes):
     """A method at a tiny budget; a profile is made for heads of 64 channels."""
-    if method in ("missalloc", "sensitivity"):
+    if method in ("missalloc", "lossalloc", "sensitivity"):
         changes["profile"] = replace(tiny_profile(), shape=ra.ModelShape(3, 3, 6, 64))
     return of_narrow_heads(method, **changes)
 

@@ -103,8 +103,9 @@ def test_every_public_name_is_there():
     promised = {
         "METHODS", "RKV", "SCORERS", "AdaKVHeads", "Cache", "CacheStats", "CalibrationSettings", "Compression",
         "DemandProfile", "DynamicLayers", "HeadAllocator", "HeadSplit", "LayerAllocator", "LayerTokens",
-        "MissCurveHeads", "MissCurveLayers", "ModelShape", "Observation", "ProbePrompt", "PyramidLayers", "Recorder",
-        "Scorer", "SensitivityHeads", "SensitivityLayers", "ThresholdHeads", "UniformHeads", "UniformLayers",
+        "LossCurveHeads", "LossCurveLayers", "MissCurveHeads", "MissCurveLayers", "ModelShape",
+        "Observation", "ProbePrompt", "PyramidLayers", "Recorder", "Scorer", "SensitivityHeads",
+        "SensitivityLayers", "ThresholdHeads", "UniformHeads", "UniformLayers",
         "UnsupportedModelError", "WaveLayers", "calibrate", "decoding_loop", "register_head_allocator",
         "register_layer_allocator", "register_scorer", "robustify", "HEAD_ALLOCATORS", "LAYER_ALLOCATORS",
     }  # fmt: skip

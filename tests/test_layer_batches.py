@@ -61,6 +61,7 @@ def gather(x):
 ALLOCATORS = {
     **{name: HEAD_ALLOCATORS.create(name) for name in HEAD_ALLOCATORS.names()},
     "miss-curve": ra.MissCurveHeads(scorer="rkv"),
+    "loss-curve": ra.LossCurveHeads(scorer="rkv"),
     "odd": OddLayers(),
     "thresholds": TwoThresholds(),
     "gathered": GatheredHeads(ra.ThresholdHeads(), gather, 0),

@@ -101,7 +101,8 @@ def test_a_model_is_left_as_it_was(model, ids):
     before = log_probabilities(model, ids)
     trained = [parameter.requires_grad for parameter in model.parameters()]
     curves = loss_curves(model, ids, ANSWER, "h2o", GRID, draws=1)
-    assert curves.shape == (3, 3, 3) and (curves >= 0).all()
+    assert curves.shape == (3, 3, 3)
+    assert (curves >= 0).all()
     assert model.config._attn_implementation == "reasonalloc"
     assert [parameter.requires_grad for parameter in model.parameters()] == trained
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -111,4 +112,5 @@ def test_a_model_is_left_as_it_was(model, ids):
 
 def test_a_budget_that_holds_everything_loses_nothing(model, ids):
     curves = loss_curves(model, ids, ANSWER, "rkv", MissGrid((10, TOKENS), INTERVAL), draws=2)
-    assert (curves[0] > 0).all() and not curves[1].any()
+    assert curves[0].min() > 1e-3
+    assert curves[1].max() < 1e-20

@@ -234,7 +234,7 @@ def _with_losses(
     meter: _Meter,
 ) -> list[PromptDemand]:
     """The records with what each answer loses when heads forget: loss curves and loss sensitivity."""
-    found, done = [], settings.max_new_tokens * len(records)
+    found, done = [], float(settings.max_new_tokens * len(records))
 
     def steps(count: int) -> Callable[[], None]:
         """Called ``count`` times for one measurement of one answer."""

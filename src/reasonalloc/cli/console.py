@@ -87,6 +87,10 @@ class Progress:
     def advance(self, count: int) -> None:
         """So many more are done."""
         self.done += count
+        self.tick()
+
+    def tick(self) -> None:
+        """Something has happened that ``said`` may tell."""
         if not self._lines or self._clock() - self._shown >= EVERY:
             self._show()
 

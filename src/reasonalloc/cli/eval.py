@@ -153,7 +153,7 @@ def _run(
         if ray_workers:
             run_ray(study, store, plan, ray_workers, ray_gpus, watch.done, device)
         else:
-            run_local(worker, store, batches, watch.done)
+            run_local(worker, store, batches, watch.done, watch.written)
 
 
 _ANYWHERE = {"tensor_parallel", "output", "device", "shard", "ray_workers", "ray_gpus"}
@@ -203,7 +203,8 @@ class _Watch:
     def __init__(
         self, store: Store, batches: list[Batch], hidden: bool = False, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.store, self.right, self.tokens = store, defaultdict[str, list[bool]](list), 0
+        self.store, self.right = store, defaultdict[str, list[bool]](list)
+        self.tokens = self.within = 0  # of finished batches, and of the one at work
         finished = [] if hidden else [unit for batch in batches if not store.missing(batch) for unit in batch]
         for unit in finished:
             self._grade(unit)
@@ -221,8 +222,13 @@ class _Watch:
         """Count a finished batch."""
         for unit in batch:
             self._grade(unit)
-        self.tokens += sum(found.tokens for found in results)
+        self.tokens, self.within = self.tokens + sum(found.tokens for found in results), 0
         self.progress.advance(len(batch))
+
+    def written(self, tokens: int) -> None:
+        """So many more tokens in the batch at work."""
+        self.within += tokens
+        self.progress.tick()
 
     def _grade(self, unit: Unit) -> None:
         """Count a stored answer of a named method. Its grade is kept, so that nothing is graded twice."""
@@ -238,6 +244,7 @@ class _Watch:
                 self.right[unit.cell.method].append(self.store.grade(unit, found).correct)
 
     def _said(self) -> str:
-        pace = f"{self.tokens / self.progress.elapsed:.0f} tokens/s in this session" if self.tokens else ""
+        tokens = self.tokens + self.within
+        pace = f"{tokens / self.progress.elapsed:.0f} tokens/s in this session" if tokens else ""
         right = ", ".join(f"{name} {sum(x) / len(x):.0%}" for name, x in self.right.items())
         return "; ".join(filter(None, (pace, right and f"right so far: {right}")))

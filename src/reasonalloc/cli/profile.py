@@ -77,6 +77,13 @@ def print_profile(profile: DemandProfile, bands: Stability) -> None:
         mean = profile.miss_curves(scorer).mean((1, 2))
         curve = "  ".join(f"{b}: {m:.1%}" for b, m in zip(grid.budgets, mean, strict=True))
         console.print(f"attention on tokens that {scorer} had evicted, by budget: {curve}", highlight=False)
+        if scorer in profile.prompts[0].losses:
+            mean = profile.loss_curves(scorer).sum((1, 2))
+            curve = "  ".join(f"{b}: {m:.3g}" for b, m in zip(grid.budgets, mean, strict=True))
+            console.print(
+                f"nats per token lost when {scorer} holds one head alone, summed over heads, by budget: {curve}",
+                highlight=False,
+            )
         try:
             split = bootstrap_miss_curves(profile, scorer, budget)
         except ValueError as error:

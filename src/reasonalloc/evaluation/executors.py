@@ -25,6 +25,7 @@ _ATTEMPTS = 3
 # Settings of a configuration that depend on where and how it was loaded, not on what the model computes.
 _INCIDENTAL = {"_name_or_path", "name_or_path", "transformers_version", "_attn_implementation", "torch_dtype", "dtype"}
 Done = Callable[[Batch, list[Result], float], None]  # a batch, its results, the seconds it took
+Written = Callable[[int], None]  # so many more tokens were written or read, within a batch
 
 
 class Worker:
@@ -52,18 +53,25 @@ class Worker:
             )
         return auto_profile(self.model.config, found[0], self.model, self.tokenizer) if found else None
 
-    def run(self, batch: Batch) -> list[Result]:
+    def run(self, batch: Batch, written: Written = lambda tokens: None) -> list[Result]:
         """Results of a batch; sampling is seeded by the batch itself."""
         if batch[0].grader == FIDELITY:
-            return list(self._read(batch))
-        seed = int(digest([unit.key for unit in batch])[:12], 16)
+            return list(self._read(batch, written))
+        first, seed = batch[0], int(digest([unit.key for unit in batch])[:12], 16)
         prompts = [unit.question.prompt for unit in batch]
-        return list(answer(self.model, self.tokenizer, prompts, batch[0].cell.compression, batch[0].sampling, seed))
 
-    def _read(self, batch: Batch) -> list[Reading]:
+        def on_step(rows: torch.Tensor, tokens: torch.Tensor) -> None:
+            written(len(rows))
+
+        made = answer(
+            self.model, self.tokenizer, prompts, first.cell.compression, first.sampling, seed, on_step=on_step
+        )
+        return list(made)
+
+    def _read(self, batch: Batch, written: Written) -> list[Reading]:
         question, most = batch[0].question, batch[0].sampling.max_new_tokens
         trace = make_trace(self.tokenizer, question.id, question.prompt, question.reference, most)
-        return read_alike(self.model, trace, [unit.cell.compression for unit in batch])
+        return read_alike(self.model, trace, [unit.cell.compression for unit in batch], written)
 
 
 def fingerprint(model: Any, tokenizer: Any) -> str:
@@ -88,7 +96,9 @@ def shard(plan: list[Batch], index: int, of: int) -> list[Batch]:
     return plan[index::of]
 
 
-def run_local(worker: Worker, store: Store, batches: list[Batch], done: Done) -> None:
+def run_local(
+    worker: Worker, store: Store, batches: list[Batch], done: Done, written: Written = lambda tokens: None
+) -> None:
     """One batch after another in this process, those that are missing; whole batches, as they were planned.
 
     Of the ranks that share a model each runs this. The first one decides what is missing, and writes.
@@ -100,7 +110,7 @@ def run_local(worker: Worker, store: Store, batches: list[Batch], done: Done) ->
     for batch in batches:
         if worker.together or store.missing(batch):
             began = time.perf_counter()
-            results = worker.run(batch)
+            results = worker.run(batch, written)
             if worker.writes:
                 for unit, found in zip(batch, results, strict=True):
                     store.write(unit, found)

@@ -6,6 +6,7 @@ need thousands of samples for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -82,21 +83,29 @@ class Reading:
         return len(self.nll)
 
 
-def read_alike(model: Any, trace: Trace, compressions: list[Compression]) -> list[Reading]:
-    """One text with several caches, each against the full cache, which is read once."""
+def read_alike(
+    model: Any, trace: Trace, compressions: list[Compression], read: Callable[[int], None] = lambda tokens: None
+) -> list[Reading]:
+    """One text with several caches, each against the full cache, which is read once.
+
+    ``read`` is called with the number of its tokens after each of them.
+    """
     full = teacher_force(model, trace, Compression.method("full"), keep_log_probs=True)
-    found = [_itself(full) if one.budget is None else teacher_force(model, trace, one, full) for one in compressions]
-    return [
-        Reading(
-            [round(float(x), 6) for x in one.nll],
-            [round(float(x), 6) for x in one.kl],  # type: ignore[union-attr]  # there is a reference
-            [bool(x) for x in one.agree],  # type: ignore[union-attr]
-            one.kept_tokens,
-            one.kv_bytes,
-            one.evicted,
+    found = []
+    for compression in compressions:
+        one = _itself(full) if compression.budget is None else teacher_force(model, trace, compression, full)
+        read(len(trace.answer))
+        found.append(
+            Reading(
+                [round(float(x), 6) for x in one.nll],
+                [round(float(x), 6) for x in one.kl],  # type: ignore[union-attr]  # there is a reference
+                [bool(x) for x in one.agree],  # type: ignore[union-attr]
+                one.kept_tokens,
+                one.kv_bytes,
+                one.evicted,
+            )
         )
-        for one in found
-    ]
+    return found
 
 
 def _itself(full: Fidelity) -> Fidelity:

@@ -15,8 +15,8 @@ from reasonalloc.policies.allocation import (
     HeadAllocator,
     LayerAllocator,
 )
-from reasonalloc.policies.allocation.layers import no_profile
 from reasonalloc.policies.allocation.curves import CurveBudgets
+from reasonalloc.policies.allocation.layers import no_profile
 from reasonalloc.policies.asked import PIN_SHARE, Asked, pinned_of
 from reasonalloc.policies.methods import METHODS
 from reasonalloc.policies.registry import unknown_name

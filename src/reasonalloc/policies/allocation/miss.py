@@ -46,7 +46,9 @@ class MissCurveBudgets(CurveBudgets):
     def curves(self, profile: DemandProfile) -> Float[Floats, "budgets layers kv_heads"]:
         """Miss curves, weighed."""
         curves = profile.miss_curves(self.scorer)
-        return curves * tempered_sensitivity(profile, self.sensitivity_exponent) if self.sensitivity_exponent else curves
+        return (
+            curves * tempered_sensitivity(profile, self.sensitivity_exponent) if self.sensitivity_exponent else curves
+        )
 
 
 @LAYER_ALLOCATORS.register("miss-curve")

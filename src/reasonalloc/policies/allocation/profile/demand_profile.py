@@ -196,8 +196,8 @@ class DemandProfile:
         """
         if any(scorer not in prompt.losses for prompt in self.prompts):
             raise ValueError(
-                f"the profile has no loss curves of {scorer!r} (it has: {', '.join(self.prompts[0].losses) or 'none'}); "
-                f"calibrate with --loss {scorer}"
+                f"the profile has no loss curves of {scorer!r} (it has: "
+                f"{', '.join(self.prompts[0].losses) or 'none'}); calibrate with --loss {scorer}"
             )
         return total([prompt.losses[scorer] for prompt in self.prompts]) / sum(prompt.tokens for prompt in self.prompts)
 

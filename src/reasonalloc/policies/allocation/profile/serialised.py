@@ -43,7 +43,11 @@ def to_document(profile: DemandProfile) -> dict[str, Any]:
                 "sums": _plain(prompt.sums),
                 "sensitivity": None if prompt.sensitivity is None else _plain(prompt.sensitivity),
                 "misses": {scorer: _plain(values) for scorer, values in prompt.misses.items()},
-                **({"losses": {name: _plain(values) for name, values in prompt.losses.items()}} if prompt.losses else {}),
+                **(
+                    {"losses": {name: _plain(values) for name, values in prompt.losses.items()}}
+                    if prompt.losses
+                    else {}
+                ),
             }
             for prompt in profile.prompts
         ],
@@ -129,7 +133,9 @@ def _prompt(read: _FieldReader, i: int) -> PromptDemand:
         task=read(str, "prompts", i, "task"),
         tokens=read(int, "prompts", i, "tokens"),
         sensitivity=read(_array_or_none, "prompts", i, "sensitivity"),
-        losses={name: read(_array, "prompts", i, "losses", name) for name in read(dict, "prompts", i).get("losses", {})},
+        losses={
+            name: read(_array, "prompts", i, "losses", name) for name in read(dict, "prompts", i).get("losses", {})
+        },
     )
 
 
