@@ -550,7 +550,7 @@ def test_wrong_use_of_curves():
             tiny_model().config, ra.Compression.method("missalloc", 32, profile=replace(profile, prompts=tuple(short)))
         )
     missalloc = ra.Compression.method("missalloc", 64, profile=profile)
-    with pytest.raises(ValueError, match=r"miss curves of 'rkv' do not describe scorer 'h2o'"):
+    with pytest.raises(ValueError, match=r"curves of 'rkv' do not describe scorer 'h2o'"):
         missalloc.replace(scorer="h2o", layers=ra.MissCurveLayers(scorer="rkv"))
     with pytest.raises(ValueError, match=r"no miss curves of 'h2o'"):
         ra.Cache(tiny_model().config, missalloc.replace(scorer="h2o"))

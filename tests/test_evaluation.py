@@ -809,15 +809,18 @@ def test_reading_given_solutions(model, tmp_path):
     from reasonalloc.evaluation.fidelity import make_trace, teacher_force
 
     changes = {"tasks": [{"name": "maps:4", "fidelity": True, "count": 3}], "budgets": [16], "random_splits": 2}
+    changes["batch"] = 2
     study = study_of(model, **changes, sampling={"temperature": 0, "max_new_tokens": 50})
     store = run_all(study, tmp_path / "run")
     network, tokenizer = load(model, "float32")
     plan = store.plan()
-    assert [len(batch) for batch in plan] == [5] * 3, "one batch for each text, with every cache"
+    sizes = {len({unit.question.id for unit in batch}): len(batch) for batch in plan}
+    assert sizes.keys() == {1, 2}, "texts are read with every cache in one batch"
+    assert sum(sizes.values()) == 3 * 5
     for batch in plan:
-        problem = TASKS.create("maps").problem(int(batch[0].question.id), 4)
-        trace = make_trace(tokenizer, "", problem.question, f"{problem.thought} <answer> {problem.answer}", 50)
         for unit in batch:
+            problem = TASKS.create("maps").problem(int(unit.question.id), 4)
+            trace = make_trace(tokenizer, "", problem.question, f"{problem.thought} <answer> {problem.answer}", 50)
             expected = teacher_force(network, trace, unit.cell.compression)
             found = store.read(unit)
             assert found.nll == pytest.approx(expected.nll.tolist(), abs=1e-5)

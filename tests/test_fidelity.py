@@ -7,6 +7,7 @@ from reference import method_of, tiny_model, word_tokenizer
 
 import reasonalloc as ra
 from reasonalloc.evaluation import Trace, make_trace, teacher_force
+from reasonalloc.evaluation.fidelity import read_together
 
 
 def trace_of(prompt=50, answer=90):
@@ -67,3 +68,19 @@ def test_bad_input():
     with pytest.raises(ValueError, match="keep_log_probs"):
         teacher_force(model, trace_of(5, 5), ra.Compression.method("full"), plain)
     assert np.isfinite(plain.nll).all()
+
+
+@pytest.mark.parametrize("method", ["full", "rkv", "reasonalloc", "h2o"])
+def test_texts_read_together_are_read_as_alone(method):
+    """Prompts and answers of different lengths; one of a single token, two that end together, at an interval's end."""
+    model, compression = tiny_model(dtype=torch.float64), method_of(method, 32, interval=16)
+    sizes = ((50, 90), (41, 33), (7, 1), (64, 33), (30, 70))
+    ids = torch.randint(2, 97, (5, 140), generator=torch.Generator().manual_seed(2))
+    traces = [Trace(str(i), row[:p], row[p : p + a]) for i, (row, (p, a)) in enumerate(zip(ids, sizes, strict=True))]
+    full = [teacher_force(model, trace, ra.Compression.method("full"), keep_log_probs=True) for trace in traces]
+    alone = [teacher_force(model, *pair[:1], compression, pair[1]) for pair in zip(traces, full, strict=True)]
+    for one, other in zip(read_together(model, traces, compression, full), alone, strict=True):
+        assert one.nll == pytest.approx(other.nll, abs=1e-5)
+        assert one.kl == pytest.approx(other.kl, abs=1e-5)
+        assert (one.agree == other.agree).all()
+        assert (one.kept_tokens, one.evicted) == (pytest.approx(other.kept_tokens), other.evicted)

@@ -69,9 +69,19 @@ class Worker:
         return list(made)
 
     def _read(self, batch: Batch, written: Written) -> list[Reading]:
-        question, most = batch[0].question, batch[0].sampling.max_new_tokens
-        trace = make_trace(self.tokenizer, question.id, question.prompt, question.reference, most)
-        return read_alike(self.model, trace, [unit.cell.compression for unit in batch], written)
+        most = batch[0].sampling.max_new_tokens
+        questions = {unit.question.id: unit.question for unit in batch}
+        traces = [make_trace(self.tokenizer, q.id, q.prompt, q.reference, most) for q in questions.values()]
+        row = {name: i for i, name in enumerate(questions)}
+        cells: dict[tuple[str, int | None], list[int]] = {}
+        for i, unit in enumerate(batch):
+            cells.setdefault((unit.cell.method, unit.cell.budget), []).append(i)
+        compressions = [batch[units[0]].cell.compression for units in cells.values()]
+        rows = [[row[batch[i].question.id] for i in units] for units in cells.values()]
+        found = read_alike(self.model, traces, compressions, rows, written)
+        places = [i for units in cells.values() for i in units]
+        made = dict(zip(places, (reading for own in found for reading in own), strict=True))
+        return [made[i] for i in range(len(batch))]
 
 
 def fingerprint(model: Any, tokenizer: Any) -> str:

@@ -6,7 +6,7 @@ need thousands of samples for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -46,7 +46,7 @@ class Fidelity:
         nll: negative log-likelihood of the text's own token, in nats.
         kl: divergence of the full cache's distribution from this one, KL(full || this), in nats; None without one.
         agree: whether the likeliest token is the full cache's; None without one.
-        kept_tokens: tokens per head held, averaged over layers, heads and intervals.
+        kept_tokens: tokens per head held, averaged over layers, heads and decoded tokens.
         kv_bytes: of keys and values at their largest, see ``Footprint``.
         evicted: whether any token had been dropped at the end.
         log_probs: the whole distributions, if they were asked for.
@@ -84,28 +84,48 @@ class Reading:
 
 
 def read_alike(
-    model: Any, trace: Trace, compressions: list[Compression], read: Callable[[int], None] = lambda tokens: None
-) -> list[Reading]:
-    """One text with several caches, each against the full cache, which is read once.
+    model: Any,
+    traces: Sequence[Trace],
+    compressions: Sequence[Compression],
+    rows: Sequence[Sequence[int]],
+    read: Callable[[int], None] = lambda tokens: None,
+) -> list[list[Reading]]:
+    """Some texts with several caches, each against the full cache, which reads them once.
 
-    ``read`` is called with the number of its tokens after each of them.
+    Args:
+        model: with attn_implementation="reasonalloc".
+        traces: the texts.
+        compressions: the caches.
+        rows: for each cache, which of the texts it reads.
+        read: called with the number of tokens after each cache.
+
+    Returns:
+        For each cache, what it made of its texts.
     """
-    full = teacher_force(model, trace, Compression.method("full"), keep_log_probs=True)
+    full = read_together(model, traces, Compression.method("full"), keep_log_probs=True)
     found = []
-    for compression in compressions:
-        one = _itself(full) if compression.budget is None else teacher_force(model, trace, compression, full)
-        read(len(trace.answer))
-        found.append(
-            Reading(
-                [round(float(x), 6) for x in one.nll],
-                [round(float(x), 6) for x in one.kl],  # type: ignore[union-attr]  # there is a reference
-                [bool(x) for x in one.agree],  # type: ignore[union-attr]
-                one.kept_tokens,
-                one.kv_bytes,
-                one.evicted,
-            )
-        )
+    for compression, own in zip(compressions, rows, strict=True):
+        texts, base = [traces[row] for row in own], [full[row] for row in own]
+        if compression.budget is None:
+            made = [_itself(one) for one in base]
+        else:
+            made = read_together(model, texts, compression, base)
+        read(sum(len(trace.answer) for trace in texts))
+        found.append([_plain(one) for one in made])
     return found
+
+
+def _plain(found: Fidelity) -> Reading:
+    assert found.kl is not None
+    assert found.agree is not None
+    return Reading(
+        [round(float(x), 6) for x in found.nll],
+        [round(float(x), 6) for x in found.kl],
+        [bool(x) for x in found.agree],
+        found.kept_tokens,
+        found.kv_bytes,
+        found.evicted,
+    )
 
 
 def _itself(full: Fidelity) -> Fidelity:
@@ -123,7 +143,6 @@ def make_trace(tokenizer: Any, name: str, question: str, text: str, most: int | 
     return Trace(name, torch.tensor(prompt), torch.tensor(answer[:most]))
 
 
-@torch.no_grad()
 def teacher_force(
     model: Any,
     trace: Trace,
@@ -131,58 +150,153 @@ def teacher_force(
     reference: Fidelity | None = None,
     keep_log_probs: bool = False,
 ) -> Fidelity:
-    """Read ``trace`` with the given cache, one interval of tokens per forward pass.
+    """Read one ``trace``; see ``read_together``."""
+    return read_together(model, [trace], compression, None if reference is None else [reference], keep_log_probs)[0]
 
-    Nothing is evicted inside an interval, so this equals reading token by token, and is many times as fast.
+
+@torch.no_grad()
+def read_together(
+    model: Any,
+    traces: Sequence[Trace],
+    compression: Compression,
+    references: Sequence[Fidelity] | None = None,
+    keep_log_probs: bool = False,
+) -> list[Fidelity]:
+    """Read ``traces`` side by side with the given cache, one interval of tokens per forward pass.
+
+    Nothing is evicted inside an interval, so this equals reading token by token, and is many times as fast. A text
+    that has ended goes on, unread, up to the end of the interval, and then leaves the batch.
 
     Args:
         model: with attn_implementation="reasonalloc".
-        trace: what is read; batch size 1.
+        traces: what is read.
         compression: the cache. An interval of 1 evicts after every token.
-        reference: the same trace with the full cache and ``keep_log_probs``; gives ``kl`` and ``agree``.
-        keep_log_probs: keep all distributions: 4 bytes x answer x vocabulary, on the CPU.
+        references: the same traces with the full cache and ``keep_log_probs``; gives ``kl`` and ``agree``.
+        keep_log_probs: keep all distributions: 4 bytes x answer x vocabulary for each trace, on the CPU.
 
     Raises:
         ValueError: a prompt of less than two tokens, an empty answer, or a reference without distributions.
     """
-    if len(trace.prompt) < 2 or not len(trace.answer):
-        raise ValueError(
-            f"trace {trace.name} has {len(trace.prompt)} prompt and {len(trace.answer)} answer tokens: "
-            "two and one are the least"
-        )
-    if reference is not None and reference.log_probs is None:
+    for trace in traces:
+        if len(trace.prompt) < 2 or not len(trace.answer):
+            raise ValueError(
+                f"trace {trace.name} has {len(trace.prompt)} prompt and {len(trace.answer)} answer tokens: "
+                "two and one are the least"
+            )
+    bases = [None if references is None else found.log_probs for found in references or traces]  # type: ignore[union-attr]
+    if references is not None and any(base is None for base in bases):
         raise ValueError("the reference has no distributions: make it with keep_log_probs=True")
     cache = Cache(model.config, compression, tensor_parallel=ranks(model))
-    answer = trace.answer.to(model.device)
-    logits = [model(trace.prompt.to(model.device)[None], **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[0]]
-    nll, kl, agree, kept = [], [], [], []
-    footprint, done = Footprint(1), 0
-    for chunk in [*_chunks(len(answer) - 1, compression.interval), None]:
-        log_probs = logits.pop().float().log_softmax(-1)
-        targets = answer[done : done + len(log_probs)]
-        nll.append(-log_probs.gather(-1, targets[:, None]).squeeze(-1).cpu())
-        if reference is not None and reference.log_probs is not None:
-            base = reference.log_probs[done : done + len(log_probs)].to(log_probs.device)
-            kl.append((base.exp() * (base - log_probs)).sum(-1).cpu())
-            agree.append((base.argmax(-1) == log_probs.argmax(-1)).cpu())
-        if keep_log_probs:
-            kept.append(log_probs.cpu())
-        if chunk is not None:
-            logits.append(model(answer[chunk][None], **{CACHE_ARGUMENT: cache}).logits[0])
-            footprint.look(cache, [0])
-        done += len(log_probs)
-    return Fidelity(
-        torch.cat(nll).numpy(),
-        torch.cat(kl).numpy() if kl else None,
-        torch.cat(agree).numpy() if agree else None,
-        float(np.mean(footprint.kept[0])) if footprint.kept[0] else 0.0,
-        footprint.kv_bytes[0] * ranks(model),
-        footprint.evicted[0],
-        torch.cat(kept) if kept else None,
-    )
+    ids, mask = _left_padded([trace.prompt for trace in traces], model.device)
+    lengths = [len(trace.answer) for trace in traces]
+    answers = torch.nn.utils.rnn.pad_sequence([trace.answer for trace in traces], batch_first=True).to(model.device)
+    position = mask.sum(-1, keepdim=True)
+    padded = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if len(traces) > 1 else {}
+    logits = model(ids, **padded, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits
+    found = [_Parts() for _ in traces]
+    alive, footprint = list(range(len(traces))), Footprint(len(traces))
+    footprint.hold(alive)
+    interval = None if compression.budget is None else compression.interval
+    chunks = _chunks([length - 1 for length in lengths], interval)
+    for first, last in [(-1, 0), *chunks]:
+        if last:
+            stay = [i for i, row in enumerate(alive) if lengths[row] - 1 > first]
+            if len(stay) < len(alive):
+                alive = [alive[i] for i in stay]
+                mask, position = mask[stay], position[stay]
+                cache.batch_select_indices(torch.tensor(stay))
+                footprint.hold(alive)
+            mask = torch.cat([mask, mask.new_ones(len(alive), last - first)], 1)
+            steps = torch.arange(first, last, device=position.device)
+            padded = {"attention_mask": mask, "position_ids": position + steps} if len(traces) > 1 else {}
+            logits = model(answers[alive, first:last], **padded, **{CACHE_ARGUMENT: cache}).logits
+            if interval is None or last == 1 or last % interval == 0:  # else it has evicted ahead of its time
+                footprint.look(cache, [row for row in alive if lengths[row] - 1 >= last])
+        for row, own in zip(alive, logits, strict=True):
+            to = min(last, lengths[row] - 1) + 1
+            log_probs = own[: to - first - 1].float().log_softmax(-1)
+            base = bases[row]
+            full = None if base is None else base[first + 1 : to]
+            found[row].add(log_probs, answers[row, first + 1 : to], full, keep_log_probs)
+    costs = zip(lengths, footprint.kept, footprint.kv_bytes, footprint.evicted, strict=True)
+    return [
+        parts.together(_mean_held(length - 1, kept, chunks), kv_bytes * ranks(model), evicted)
+        for parts, (length, kept, kv_bytes, evicted) in zip(found, costs, strict=True)
+    ]
 
 
-def _chunks(tokens: int, interval: int) -> list[slice]:
-    """Stretches between evictions. The first token goes alone: it tells the cache that decoding has begun."""
-    edges = sorted({0, min(1, tokens), *range(interval, tokens, interval), tokens})
-    return [slice(a, b) for a, b in pairwise(edges)]
+class _Parts:
+    """What was found of one trace, stretch by stretch."""
+
+    def __init__(self) -> None:
+        self.nll: list[Tensor] = []
+        self.kl: list[Tensor] = []
+        self.agree: list[Tensor] = []
+        self.log_probs: list[Tensor] = []
+
+    def add(
+        self,
+        log_probs: Float[Tensor, "tokens vocabulary"],
+        targets: Int[Tensor, "tokens"],
+        base: Float[Tensor, "tokens vocabulary"] | None,
+        keep: bool,
+    ) -> None:
+        """The next stretch, and what the full cache says of it."""
+        self.nll.append(-log_probs.gather(-1, targets[:, None]).squeeze(-1).cpu())
+        if base is not None:
+            base = base.to(log_probs.device)
+            self.kl.append((base.exp() * (base - log_probs)).sum(-1).cpu())
+            self.agree.append((base.argmax(-1) == log_probs.argmax(-1)).cpu())
+        if keep:
+            self.log_probs.append(log_probs.cpu())
+
+    def together(self, kept_tokens: float, kv_bytes: int, evicted: bool) -> Fidelity:
+        """All of it."""
+        return Fidelity(
+            torch.cat(self.nll).numpy(),
+            torch.cat(self.kl).numpy() if self.kl else None,
+            torch.cat(self.agree).numpy() if self.agree else None,
+            kept_tokens,
+            kv_bytes,
+            evicted,
+            torch.cat(self.log_probs) if self.log_probs else None,
+        )
+
+
+def _mean_held(tokens: int, looks: list[float], chunks: list[tuple[int, int]]) -> float:
+    """Tokens held after each of a text's decoded tokens, on average; 0 without any.
+
+    Args:
+        tokens: how many were decoded.
+        looks: tokens held at the end of every chunk that the text filled.
+        chunks: where they begin and end. Within one every token is kept, and what is evicted goes with its last one.
+    """
+    total, before = 0.0, 0.0
+    for i, (first, last) in enumerate(chunks):
+        count = min(last, tokens) - first
+        if count <= 0:
+            break
+        held = looks[i] if i < len(looks) else before + count
+        total += (count - 1) * before + count * (count - 1) / 2 + held
+        before = held
+    return total / tokens if tokens else 0.0
+
+
+def _left_padded(
+    prompts: list[Tensor], device: torch.device
+) -> tuple[Int[Tensor, "rows tokens"], Int[Tensor, "rows tokens"]]:
+    """Prompts that end together, and where they are real."""
+    width = max(map(len, prompts))
+    ids = torch.stack([torch.nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
+    real = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts])
+    return ids.to(device), real.long().to(device)
+
+
+def _chunks(tokens: Sequence[int], interval: int | None) -> list[tuple[int, int]]:
+    """Stretches between evictions; where nothing is evicted, between the ends of texts, which have so many tokens.
+
+    The first token goes alone: it tells the cache that decoding has begun.
+    """
+    most = max(tokens)
+    middle = tokens if interval is None else range(interval, most, interval)
+    return list(pairwise(sorted({0, min(1, most), *middle, most})))

@@ -24,14 +24,15 @@ class Footprint:
         self.evicted = [False] * sequences
         self._held: list[int] = []  # the sequence of each row of the cache
 
-    def look(self, cache: Cache, sequences: list[int]) -> None:
-        """Look at a cache that holds these sequences, in this order.
+    def hold(self, sequences: list[int]) -> None:
+        """From now on the cache's rows are these sequences, in this order."""
+        self._held = sequences
 
-        Others may lie between them that were looked at before and have finished, see ``decoding_loop``.
-        """
+    def look(self, cache: Cache, sequences: list[int]) -> None:
+        """Look at some sequences of a cache. If it holds as many, they are its rows, in this order."""
         table, pools = cache.ragged.table, cache.ragged.pools
         if len(sequences) == table.rows:
-            self._held = sequences
+            self.hold(sequences)
         rows = [self._held.index(sequence) for sequence in sequences]
         lengths = table.lengths[:, rows]
         short = (lengths.min((0, 2)) < table.seen[rows]).tolist()

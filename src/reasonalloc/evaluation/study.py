@@ -22,6 +22,7 @@ from reasonalloc.tasks import Split
 FULL = "full"
 RANDOM = "random-split"
 BASELINE = "rkv"
+READ_TOGETHER = 8  # texts, at most: the full cache's distributions of all of them are held, 4 bytes a token and word
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class Study:
         baseline: the method that the others are compared with; None: "rkv", or the first that is not the full cache.
         dtype: of the model.
         seed: of sampling.
-        batch: answers that are decoded together. Which ones those are follows from the study alone, so that
-            results do not depend on where or when they are made.
+        batch: answers that are decoded together; of texts that are read, at most ``READ_TOGETHER``. Which ones those
+            are follows from the study alone, so that results do not depend on where or when they are made.
     """
 
     model: str
@@ -220,7 +221,7 @@ class Study:
     def plan(self, model: str, sets: list[QuestionSet], profile: DemandProfile | None = None) -> list[Batch]:
         """All work, in batches: the longest prompts first, methods and budgets mixed.
 
-        A text that is read is one batch with all caches, so that the full cache reads it only once.
+        Texts that are read are in one batch with all caches, so that the full cache reads them only once.
 
         Args:
             model: the model's fingerprint, which goes into every unit's key.
@@ -233,10 +234,11 @@ class Study:
             read = questions.grader == FIDELITY
             columns = [self._units(model, questions, cell, 1 if read else self.samples) for cell in cells]
             if read:
-                rows: dict[str, list[Unit]] = {}
-                for unit in (unit for column in columns for unit in column):
-                    rows.setdefault(unit.question.id, []).append(unit)
-                batches += [tuple(row) for row in rows.values()]
+                texts = sorted(questions.questions, key=lambda question: -len(question.reference))
+                size = min(self.batch, READ_TOGETHER)
+                for first in range(0, len(texts), size):
+                    group = {text.id for text in texts[first : first + size]}
+                    batches.append(tuple(unit for column in columns for unit in column if unit.question.id in group))
             else:
                 for units in columns:
                     units.sort(key=lambda unit: -len(unit.question.prompt))
