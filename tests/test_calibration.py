@@ -517,6 +517,37 @@ def test_calibrated_sensitivity(tmp_path):
         ra.Cache(model.config, compression)
 
 
+def test_calibrated_loss_curves(tmp_path):
+    model, tokenizer = tiny_model(), word_tokenizer()
+    wanted = settings_of(miss=(), loss=("rkv", "streaming"), loss_draws=2, max_new_tokens=40, least_tokens=8)
+    profile = calibrate(model, tokenizer, texts()[:3], wanted)
+    assert set(profile.grids) == {"rkv", "streaming"}
+    curves = profile.loss_curves("rkv")
+    assert curves.shape == (len(BUDGETS), 3, 3)
+    assert curves == pytest.approx(sum(prompt.losses["rkv"] for prompt in profile.prompts) / (3 * 40))
+    assert (curves[0] > curves[-1]).mean() > 0.5
+    (tmp_path / "w.json").write_bytes(profile.to_json())
+    again = ra.DemandProfile.load(tmp_path / "w.json")
+    assert again.to_json() == profile.to_json()
+    apart = merge([calibrate(model, tokenizer, [text], replace(wanted, batch_size=1)) for text in texts()[:3]])
+    assert apart.loss_curves("rkv") == pytest.approx(curves, rel=1e-4), "a prompt's draws are its own"
+    compression = ra.Compression.method("lossalloc", 32, profile=profile)
+    budgets = compression.layer_allocator.budgets(profile.shape, 32, 8, profile)
+    assert budgets.sum() == 9 * 32
+    grid = np.array(BUDGETS, dtype=float)
+    assert (budgets.ravel() == marginal_gain(curves.reshape(3, 9), grid, 9 * 32, 24)).all()
+    ra.Cache(model.config, compression)
+    with pytest.raises(ValueError, match=r"no loss curves of 'snapkv' \(it has: rkv, streaming\).*--loss snapkv"):
+        ra.Cache(model.config, ra.Compression.method("lossalloc", 32, scorer="snapkv", profile=profile))
+    without = calibrate(model, tokenizer, texts()[3:4], settings_of(miss=("rkv", "streaming"), max_new_tokens=40))
+    with pytest.raises(ValueError, match="loss: one"):
+        merge([profile, without])
+    with pytest.raises(ValueError, match="loss curves of a scorer were measured on some prompts only"):
+        replace(profile, prompts=(*profile.prompts[:2], replace(profile.prompts[2], losses={})))
+    with pytest.raises(ValueError, match="which are not all in grids"):
+        replace(profile, prompts=(replace(profile.prompts[0], losses={"h2o": curves}),))
+
+
 def test_a_configuration_names_its_profile_by_hash():
     profile, other = tiny_profile(), tiny_profile(seed=1)
     told, same, different = (

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from reference import tiny_model
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from reasonalloc.calibration.loss_curves import loss_curves, loss_slopes
 from reasonalloc.policies.allocation import MissGrid
-from tests.reference import tiny_model
 
 TOKENS, ANSWER, INTERVAL = 60, 32, 8
 GRID = MissGrid((12, 16, 24), INTERVAL)
@@ -66,7 +66,7 @@ def ids():
 
 
 def test_slopes_equal_a_gate_turned_by_hand(model, ids):
-    found = loss_slopes(model, ids, ANSWER, "streaming", GRID, draws=2, seed=5)
+    found = loss_slopes(model, ids, ANSWER, {"streaming": GRID}, draws=2, seed=5)["streaming"]
     chances = log_probabilities(model, ids).exp()
     generator = torch.Generator().manual_seed(5)
     step = 0.02  # the model's norms are taken in float32
@@ -88,7 +88,7 @@ def test_slopes_equal_a_gate_turned_by_hand(model, ids):
 
 def test_curves_estimate_the_divergence(model, ids):
     """With many draws, and a gate that is hardly turned, so that higher orders do not count."""
-    curves = loss_curves(model, ids, ANSWER, "streaming", GRID, draws=600)
+    curves = loss_curves(model, ids, ANSWER, {"streaming": GRID}, draws=600)["streaming"]
     full, turned = log_probabilities(model, ids), 0.01
     for layer, head, i in ((0, 1, 0), (1, 2, 1), (2, 0, 0)):
         gate = {"layer": layer, "head": head, "budget": GRID.budgets[i]}
@@ -100,7 +100,7 @@ def test_curves_estimate_the_divergence(model, ids):
 def test_a_model_is_left_as_it_was(model, ids):
     before = log_probabilities(model, ids)
     trained = [parameter.requires_grad for parameter in model.parameters()]
-    curves = loss_curves(model, ids, ANSWER, "h2o", GRID, draws=1)
+    curves = loss_curves(model, ids, ANSWER, {"h2o": GRID}, draws=1)["h2o"]
     assert curves.shape == (3, 3, 3)
     assert (curves >= 0).all()
     assert model.config._attn_implementation == "reasonalloc"
@@ -111,6 +111,6 @@ def test_a_model_is_left_as_it_was(model, ids):
 
 
 def test_a_budget_that_holds_everything_loses_nothing(model, ids):
-    curves = loss_curves(model, ids, ANSWER, "rkv", MissGrid((10, TOKENS), INTERVAL), draws=2)
+    curves = loss_curves(model, ids, ANSWER, {"rkv": MissGrid((10, TOKENS), INTERVAL)}, draws=2)["rkv"]
     assert curves[0].min() > 1e-3
     assert curves[1].max() < 1e-20

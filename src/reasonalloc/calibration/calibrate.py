@@ -91,7 +91,7 @@ class _Meter:
 
     def __init__(self, progress: Progress | None, prompts: int, settings: CalibrationSettings) -> None:
         self.progress = progress
-        self.each = settings.max_new_tokens * (1 + len(settings.loss) + (settings.sensitivity_window is not None))
+        self.each = settings.max_new_tokens * (1 + bool(settings.loss) + (settings.sensitivity_window is not None))
         self.total = prompts * self.each
         self.before = 0
 
@@ -249,24 +249,11 @@ def _with_losses(
     for i, record in enumerate(records):
         prompt = inputs["input_ids"][i][inputs["attention_mask"][i].bool()]
         ids = torch.cat([prompt, torch.tensor(answers[i], device=prompt.device)])
-        seed = _seed(settings.seed, record.hash)
-        losses = {
-            scorer: nine_digits(
-                loss_curves(
-                    model,
-                    ids,
-                    len(answers[i]),
-                    scorer,
-                    grid,
-                    settings.loss_draws,
-                    seed,
-                    steps(settings.loss_draws),
-                )
-            )
-            for scorer, grid in settings.grids.items()
-            if scorer in settings.loss
-        }
-        record = replace(record, losses=losses)
+        if settings.loss:
+            grids = {scorer: settings.grids[scorer] for scorer in settings.loss}
+            advance, seed = steps(settings.loss_draws), _seed(settings.seed, record.hash)
+            losses = loss_curves(model, ids, len(answers[i]), grids, settings.loss_draws, seed, advance)
+            record = replace(record, losses={scorer: nine_digits(found) for scorer, found in losses.items()})
         if settings.sensitivity_window is not None:
             advance = steps(model_shape(model.config).layers)
             rises = loss_sensitivity(model, ids, len(answers[i]), settings.sensitivity_window, advance)

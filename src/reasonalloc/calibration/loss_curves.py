@@ -11,7 +11,7 @@ is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,13 +65,12 @@ def loss_curves(
     model: Any,
     ids: Int[Tensor, "tokens"],
     answer: int,
-    scorer: str,
-    grid: MissGrid,
+    grids: Mapping[str, MissGrid],
     draws: int = 4,
     seed: int = 0,
     advance: Callable[[], None] | None = None,
-) -> Float[Floats, "budgets layers kv_heads"]:
-    """Estimated KL(full || one head held to a budget), for every head and budget.
+) -> dict[str, Float[Floats, "budgets layers kv_heads"]]:
+    """Estimated KL(full || one head held to a budget), for every scorer, budget and head.
 
     Memory: all activations of one pass forwards over the text, and ``draws`` slopes of every layer's attention.
 
@@ -79,34 +78,40 @@ def loss_curves(
         model: any supported decoder; its weights get no gradients.
         ids: prompt and answer.
         answer: how many of the last tokens are predicted. Only there heads are held to their budgets.
-        scorer: decides what a head keeps; the prompt is compressed at its end, then once in the grid's interval.
-        grid: budgets and interval.
+        grids: budgets and interval of each scorer, which decides what a head keeps; the prompt is compressed at its
+            end, then once in an interval.
         draws: passes backwards, each with a random continuation of its own at every position. The relative standard
             error of one curve is about ``sqrt(2 / (draws * texts))``.
         seed: of the draws.
         advance: called after each of them.
 
     Returns:
-        nats, summed over the answer's tokens; not negative.
+        For each scorer nats, summed over the answer's tokens; not negative.
+
+    Raises:
+        ValueError: the model does not run one attention in each layer.
     """
-    slopes = loss_slopes(model, ids, answer, scorer, grid, draws, seed, advance)
-    return (slopes.square().mean(0) / 2).numpy()
+    slopes = loss_slopes(model, ids, answer, grids, draws, seed, advance)
+    return {scorer: (found.square().mean(0) / 2).numpy() for scorer, found in slopes.items()}
 
 
 def loss_slopes(
     model: Any,
     ids: Int[Tensor, "tokens"],
     answer: int,
-    scorer: str,
-    grid: MissGrid,
+    grids: Mapping[str, MissGrid],
     draws: int,
     seed: int,
     advance: Callable[[], None] | None = None,
-) -> Float[Tensor, "draws budgets layers kv_heads"]:
+) -> dict[str, Float[Tensor, "draws budgets layers kv_heads"]]:
     """d log p(y) / dg of every draw y, summed over the answer; float64 on the CPU. Arguments as for ``loss_curves``."""
     layers = _read(model, ids, answer, draws, seed, advance)
-    found = [_gate_slopes(seen, MissSimulation(scorer, grid, i), answer) for i, seen in enumerate(layers)]
-    return torch.stack(found, 2)
+    return {
+        scorer: torch.stack(
+            [_gate_slopes(seen, MissSimulation(scorer, grid, i), answer) for i, seen in enumerate(layers)], 2
+        )
+        for scorer, grid in grids.items()
+    }
 
 
 def _read(

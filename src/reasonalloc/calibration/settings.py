@@ -32,7 +32,7 @@ class CalibrationSettings:
         miss_budgets: tokens per head of that simulation, ascending.
         interval: decoded tokens between two simulated compressions.
         loss: scorers (names) whose loss curves are measured, at the same budgets; they get miss curves, too. It takes
-            about ``loss_draws`` passes over every answer, backwards.
+            about ``loss_draws`` passes backwards over every answer.
         loss_draws: random draws that a loss curve is the mean of, for each answer.
         sensitivity_window: tokens that a head keeps while its loss sensitivity is measured; None measures none. It
             takes about ``layers * kv_heads / 2`` passes over every answer.
