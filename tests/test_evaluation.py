@@ -232,6 +232,19 @@ def test_answers_stay_inside_the_budget(model):
     for found in answer(network, tokenizer, prompts, compression, Sampling(0, 1.0, 60)):
         assert 12 < found.kept_tokens <= 24
         assert found.kv_bytes == 2 * 4 * 8 * 2 * 2 * 24  # k and v, bytes, dim, layers, heads, slots
+        assert found.evicted
+    roomy = ra.Compression.method("rkv", 200, interval=8)
+    assert not any(found.evicted for found in answer(network, tokenizer, prompts, roomy, Sampling(0, 1.0, 60)))
+
+
+def test_an_interval_that_goes_with_the_budget(model):
+    study = study_of(model, variants=["full", "rkv"], budgets=[16, 30, 64], common={}, interval_share=0.25)
+    assert [cell.compression.interval for cell in study.cells] == [128, 4, 8, 16]
+    assert Study.from_dict(json.loads(json.dumps(study.to_dict()))) == study
+    with pytest.raises(ValueError, match="interval_share must be positive, got 0"):
+        study_of(model, common={}, interval_share=0)
+    with pytest.raises(ValueError, match="interval_share and an interval in common exclude each other"):
+        study_of(model, common={"interval": 8}, interval_share=0.5)
 
 
 def test_sampling_is_checked():
