@@ -789,6 +789,18 @@ def test_a_report_reads_grades_and_resamples_once(model, tmp_path, monkeypatch):
     assert counts == {"read": units, "grade": units, "_bootstrap": 14 + 4}
 
 
+def test_a_report_against_another_method(model, tmp_path):
+    study = study_of(model, tasks=[{"name": "maps:6", "count": 20}])
+    store = Store(tmp_path / "run")
+    fill(store, study, lambda method, budget, problem: method == "rkv")
+    done = CliRunner().invoke(app, ["report", str(store.folder), "--baseline", "small window"])
+    assert done.exit_code == 0, done.stderr
+    assert "At budget 16, rkv is better than small window (+100.0" in done.stdout
+    done = CliRunner().invoke(app, ["report", str(store.folder), "--baseline", "smal window"])
+    assert done.exit_code == 2
+    assert "unknown baseline among the study's methods 'smal window'. Did you mean 'small window'?" in done.stderr
+
+
 def test_pictures_of_one_budget_and_their_legend():
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ def report(
     metric: Annotated[
         str, typer.Option(help="What is compared: accuracy (all of an answer right) or score (share of it).")
     ] = "accuracy",
+    baseline: Annotated[str | None, typer.Option(help="Compare with this method of the study, not its own.")] = None,
     margin: Annotated[float, typer.Option(help="Points that a method may lose and be called not inferior.")] = 2.0,
     partial: Annotated[
         bool, typer.Option("--partial", help="Some answers are missing: report on the problems that all methods have.")
@@ -35,7 +37,9 @@ def report(
         if not 0 <= margin <= 100:
             raise ValueError(f"the margin is 0 to 100 points, got {margin:g}")
         store, compared = Store(folder), SCORE if metric == "score" else ACCURACY
-        findings = collect(store, store.study(), store.plan(), compared, margin, partial)
+        study, plan = store.study(), store.plan()
+        study = study if baseline is None else replace(study, baseline=baseline)
+        findings = collect(store, study, plan, compared, margin, partial)
         if not findings.tasks():
             raise ValueError(f"{folder} has no problem yet that can be judged for all methods")
         paths = write_report(findings, output or folder / "report")
