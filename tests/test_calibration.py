@@ -519,7 +519,7 @@ def test_calibrated_sensitivity(tmp_path):
 
 def test_calibrated_loss_curves(tmp_path):
     model, tokenizer = tiny_model(), word_tokenizer()
-    wanted = settings_of(miss=(), loss=("rkv", "streaming"), loss_draws=2, max_new_tokens=40, least_tokens=8)
+    wanted = settings_of(miss=(), loss=("rkv", "streaming"), loss_points=1, max_new_tokens=40, least_tokens=8)
     profile = calibrate(model, tokenizer, texts()[:3], wanted)
     assert set(profile.grids) == {"rkv", "streaming"}
     curves = profile.loss_curves("rkv")
@@ -530,7 +530,7 @@ def test_calibrated_loss_curves(tmp_path):
     again = ra.DemandProfile.load(tmp_path / "w.json")
     assert again.to_json() == profile.to_json()
     apart = merge([calibrate(model, tokenizer, [text], replace(wanted, batch_size=1)) for text in texts()[:3]])
-    assert apart.loss_curves("rkv") == pytest.approx(curves, rel=1e-4), "a prompt's draws are its own"
+    assert apart.loss_curves("rkv") == pytest.approx(curves, rel=1e-3, abs=1e-5), "a prompt is measured by itself"
     compression = ra.Compression.method("lossalloc", 32, profile=profile)
     budgets = compression.layer_allocator.budgets(profile.shape, 32, 8, profile)
     assert budgets.sum() == 9 * 32

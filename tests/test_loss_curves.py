@@ -1,4 +1,4 @@
-"""Loss curves against gates that are turned by hand, one after the other."""
+"""Loss curves against the caches that they foretell."""
 
 from __future__ import annotations
 
@@ -6,53 +6,14 @@ import numpy as np
 import pytest
 import torch
 from reference import tiny_model
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
-from reasonalloc.calibration.loss_curves import loss_curves, loss_slopes
+import reasonalloc as ra
+from reasonalloc.calibration.loss_curves import loss_curves
+from reasonalloc.evaluation import Trace, teacher_force
 from reasonalloc.policies.allocation import MissGrid
 
 TOKENS, ANSWER, INTERVAL = 60, 32, 8
 GRID = MissGrid((12, 16, 24), INTERVAL)
-SINKS = 4
-_GATE = {}  # layer, head, budget, and how far the gate is open
-
-
-def gated_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention in float64; the head under test mixes what all tokens give with what StreamingLLM has kept of them."""
-    group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-    seen = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
-    logits = query @ key.mT * scaling
-    out = logits.masked_fill(~seen, float("-inf")).softmax(-1) @ value
-    if module.layer_idx == _GATE["layer"]:
-        heads = slice(_GATE["head"] * group, (_GATE["head"] + 1) * group)
-        shut = logits.masked_fill(~(seen & kept_by_streaming(_GATE["budget"])), float("-inf")).softmax(-1) @ value
-        out[:, heads] = _GATE["open"] * out[:, heads] + (1 - _GATE["open"]) * shut[:, heads]
-    return out.transpose(1, 2), None
-
-
-AttentionInterface.register("gated-by-hand", gated_attention)
-AttentionMaskInterface.register("gated-by-hand", sdpa_mask)
-
-
-def kept_by_streaming(budget):
-    """[queries, tokens]: at each compression the first four and the newest stay; what comes later is seen."""
-    kept = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
-    for query in range(TOKENS - ANSWER, TOKENS):
-        compressed = query - (query - (TOKENS - ANSWER)) % INTERVAL  # so many tokens were there
-        kept[query, SINKS : compressed - (budget - SINKS)] = False
-    return kept
-
-
-def log_probabilities(model, ids, **gate):
-    _GATE.update({"layer": None, **gate})
-    before = model.config._attn_implementation
-    model.set_attn_implementation("gated-by-hand")
-    with torch.no_grad():
-        logits = model(ids[None], use_cache=False).logits[0, -ANSWER - 1 : -1]
-    model.set_attn_implementation(before)
-    return logits.log_softmax(-1)
 
 
 @pytest.fixture(scope="module")
@@ -65,52 +26,54 @@ def ids():
     return torch.randint(2, 97, (TOKENS,), generator=torch.Generator().manual_seed(0))
 
 
-def test_slopes_equal_a_gate_turned_by_hand(model, ids):
-    found = loss_slopes(model, ids, ANSWER, {"streaming": GRID}, draws=2, seed=5)["streaming"]
-    chances = log_probabilities(model, ids).exp()
-    generator = torch.Generator().manual_seed(5)
-    step = 0.02  # the model's norms are taken in float32
-    for draw in range(2):
-        drawn = torch.multinomial(chances, 1, generator=generator)
-        for i, budget in enumerate(GRID.budgets):
-            for layer in range(3):
-                for head in range(3):
-                    gate = {"layer": layer, "head": head, "budget": budget}
-                    above, below = (
-                        log_probabilities(model, ids, **gate, open=1 + side * step).gather(1, drawn).sum()
-                        for side in (1, -1)
-                    )
-                    assert float(found[draw, i, layer, head]) == pytest.approx(
-                        float(above - below) / (2 * step), rel=0.01, abs=0.02
-                    )
-    assert found.abs().mean() > 0.2
+def divergence(model, ids, compression):
+    """KL(full || compressed), summed over the answer, read with real caches."""
+    trace = Trace("", ids[:-ANSWER], ids[-ANSWER:])
+    full = teacher_force(model, trace, ra.Compression.method("full"), keep_log_probs=True)
+    return float(teacher_force(model, trace, compression, full).kl.astype(float).sum())
 
 
-def test_curves_estimate_the_divergence(model, ids):
-    """With many draws, and a gate that is hardly turned, so that higher orders do not count."""
-    curves = loss_curves(model, ids, ANSWER, {"streaming": GRID}, draws=600)["streaming"]
-    full, turned = log_probabilities(model, ids), 0.01
-    for layer, head, i in ((0, 1, 0), (1, 2, 1), (2, 0, 0)):
-        gate = {"layer": layer, "head": head, "budget": GRID.budgets[i]}
-        gated = log_probabilities(model, ids, **gate, open=1 - turned)
-        kl = float((full.exp() * (full - gated)).sum()) / turned**2
-        assert curves[i, layer, head] == pytest.approx(kl, rel=4 * np.sqrt(2 / 600) + 0.05)
+def test_the_heads_add_up_to_the_divergence_of_a_real_cache(model, ids):
+    """StreamingLLM keeps the same tokens whatever they say, so that the path has no jumps."""
+    curves = loss_curves(model, ids, ANSWER, {"streaming": GRID}, points=12)["streaming"]
+    for curve, budget in zip(curves, GRID.budgets, strict=True):
+        expected = divergence(model, ids, ra.Compression.method("streaming", budget, interval=INTERVAL))
+        assert curve.sum() == pytest.approx(expected, rel=0.01)
+        assert expected > 1
+
+
+def test_a_protected_prompt(model, ids):
+    grid = MissGrid((12,), INTERVAL, protect_prompt=True)
+    curves = loss_curves(model, ids, ANSWER, {"streaming": grid}, points=12)["streaming"]
+    compression = ra.Compression.method("streaming", 12, interval=INTERVAL, prompt="protect")
+    expected = divergence(model, ids, compression)
+    assert curves[0].sum() == pytest.approx(expected, rel=0.01)
+    assert expected != pytest.approx(divergence(model, ids, compression.replace(prompt="compete")), rel=0.1)
+
+
+@pytest.mark.parametrize("scorer", ["rkv", "h2o", "snapkv"])
+def test_scorers_follow_what_has_been_forgotten(model, ids, scorer):
+    """Kept tokens change along the path: it jumps, and the sum is near, not equal."""
+    curves = loss_curves(model, ids, ANSWER, {scorer: GRID}, points=12)[scorer]
+    for curve, budget in zip(curves, GRID.budgets, strict=True):
+        compression = ra.Compression(budget, scorer, layers="uniform", heads="uniform", interval=INTERVAL)
+        assert curve.sum() == pytest.approx(divergence(model, ids, compression), rel=0.35)
 
 
 def test_a_model_is_left_as_it_was(model, ids):
-    before = log_probabilities(model, ids)
+    with torch.no_grad():
+        before = model(ids[None], use_cache=False).logits
     trained = [parameter.requires_grad for parameter in model.parameters()]
-    curves = loss_curves(model, ids, ANSWER, {"h2o": GRID}, draws=1)["h2o"]
-    assert curves.shape == (3, 3, 3)
-    assert (curves >= 0).all()
+    loss_curves(model, ids, ANSWER, {"h2o": GRID, "rkv": GRID}, points=1)
     assert model.config._attn_implementation == "reasonalloc"
     assert [parameter.requires_grad for parameter in model.parameters()] == trained
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any("watched" in name for module in model.modules() for name in vars(module))
-    assert torch.equal(log_probabilities(model, ids), before)
+    assert not any("reasonalloc" in name for module in model.modules() for name in vars(module))
+    with torch.no_grad():
+        assert torch.equal(model(ids[None], use_cache=False).logits, before)
 
 
 def test_a_budget_that_holds_everything_loses_nothing(model, ids):
-    curves = loss_curves(model, ids, ANSWER, {"rkv": MissGrid((10, TOKENS), INTERVAL)}, draws=2)["rkv"]
-    assert curves[0].min() > 1e-3
-    assert curves[1].max() < 1e-20
+    curves = loss_curves(model, ids, ANSWER, {"rkv": MissGrid((12, TOKENS), INTERVAL)})["rkv"]
+    assert curves[0].sum() > 1
+    assert np.abs(curves[1]).max() < 1e-12

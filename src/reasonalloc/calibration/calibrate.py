@@ -251,8 +251,8 @@ def _with_losses(
         ids = torch.cat([prompt, torch.tensor(answers[i], device=prompt.device)])
         if settings.loss:
             grids = {scorer: settings.grids[scorer] for scorer in settings.loss}
-            advance, seed = steps(settings.loss_draws), _seed(settings.seed, record.hash)
-            losses = loss_curves(model, ids, len(answers[i]), grids, settings.loss_draws, seed, advance)
+            advance = steps(len(grids) * len(settings.miss_budgets))
+            losses = loss_curves(model, ids, len(answers[i]), grids, settings.loss_points, advance)
             record = replace(record, losses={scorer: nine_digits(found) for scorer, found in losses.items()})
         if settings.sensitivity_window is not None:
             advance = steps(model_shape(model.config).layers)

@@ -1,23 +1,24 @@
-"""Loss curves: how far predictions move when one key/value head alone is held to a budget, for all heads at once.
+"""Loss curves: which share of the damage each key/value head does when all are held to a budget.
 
-Let g gate one head: at 1 its output is that of the full cache, at 0 that of what a scorer has kept of it. To second
-order in 1 - g, the divergence of the gated model's predictions from the full cache's is half the Fisher information of
-the gate: ``KL(full || gated) = E[(d log p(y) / dg) ** 2] / 2`` at g = 0, with y drawn from the full cache's own
-predictions. One pass backwards gives ``d log p(y) / d output`` of every head; its product with the difference of the
-two outputs is the derivative, at every budget. So a handful of passes measures all heads at all budgets, where closing
-one gate after the other would take ``layers * kv_heads * budgets``. The formula is the textbook's, its use for budgets
-is ours.
+Every head's output is mixed of what all tokens give and what a scorer has kept of them: ``(1 - a) * full + a * held``.
+Along the path from a = 0 (the full cache) to a = 1 (the compressed one) the predictions move away from the full
+cache's, by ``KL(full || mixed)``. Its derivative by a is a sum over heads, and one pass backwards gives all of them;
+integrated along the path they add up to the whole divergence (integrated gradients, Sundararajan et al. 2017, arXiv
+1703.01365, section 3). So a few passes for each budget measure all heads together, each among the others, where
+closing one head after the other would take ``layers * kv_heads`` passes and see each alone. Its use
+for budgets is ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -30,35 +31,99 @@ from reasonalloc.policies.allocation.profile import Floats, MissGrid
 from reasonalloc.policies.scoring.tokens import LayerTokens
 from reasonalloc.policies.scoring.window_attention import at_least_float32
 
-_NAME = "reasonalloc-watched"
-_WATCHED = "_reasonalloc_watched"  # set on every attention module while a text is read: where it puts what it saw
+_NAME = "reasonalloc-mixed"
+_PATH = "_reasonalloc_path"  # set on every attention module while a text is read: the point of the path
 
 
 @dataclass
-class _Layer:
-    """What one layer's attention saw of a text, and the slopes of its output, one for each draw."""
+class _Point:
+    """A point of the path, and what was found there.
 
-    query: Float[Tensor, "1 query_heads tokens dim"]
-    key: Float[Tensor, "1 heads tokens dim"]
-    value: Float[Tensor, "1 heads tokens dim"]
-    scaling: float
-    slopes: list[Float[Tensor, "1 tokens query_heads dim"]] = field(default_factory=list)
+    Attributes:
+        scorer, grid: what heads are held to; the grid has one budget.
+        answer: how many of the last tokens are decoded; before them heads see everything.
+        share: a, in [0, 1]. At 0 nothing is simulated.
+        layers: how many have run.
+        shares: of every layer, what each head adds to the derivative of the divergence; the last layer's first.
+    """
+
+    scorer: str
+    grid: MissGrid
+    answer: int
+    share: float
+    layers: int = 0
+    shares: list[Float[Tensor, "kv_heads"]] = field(default_factory=list)
 
 
-def _watched_attention(
+def _mixed_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention that keeps its inputs and, at each pass backwards, the slope of its output."""
-    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    """Causal attention, mixed with that over what every head has kept."""
+    full, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    point: _Point = getattr(module, _PATH)
+    layer, point.layers = point.layers, point.layers + 1
+    if not point.share:
+        return full, None
     scaling = kwargs.get("scaling")
-    seen = _Layer(query.detach(), key.detach(), value.detach(), query.shape[-1] ** -0.5 if scaling is None else scaling)
-    out.register_hook(lambda slope: seen.slopes.append(slope.detach()))
-    getattr(module, _WATCHED).append(seen)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kept = _kept(query.detach(), key.detach(), value.detach(), scaling, point, layer)
+    mask = kept.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    held, _ = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    out = full + point.share * (held - full)
+    moved = (held - full).detach()
+
+    def add(slope: Tensor) -> None:
+        found = (at_least_float32(slope) * at_least_float32(moved)).sum((0, 1, 3)).double()  # query heads
+        point.shares.append(found.view(key.shape[1], -1).sum(1).cpu())
+
+    out.register_hook(add)
     return out, None
 
 
-AttentionInterface.register(_NAME, _watched_attention)
+AttentionInterface.register(_NAME, _mixed_attention)
 AttentionMaskInterface.register(_NAME, sdpa_mask)
+
+
+@torch.no_grad()
+def _kept(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, point: _Point, layer: int
+) -> Bool[Tensor, "1 heads tokens tokens"]:
+    """What each query sees of the keys when its head is held to the budget, as in a cache that decodes the answer."""
+    device, (_, heads, tokens, _) = key.device, key.shape
+    simulation = MissSimulation(point.scorer, point.grid, layer)
+    observed = max(1, simulation.observed_queries)
+    everything = torch.arange(tokens, device=device)
+    prompt = tokens - point.answer
+
+    def weights(first: int, last: int) -> Float[Tensor, "1 heads group queries tokens"]:
+        rows = at_least_float32(query[:, :, first:last]).unflatten(1, (heads, -1))
+        logits = torch.einsum("bhgmd,bhnd->bhgmn", rows, at_least_float32(key[:, :, :last])) * scaling
+        return logits.masked_fill(everything[:last] > everything[first:last, None], float("-inf")).softmax(-1)
+
+    received = None
+    if simulation.needs_received:
+        received = torch.nn.functional.pad(weights(0, prompt).sum((2, 3)), (0, point.answer))
+    seen = (everything <= everything[:, None]).expand(1, heads, tokens, tokens).clone()
+    for first in range(prompt, tokens, point.grid.interval):
+        last = min(tokens, first + point.grid.interval)
+        simulation.compress(
+            LayerTokens(
+                key[:, :, :first],
+                value[:, :, :first],
+                torch.full((1, heads), first, device=device),
+                everything[:first].expand(1, heads, first),
+                None if received is None else received[..., :first],
+            ),
+            Queries(query[:, :, max(0, first - observed) : first]),
+            scaling,
+        )
+        if simulation.needs_received:
+            every = torch.ones(1, last - first, dtype=torch.bool, device=device)
+            simulation.observe(weights(first, last), every, last - first)
+        else:
+            simulation.follow(last, last - first)
+        seen[:, :, first:last, :last] &= simulation.kept[0][:, :, None]
+    return seen
 
 
 def loss_curves(
@@ -66,139 +131,103 @@ def loss_curves(
     ids: Int[Tensor, "tokens"],
     answer: int,
     grids: Mapping[str, MissGrid],
-    draws: int = 4,
-    seed: int = 0,
+    points: int = 2,
     advance: Callable[[], None] | None = None,
 ) -> dict[str, Float[Floats, "budgets layers kv_heads"]]:
-    """Estimated KL(full || one head held to a budget), for every scorer, budget and head.
+    """The share of every head in KL(full || compressed), for every scorer and budget.
 
-    Memory: all activations of one pass forwards over the text, and ``draws`` slopes of every layer's attention.
+    Memory: all activations of a pass forwards over the text, and three times its predictions (answer x vocabulary).
 
     Args:
         model: any supported decoder; its weights get no gradients.
         ids: prompt and answer.
-        answer: how many of the last tokens are predicted. Only there heads are held to their budgets.
+        answer: how many of the last tokens are predicted. Only there heads are held to a budget.
         grids: budgets and interval of each scorer, which decides what a head keeps; the prompt is compressed at its
             end, then once in an interval.
-        draws: passes backwards, each with a random continuation of its own at every position. The relative standard
-            error of one curve is about ``sqrt(2 / (draws * texts))``.
-        seed: of the draws.
-        advance: called after each of them.
+        points: of the path, for each budget a pass forwards and one backwards (Gauss and Legendre's rule). One is
+            exact where the divergence grows with the square of a.
+        advance: called after each budget.
 
     Returns:
-        For each scorer nats, summed over the answer's tokens; not negative.
+        For each scorer nats, summed over the answer's tokens; negative where holding a head helps.
 
     Raises:
         ValueError: the model does not run one attention in each layer.
     """
-    slopes = loss_slopes(model, ids, answer, grids, draws, seed, advance)
-    return {scorer: (found.square().mean(0) / 2).numpy() for scorer, found in slopes.items()}
-
-
-def loss_slopes(
-    model: Any,
-    ids: Int[Tensor, "tokens"],
-    answer: int,
-    grids: Mapping[str, MissGrid],
-    draws: int,
-    seed: int,
-    advance: Callable[[], None] | None = None,
-) -> dict[str, Float[Tensor, "draws budgets layers kv_heads"]]:
-    """d log p(y) / dg of every draw y, summed over the answer; float64 on the CPU. Arguments as for ``loss_curves``."""
-    layers = _read(model, ids, answer, draws, seed, advance)
-    return {
-        scorer: torch.stack(
-            [_gate_slopes(seen, MissSimulation(scorer, grid, i), answer) for i, seen in enumerate(layers)], 2
-        )
-        for scorer, grid in grids.items()
-    }
-
-
-def _read(
-    model: Any, ids: Tensor, answer: int, draws: int, seed: int, advance: Callable[[], None] | None
-) -> list[_Layer]:
-    """Read the text once forwards and ``draws`` times backwards."""
-    layers: list[_Layer] = []
-    generator = torch.Generator(device=ids.device).manual_seed(seed)
+    depth = model_shape(model.config).layers
+    nodes, weights = np.polynomial.legendre.leggauss(points)
     before = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
+    found = {}
     try:
-        with _watching(model, layers), torch.enable_grad():
-            logits = model(ids[None], use_cache=False, logits_to_keep=answer + 1).logits[0, :-1]
-            chances = at_least_float32(logits.detach()).softmax(-1)
-            for draw in range(draws):
-                drawn = torch.multinomial(chances, 1, generator=generator)
-                # d log p(y) / d logits: one at y, less the chances
-                slope = chances.neg().scatter_add_(1, drawn, torch.ones_like(chances[:, :1]))
-                logits.backward(slope.to(logits.dtype), retain_graph=draw + 1 < draws)
+        with torch.no_grad():
+            uncompressed = _Point("", MissGrid((1,), 1), answer, 0.0)
+            full = at_least_float32(_logits(model, ids, uncompressed)).softmax(-1)
+        if uncompressed.layers != depth:
+            raise ValueError(
+                f"{type(model).__name__} ran {uncompressed.layers} attentions in {depth} layers: its loss curves "
+                "cannot be measured; calibrate without them"
+            )
+        for scorer, grid in grids.items():
+            curves = []
+            for budget in grid.budgets:
+                total: Tensor | float = 0.0
+                for node, weight in zip(nodes, weights, strict=True):
+                    point = _Point(scorer, replace(grid, budgets=(budget,)), answer, float(node + 1) / 2)
+                    total = total + float(weight) / 2 * _shares(model, ids, full, point)
+                curves.append(total)
                 if advance is not None:
                     advance()
+            found[scorer] = torch.stack(curves).numpy()  # type: ignore[arg-type]
     finally:
         model.set_attn_implementation(before)
-    if len(layers) != model_shape(model.config).layers:
-        raise ValueError(
-            f"{type(model).__name__} ran {len(layers)} attentions in {model_shape(model.config).layers} layers: "
-            "its loss curves cannot be measured; calibrate without them"
-        )
-    return layers
+    return found
+
+
+def _shares(
+    model: Any, ids: Tensor, full: Float[Tensor, "answer vocabulary"], point: _Point
+) -> Float[Tensor, "layers kv_heads"]:
+    """Each head's part of d KL(full || mixed) / da at a point of the path; float64 on the CPU."""
+    with torch.enable_grad():
+        logits = _logits(model, ids, point)
+        slope = at_least_float32(logits.detach()).softmax(-1).sub_(full)  # of the divergence, by logits
+        logits.backward(slope.to(logits.dtype))
+    return torch.stack(point.shares[::-1])
+
+
+def _logits(model: Any, ids: Tensor, point: _Point) -> Float[Tensor, "answer vocabulary"]:
+    """Predictions of the answer's tokens. Within, only activations get gradients."""
+    modules = [module for module in model.modules() if hasattr(module, "layer_idx")]
+    with _set(modules, point), _frozen(model):
+        logits: Tensor = model(ids[None], use_cache=False, logits_to_keep=point.answer + 1).logits[0, :-1]
+    return logits
 
 
 @contextmanager
-def _watching(model: Any, layers: list[_Layer]) -> Iterator[None]:
-    """Within, attention layers add what they see to ``layers``, and only activations get gradients."""
-    modules = [module for module in model.modules() if hasattr(module, "layer_idx")]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    hook = model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_())
+def _set(modules: list[torch.nn.Module], point: _Point) -> Iterator[None]:
     for module in modules:
-        setattr(module, _WATCHED, layers)
+        setattr(module, _PATH, point)
+    try:
+        yield
+    finally:
+        for module in modules:
+            delattr(module, _PATH)
+
+
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """Within, weights get no gradients, but what the text becomes does."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def mark(module: torch.nn.Module, inputs: Any, out: Tensor) -> Tensor:
+        return out.requires_grad_() if torch.is_grad_enabled() else out
+
+    hook = model.get_input_embeddings().register_forward_hook(mark)
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
         hook.remove()
-        for module in modules:
-            delattr(module, _WATCHED)
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-@torch.no_grad()
-def _gate_slopes(seen: _Layer, simulation: MissSimulation, answer: int) -> Float[Tensor, "draws budgets heads"]:
-    """The slopes of one layer's gates."""
-    device, interval = seen.key.device, simulation.grid.interval
-    _, heads, tokens, _ = seen.key.shape
-    observed = max(1, simulation.observed_queries)
-    everything = torch.arange(tokens, device=device)
-    received = torch.zeros(1, heads, tokens, device=device) if simulation.needs_received else None
-    total: Tensor | float = 0.0
-    for first in range(tokens - answer, tokens, interval):
-        last = min(tokens, first + interval)
-        simulation.compress(
-            LayerTokens(
-                seen.key[:, :, :first],
-                seen.value[:, :, :first],
-                torch.full((1, heads), first, device=device),
-                everything[:first].expand(1, heads, first),
-                None if received is None else received[..., :first],
-            ),
-            Queries(seen.query[:, :, max(0, first - observed) : first]),
-            seen.scaling,
-        )
-        query, *slopes = (
-            at_least_float32(x[0, :, first:last]).unflatten(0, (heads, -1))
-            for x in (seen.query, *(slope.transpose(1, 2) for slope in seen.slopes))
-        )
-        key, value = (at_least_float32(x[0, :, :last]) for x in (seen.key, seen.value))
-        logits = torch.einsum("hgmd,hnd->hgmn", query, key) * seen.scaling
-        weights = logits.masked_fill(everything[:last] > everything[first:last, None], float("-inf")).softmax(-1)
-        simulation.observe(weights[None], torch.ones(1, last - first, dtype=torch.bool, device=device), last - first)
-        kept = torch.stack(simulation.kept, 1)[0].to(weights.dtype)
-        left = torch.einsum("hgmn,bhn->bhgm", weights, kept).clamp(min=torch.finfo(weights.dtype).tiny)
-        parts = []
-        for slope in slopes:
-            gains = weights * torch.einsum("hgmd,hnd->hgmn", slope, value)
-            moved = gains.sum(-1) - torch.einsum("hgmn,bhn->bhgm", gains, kept) / left
-            parts.append(moved.double().sum((2, 3)))
-        total = total + torch.stack(parts)
-    return torch.as_tensor(total).cpu()

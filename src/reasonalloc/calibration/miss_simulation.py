@@ -36,6 +36,7 @@ class MissSimulation:
         self._received: list[Float[Tensor, "batch heads tokens"]] = []
         self._generator: torch.Generator | None = None
         self._rows = torch.arange(0)  # of the first batch
+        self._protected = torch.zeros(0, dtype=torch.int64)  # tokens of each sequence's prompt that stay
         self._steps = grid.interval  # the prompt is compressed at once
 
     @property
@@ -50,14 +51,18 @@ class MissSimulation:
         steps: int,
     ) -> Float[np.ndarray[Any, Any], "batch budgets heads"]:
         """Attention mass on evicted tokens, summed over the counted rows, mean over a group's query heads."""
-        self._steps += steps
-        self._extend(weights.shape[-1])
+        self.follow(weights.shape[-1], steps)
         share = torch.einsum("bhgmn,bm->bhn", weights, rows.to(weights.dtype)) / weights.shape[2]
         missed = torch.stack([(share * ~kept).sum(-1) for kept in self._kept], 1)
         for i, received in enumerate(self._received):
             left = weights * self._kept[i][:, :, None, None]
             received += (left / left.sum(-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)).sum((2, 3))
         return missed.double().cpu().numpy()
+
+    def follow(self, tokens: int, steps: int) -> None:
+        """So many steps were decoded, and so many tokens are there now. For scorers that need no received attention."""
+        self._steps += steps
+        self._extend(tokens)
 
     def compress(self, tokens: LayerTokens, queries: Queries, scaling: float) -> None:
         """Once per interval: evict at every budget."""
@@ -71,13 +76,15 @@ class MissSimulation:
 
     def select_sequences(self, rows: Sequence[int]) -> None:
         """Only these sequences go on."""
-        self._rows = self._rows[list(rows)]
+        self._rows, self._protected = self._rows[list(rows)], self._protected[list(rows)]
         self._kept = [kept[list(rows)] for kept in self._kept]
         self._received = [received[list(rows)] for received in self._received]
 
     def _start(self, tokens: LayerTokens) -> None:
         device = tokens.lengths.device
         self._rows = torch.arange(len(tokens.lengths), device=device)
+        prompts = tokens.lengths[:, 0].to(torch.int64)
+        self._protected = prompts if self.grid.protect_prompt else torch.zeros_like(prompts)
         self._generator = torch.Generator(device=device)
         self._generator.manual_seed(self.layer)
         # True beyond a sequence's length: the tokens that will stand there are new.
@@ -102,7 +109,7 @@ class MissSimulation:
         kept = self._kept[i] & tokens.valid
         lengths = kept.sum(-1)
         budget = self.grid.budgets[i]
-        if int(lengths.max()) <= budget:
+        if int((lengths - self._protected[:, None]).max()) <= budget:
             return self._kept[i]
         index = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(lengths.max())]
         received = tokens.received if not self._received else self._received[i]
@@ -121,8 +128,7 @@ class MissSimulation:
             generator=self._generator,
         )
         scores = compression.token_scorer.score(seen)
-        unprotected = torch.zeros(len(lengths), dtype=torch.int64, device=lengths.device)
-        candidates = rank_candidates(scores, held.valid, held.newest(compression.kept_window), unprotected)
+        candidates = rank_candidates(scores, held.valid, held.newest(compression.kept_window), self._protected)
         chosen, count = select(candidates, torch.full_like(lengths, budget), by_score=False)
         beyond = torch.arange(chosen.shape[-1], device=chosen.device) >= count[..., None]
         survivors = torch.nn.functional.pad(~tokens.valid, (0, 1))

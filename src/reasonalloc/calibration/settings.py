@@ -31,9 +31,10 @@ class CalibrationSettings:
         miss: scorers (names) whose eviction is simulated for miss curves.
         miss_budgets: tokens per head of that simulation, ascending.
         interval: decoded tokens between two simulated compressions.
+        protect_prompt: simulate with the prompt kept on top of the budget, for ``Compression(prompt="protect")``.
         loss: scorers (names) whose loss curves are measured, at the same budgets; they get miss curves, too. It takes
-            about ``loss_draws`` passes backwards over every answer.
-        loss_draws: random draws that a loss curve is the mean of, for each answer.
+            ``loss_points`` passes forwards and backwards over every answer for each budget.
+        loss_points: of the path from the full cache to the compressed one, see ``loss_curves``.
         sensitivity_window: tokens that a head keeps while its loss sensitivity is measured; None measures none. It
             takes about ``layers * kv_heads / 2`` passes over every answer.
     """
@@ -48,15 +49,16 @@ class CalibrationSettings:
     miss: tuple[str, ...] = ()
     miss_budgets: tuple[int, ...] = MISS_BUDGETS
     interval: int = 128
+    protect_prompt: bool = False
     loss: tuple[str, ...] = ()
-    loss_draws: int = 4
+    loss_points: int = 2
     sensitivity_window: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("rhos", "miss", "miss_budgets", "loss"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_rhos(self.rhos)
-        for name in ("max_new_tokens", "least_tokens", "batch_size", "interval", "loss_draws"):
+        for name in ("max_new_tokens", "least_tokens", "batch_size", "interval", "loss_points"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sensitivity_window is not None and self.sensitivity_window < 1:
@@ -81,7 +83,7 @@ class CalibrationSettings:
     @property
     def grids(self) -> dict[str, MissGrid]:
         """Where their curves are measured."""
-        return {scorer: MissGrid(self.miss_budgets, self.interval) for scorer in self.simulated}
+        return {scorer: MissGrid(self.miss_budgets, self.interval, self.protect_prompt) for scorer in self.simulated}
 
     def probe(self) -> ProbeSettings:
         """What the probe needs to know of this."""
@@ -93,5 +95,5 @@ class CalibrationSettings:
     def describe(self) -> Mapping[str, Any]:
         """What merged profiles must agree on, beside rhos and grids, as plain JSON values."""
         names = ("max_new_tokens", "least_tokens", "temperature", "top_p", "seed", "sensitivity_window")
-        loss = {"loss": list(self.loss), "loss_draws": self.loss_draws} if self.loss else {}
+        loss = {"loss": list(self.loss), "loss_points": self.loss_points} if self.loss else {}
         return {name: getattr(self, name) for name in names} | loss

@@ -27,6 +27,7 @@ def calibrate(
         list[str] | None,
         typer.Option(help="Also miss and loss curves of this scorer, for lossalloc (may be repeated)."),
     ] = None,
+    loss_points: Annotated[int, typer.Option(min=1, help="With --loss: passes over every answer for each budget.")] = 2,
     sensitivity: Annotated[
         bool,
         typer.Option(
@@ -37,6 +38,9 @@ def calibrate(
         str, typer.Option(help="Budgets of the miss curves, ascending, by commas.")
     ] = "16,24,32,48,64,96,128,192,256,384,512",
     interval: Annotated[int, typer.Option(min=1, help="Decoded tokens between two simulated compressions.")] = 128,
+    protect_prompt: Annotated[
+        bool, typer.Option("--protect-prompt", help="Simulate with the prompt kept on top of the budget.")
+    ] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.6,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
@@ -69,8 +73,10 @@ def calibrate(
             batch_size=batch_size,
             miss=tuple(miss or ()),
             loss=tuple(loss or ()),
+            loss_points=loss_points,
             miss_budgets=tuple(whole_numbers(miss_budgets, "--miss-budgets")),
             interval=interval,
+            protect_prompt=protect_prompt,
             sensitivity_window=SENSITIVITY_WINDOW if sensitivity else None,
         )
         questions = (built_in_prompts() if prompts is None else read_prompts(prompts, field))[:limit]

@@ -95,7 +95,7 @@ class DemandProfile:
         curves = [(f"misses.{name}", name, values) for name, values in prompt.misses.items()]
         curves += [(f"losses.{name}", name, values) for name, values in prompt.losses.items()]
         for name, values in (("sums", prompt.sums), *((name, values) for name, _, values in curves)):
-            if not np.isfinite(values).all() or (values < 0).any():
+            if not np.isfinite(values).all() or (not name.startswith("losses") and (values < 0).any()):
                 raise ValueError(f"{name} of prompt {prompt.hash[:8]} must be finite and not negative")
         heads = (self.shape.layers, self.shape.kv_heads)
         if prompt.sensitivity is not None and (
@@ -190,9 +190,9 @@ class DemandProfile:
         return total([prompt.misses[scorer] for prompt in self.prompts]) / self.rows
 
     def loss_curves(self, scorer: str) -> Float[Floats, "budgets layers kv_heads"]:
-        """Estimated divergence per token from the full cache's predictions when one head alone is held to a budget.
+        """What each head adds to the divergence from the full cache's predictions when all are held to a budget.
 
-        In nats, at the budgets of ``grids[scorer]``. Raises ``ValueError`` if the profile has no such curves.
+        In nats per token, at the budgets of ``grids[scorer]``. Raises ``ValueError`` if the profile has no such curves.
         """
         if any(scorer not in prompt.losses for prompt in self.prompts):
             raise ValueError(

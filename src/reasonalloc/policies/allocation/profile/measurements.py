@@ -30,8 +30,8 @@ class PromptDemand:
         tokens: generated tokens.
         sensitivity: rise of the answer's negative log-likelihood, in nats over all its tokens, when one key/value head
             alone keeps only a short window; None if it was not measured.
-        losses: for some of the simulated scorers, how far the answer's predictions move when one key/value head alone
-            is held to a budget of the grid: an estimate of KL(full || held) in nats, summed over the answer's tokens.
+        losses: for some of the simulated scorers, what each key/value head adds to KL(full || compressed) when all are
+            held to a budget of the grid, in nats, summed over the answer's tokens; negative where holding it helps.
     """
 
     hash: str
@@ -46,15 +46,17 @@ class PromptDemand:
 
 @dataclass(frozen=True)
 class MissGrid:
-    """Where a scorer's miss curves were simulated.
+    """How a scorer's eviction was simulated for its curves.
 
     Attributes:
         budgets: tokens per head, ascending.
         interval: decoded tokens between two simulated compressions.
+        protect_prompt: whether the prompt stayed, on top of the budget, as with ``Compression(prompt="protect")``.
     """
 
     budgets: tuple[int, ...]
     interval: int
+    protect_prompt: bool = False
 
     def __post_init__(self) -> None:
         if not self.budgets or list(self.budgets) != sorted(set(self.budgets)) or self.budgets[0] < 1:

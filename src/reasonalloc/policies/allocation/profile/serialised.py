@@ -31,7 +31,7 @@ def to_document(profile: DemandProfile) -> dict[str, Any]:
         "model": {**vars(profile.shape), "architecture": dict(profile.architecture)},
         "settings": dict(profile.settings),
         "rhos": list(profile.rhos),
-        "grids": {name: {"budgets": list(g.budgets), "interval": g.interval} for name, g in profile.grids.items()},
+        "grids": {name: _grid(grid) for name, grid in profile.grids.items()},
         "summary": _summary(profile),
         "histogram": None if profile.histogram is None else _trimmed(profile.histogram),
         "prompts": [
@@ -52,6 +52,11 @@ def to_document(profile: DemandProfile) -> dict[str, Any]:
             for prompt in profile.prompts
         ],
     }
+
+
+def _grid(grid: MissGrid) -> dict[str, Any]:
+    found = {"budgets": list(grid.budgets), "interval": grid.interval}
+    return {**found, "protect_prompt": True} if grid.protect_prompt else found
 
 
 def to_text(document: dict[str, Any]) -> bytes:
@@ -97,8 +102,12 @@ def profile_fields(document: dict[str, Any]) -> dict[str, Any]:
         "architecture": read(dict, "model", "architecture"),
         "histogram": read(_untrimmed, "histogram"),
         "grids": {
-            name: MissGrid(tuple(read(_ints, "grids", name, "budgets")), read(int, "grids", name, "interval"))
-            for name in read(dict, "grids")
+            name: MissGrid(
+                tuple(read(_ints, "grids", name, "budgets")),
+                read(int, "grids", name, "interval"),
+                bool(grid.get("protect_prompt", False)),
+            )
+            for name, grid in read(dict, "grids").items()
         },
         "settings": read(dict, "settings"),
         "source": read(dict, "source"),
