@@ -5,8 +5,8 @@ Along the path from a = 0 (the full cache) to a = 1 (the compressed one) the pre
 cache's, by ``KL(full || mixed)``. Its derivative by a is a sum over heads, and one pass backwards gives all of them;
 integrated along the path they add up to the whole divergence (integrated gradients, Sundararajan et al. 2017, arXiv
 1703.01365, section 3). So a few passes for each budget measure all heads together, each among the others, where
-closing one head after the other would take ``layers * kv_heads`` passes and see each alone. Its use
-for budgets is ours.
+closing one head after the other would take ``layers * kv_heads`` passes and see each alone. The use for budgets is
+ours. The tokens that a scorer keeps change along the path, so that with one that looks at queries it has small jumps.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def print_profile(profile: DemandProfile, bands: Stability) -> None:
             mean = profile.loss_curves(scorer).sum((1, 2))
             curve = "  ".join(f"{b}: {m:.3g}" for b, m in zip(grid.budgets, mean, strict=True))
             console.print(
-                f"nats per token lost when {scorer} holds one head alone, summed over heads, by budget: {curve}",
+                f"nats per token lost when {scorer} holds all heads, by budget: {curve}",
                 highlight=False,
             )
         try:

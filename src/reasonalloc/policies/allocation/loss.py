@@ -1,8 +1,9 @@
-"""Loss curves: budgets for all heads of a model at once, by how far the predictions move when a head forgets.
+"""Loss curves: budgets for all heads of a model at once, by what each head adds to the loss when all forget.
 
 A miss curve counts attention that found nothing, whatever hung on it; a sensitivity says what hangs on a head, but not
-how many tokens it needs. A loss curve says both, in nats: the divergence from the full cache's predictions when the
-head alone is held to a budget by the scorer. Tokens are given where the curves fall most. This allocator is ours.
+how many tokens it needs, and of each head alone. A loss curve says both, in nats: the head's part of the divergence
+from the full cache's predictions when the scorer holds all heads to a budget. Tokens are given where the curves fall
+most. This allocator is ours.
 """
 
 from __future__ import annotations
