@@ -213,7 +213,7 @@ def write_questions(path, count=3):
 
 def test_calibrate_show_study_merge_and_use(model_folder, tmp_path):
     questions = write_questions(tmp_path / "q.jsonl")
-    common = ("calibrate", "-m", model_folder, "--prompts", questions, "--max-new-tokens", 60, "--miss", "rkv")
+    common = ("calibrate", "-m", model_folder, "--prompts", questions, "--max-new-tokens", 60, "--loss", "rkv")
     missing = run(*common, "-o", tmp_path / "wave.json")
     assert missing.exit_code == 2
     assert "no text in field 'prompt'" in missing.output
@@ -221,6 +221,9 @@ def test_calibrate_show_study_merge_and_use(model_folder, tmp_path):
     done = run(*common, "-o", tmp_path / "wave.json")
     assert done.exit_code == 0, done.output
     assert "3 prompts" in done.output
+    work = 3 * 60 * 2  # the answers, and as much again for their loss curves
+    assert f"tokens: 0 of {work} done\n" in done.output, "without a terminal, lines"
+    assert f"tokens: {work} of {work} done\n" in done.output
     assert not list(tmp_path.glob("*.partial"))
     again = run(*common, "-o", tmp_path / "wave.json")
     assert again.exit_code == 2
@@ -249,7 +252,8 @@ def test_calibrate_show_study_merge_and_use(model_folder, tmp_path):
     assert alone.exit_code == 0
     assert (tmp_path / "all.json").read_bytes() == (tmp_path / "one.json").read_bytes()
 
-    for method in ("reasonalloc", "missalloc"):
+    assert "nats per token lost when rkv holds all heads, by budget: 16: " in shown.output.replace("\n", " ")
+    for method in ("reasonalloc", "missalloc", "lossalloc"):
         used = run(
             "generate", "-m", model_folder, "-p", "w3 w4", "-b", 24, "--method", method, "--max-new-tokens", 20,
             "--profile", tmp_path / "wave.json",

@@ -86,12 +86,11 @@ def calibrate(
 
 
 class _Meter:
-    """Progress in tokens. What is measured on finished answers counts as as many tokens again, each, as a prompt may be
-    given."""
+    """Progress in tokens, see ``CalibrationSettings.work``."""
 
     def __init__(self, progress: Progress | None, prompts: int, settings: CalibrationSettings) -> None:
         self.progress = progress
-        self.each = settings.max_new_tokens * (1 + bool(settings.loss) + (settings.sensitivity_window is not None))
+        self.each = settings.work
         self.total = prompts * self.each
         self.before = 0
 

@@ -85,6 +85,11 @@ class CalibrationSettings:
         """Where their curves are measured."""
         return {scorer: MissGrid(self.miss_budgets, self.interval, self.protect_prompt) for scorer in self.simulated}
 
+    @property
+    def work(self) -> int:
+        """Of one prompt, in tokens at most, for a progress bar: each measurement of its answer counts as the answer."""
+        return self.max_new_tokens * (1 + bool(self.loss) + (self.sensitivity_window is not None))
+
     def probe(self) -> ProbeSettings:
         """What the probe needs to know of this."""
         nearest = min(range(len(self.rhos)), key=lambda i: abs(self.rhos[i] - PAPER_RHO))

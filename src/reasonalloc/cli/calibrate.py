@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from reasonalloc.cli.console import clear_errors, console, errors
+from reasonalloc.cli.console import Progress, clear_errors, console, errors
 from reasonalloc.cli.options import Device, Dtype, whole_numbers
 from reasonalloc.cli.profile import print_profile
 
@@ -87,15 +86,14 @@ def calibrate(
             network, tokenizer = load(model, dtype, device)
         if partial.exists():
             errors.print(f"going on with {partial}", highlight=False)
-        with _progress() as progress:
-            task = progress.add_task(f"calibrating on {len(questions)} questions", total=None)
+        with Progress("tokens", len(questions) * settings.work) as progress:
             profile = run_calibration(
                 network,
                 tokenizer,
                 questions,
                 settings,
                 partial=partial,
-                progress=lambda done, total: progress.update(task, completed=done, total=total),
+                progress=lambda done, total: progress.advance(done - progress.done),
             )
         if name is not None:
             profile = replace(profile, source={**profile.source, "model": name})
@@ -103,8 +101,3 @@ def calibrate(
         partial.unlink(missing_ok=True)
         print_profile(profile, bootstrap(profile))
         console.print(f"wrote {output}", highlight=False)
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
-    return Progress(*columns, TimeRemainingColumn(), console=errors)
