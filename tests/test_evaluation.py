@@ -801,6 +801,22 @@ def test_a_report_against_another_method(model, tmp_path):
     assert "unknown baseline among the study's methods 'smal window'. Did you mean 'small window'?" in done.stderr
 
 
+def test_a_report_on_some_methods(model, tmp_path):
+    variants = ["full", "rkv", {"name": "h2o, wide", "method": "h2o"}, "snapkv"]
+    study = study_of(model, tasks=[{"name": "maps:6", "count": 20}], variants=variants, random_splits=1)
+    store = Store(tmp_path / "run")
+    fill(store, study, lambda method, budget, problem: method == "snapkv")
+    some = CliRunner().invoke(app, ["report", str(store.folder), "--methods", "h2o, wide; snapkv"])
+    assert some.exit_code == 0, some.stderr
+    assert "At budget 16, snapkv is better than h2o, wide (+100.0" in some.stdout
+    assert "Not reported, though the study has them: full; rkv.**" in some.stdout
+    assert "| rkv |" not in some.stdout
+    assert "random" not in some.stdout
+    wrong = CliRunner().invoke(app, ["report", str(store.folder), "--methods", "snapvk"])
+    assert wrong.exit_code == 2
+    assert "unknown method among the study's 'snapvk'. Did you mean 'snapkv'?" in wrong.stderr
+
+
 def test_pictures_of_one_budget_and_their_legend():
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure

@@ -18,6 +18,9 @@ def report(
         str, typer.Option(help="What is compared: accuracy (all of an answer right) or score (share of it).")
     ] = "accuracy",
     baseline: Annotated[str | None, typer.Option(help="Compare with this method of the study, not its own.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Report on these methods of the study alone, with semicolons between them.")
+    ] = None,
     margin: Annotated[float, typer.Option(help="Points that a method may lose and be called not inferior.")] = 2.0,
     partial: Annotated[
         bool, typer.Option("--partial", help="Some answers are missing: report on the problems that all methods have.")
@@ -37,9 +40,13 @@ def report(
         if not 0 <= margin <= 100:
             raise ValueError(f"the margin is 0 to 100 points, got {margin:g}")
         store, compared = Store(folder), SCORE if metric == "score" else ACCURACY
-        study, plan = store.study(), store.plan()
+        whole = study = store.study()
+        study = study if methods is None else study.only([name.strip() for name in methods.split(";")])
         study = study if baseline is None else replace(study, baseline=baseline)
-        findings = collect(store, study, plan, compared, margin, partial)
+        findings = collect(store, study, store.plan(study), compared, margin, partial)
+        kept = {variant.name for variant in study.variants}
+        passed_over = tuple(variant.name for variant in whole.variants if variant.name not in kept)
+        findings = replace(findings, passed_over=passed_over)
         if not findings.tasks():
             raise ValueError(f"{folder} has no problem yet that can be judged for all methods")
         paths = write_report(findings, output or folder / "report")

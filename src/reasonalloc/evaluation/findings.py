@@ -163,6 +163,7 @@ class Findings:
         metric: by which answers are compared, ``ACCURACY`` or ``SCORE``; texts are by ``NLL``.
         left_out: tasks of which no problem can be judged for all methods.
         margin: of non-inferiority, in points.
+        passed_over: methods of the folder's study that were not asked for.
     """
 
     study: Study
@@ -171,6 +172,7 @@ class Findings:
     metric: Metric
     left_out: tuple[str, ...] = ()
     margin: float = MARGIN
+    passed_over: tuple[str, ...] = ()
 
     def of(self, task: str, budget: int | None = -1, control: bool = False) -> list[CellResult]:
         """Cells of a task, of one budget unless that is -1; named methods, or the random splits."""

@@ -112,6 +112,8 @@ def _preamble(findings: Findings) -> str:
             f" **INCOMPLETE: {findings.missing} answers are missing; every task is judged by the problems that all its "
             "methods have.**"
         )
+    if findings.passed_over:
+        text += f" **Not reported, though the study has them: {'; '.join(findings.passed_over)}.**"
     for task in findings.left_out:
         text += f" **{task} is left out: no problem can be judged for all methods.**"
     ungradable = {cell.task: cell.ungradable for cell in findings.cells if cell.ungradable}

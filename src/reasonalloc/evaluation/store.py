@@ -104,9 +104,12 @@ class Store:
         path = self.folder / "demand_profile.json"
         return DemandProfile.load(path) if path.is_file() else None
 
-    def plan(self) -> list[Batch]:
-        """All work of the folder's study. Raises ``ValueError`` where there is none, or before the first run."""
-        study, sets = self.study(), self.sets()
+    def plan(self, study: Study | None = None) -> list[Batch]:
+        """All work of the folder's study, or of a part of it.
+
+        Raises ``ValueError`` where there is none, or before the first run.
+        """
+        study, sets = study or self.study(), self.sets()
         if sets is None:
             raise ValueError(f"{self.folder} has not been begun: run `reasonalloc eval --resume -o {self.folder}`")
         return study.plan(self._read("inputs.json")["model"], sets, self.profile())

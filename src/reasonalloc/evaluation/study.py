@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -187,6 +187,19 @@ class Study:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+    def only(self, methods: Sequence[str]) -> Study:
+        """The same study with these of its methods alone, and without random splits.
+
+        Raises ``ValueError`` for a name that it does not have.
+        """
+        names = [variant.name for variant in self.variants]
+        for name in methods:
+            if name not in names:
+                raise unknown_name("method among the study's", name, names)
+        kept = tuple(variant for variant in self.variants if variant.name in methods)
+        baseline = self.baseline if self.baseline in methods else None
+        return replace(self, variants=kept, random_splits=0, random_budgets=None, baseline=baseline)
 
     @property
     def compared_with(self) -> str | None:
