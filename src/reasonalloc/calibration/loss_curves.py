@@ -27,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from reasonalloc.cache.queries import Queries
 from reasonalloc.calibration.miss_simulation import MissSimulation
 from reasonalloc.engines.models import model_shape
+from reasonalloc.policies.allocation import ModelShape
 from reasonalloc.policies.allocation.profile import Floats, MissGrid
 from reasonalloc.policies.scoring.tokens import LayerTokens
 from reasonalloc.policies.scoring.window_attention import at_least_float32
@@ -44,7 +45,7 @@ class _Point:
         answer: how many of the last tokens are decoded; before them heads see everything.
         share: a, in [0, 1]. At 0 nothing is simulated.
         layers: how many have run.
-        shares: of every layer, what each head adds to the derivative of the divergence; the last layer's first.
+        shares: of each layer that has dropped anything, what every head adds to the derivative of the divergence.
     """
 
     scorer: str
@@ -52,7 +53,7 @@ class _Point:
     answer: int
     share: float
     layers: int = 0
-    shares: list[Float[Tensor, "kv_heads"]] = field(default_factory=list)
+    shares: dict[int, Float[Tensor, "kv_heads"]] = field(default_factory=dict)
 
 
 def _mixed_attention(
@@ -67,6 +68,8 @@ def _mixed_attention(
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     kept = _kept(query.detach(), key.detach(), value.detach(), scaling, point, layer)
+    if kept is None:
+        return full, None
     mask = kept.repeat_interleave(query.shape[1] // key.shape[1], 1)
     held, _ = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     out = full + point.share * (held - full)
@@ -74,7 +77,7 @@ def _mixed_attention(
 
     def add(slope: Tensor) -> None:
         found = (at_least_float32(slope) * at_least_float32(moved)).sum((0, 1, 3)).double()  # query heads
-        point.shares.append(found.view(key.shape[1], -1).sum(1).cpu())
+        point.shares[layer] = found.view(key.shape[1], -1).sum(1).cpu()
 
     out.register_hook(add)
     return out, None
@@ -87,8 +90,11 @@ AttentionMaskInterface.register(_NAME, sdpa_mask)
 @torch.no_grad()
 def _kept(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, point: _Point, layer: int
-) -> Bool[Tensor, "1 heads tokens tokens"]:
-    """What each query sees of the keys when its head is held to the budget, as in a cache that decodes the answer."""
+) -> Bool[Tensor, "1 heads tokens tokens"] | None:
+    """What each query sees of the keys when its head is held to the budget, as in a cache that decodes the answer.
+
+    None where nothing is ever dropped.
+    """
     device, (_, heads, tokens, _) = key.device, key.shape
     simulation = MissSimulation(point.scorer, point.grid, layer)
     observed = max(1, simulation.observed_queries)
@@ -123,7 +129,7 @@ def _kept(
         else:
             simulation.follow(last, last - first)
         seen[:, :, first:last, :last] &= simulation.kept[0][:, :, None]
-    return seen
+    return None if bool(simulation.kept[0].all()) else seen
 
 
 def loss_curves(
@@ -136,10 +142,11 @@ def loss_curves(
 ) -> dict[str, Float[Floats, "budgets layers kv_heads"]]:
     """The share of every head in KL(full || compressed), for every scorer and budget.
 
-    Memory: all activations of a pass forwards over the text, and three times its predictions (answer x vocabulary).
+    Memory: all activations of a pass forwards over the text, with a mask of query heads x tokens x tokens for every
+    layer, and three times the text's predictions (answer x vocabulary).
 
     Args:
-        model: any supported decoder; its weights get no gradients.
+        model: any supported decoder, without gradient checkpointing; its weights get no gradients.
         ids: prompt and answer.
         answer: how many of the last tokens are predicted. Only there heads are held to a budget.
         grids: budgets and interval of each scorer, which decides what a head keeps; the prompt is compressed at its
@@ -154,19 +161,20 @@ def loss_curves(
     Raises:
         ValueError: the model does not run one attention in each layer.
     """
-    depth = model_shape(model.config).layers
+    shape = model_shape(model.config)
     nodes, weights = np.polynomial.legendre.leggauss(points)
     before = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
     found = {}
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             uncompressed = _Point("", MissGrid((1,), 1), answer, 0.0)
-            full = at_least_float32(_logits(model, ids, uncompressed)).softmax(-1)
-        if uncompressed.layers != depth:
+            with _mixing(model, uncompressed):
+                full = at_least_float32(_logits(model, ids, answer)).softmax(-1)
+        if uncompressed.layers != shape.layers:
             raise ValueError(
-                f"{type(model).__name__} ran {uncompressed.layers} attentions in {depth} layers: its loss curves "
-                "cannot be measured; calibrate without them"
+                f"{type(model).__name__} ran {uncompressed.layers} attentions in {shape.layers} layers: its loss "
+                "curves cannot be measured; calibrate without them"
             )
         for scorer, grid in grids.items():
             curves = []
@@ -174,7 +182,7 @@ def loss_curves(
                 total: Tensor | float = 0.0
                 for node, weight in zip(nodes, weights, strict=True):
                     point = _Point(scorer, replace(grid, budgets=(budget,)), answer, float(node + 1) / 2)
-                    total = total + float(weight) / 2 * _shares(model, ids, full, point)
+                    total = total + float(weight) / 2 * _shares(model, ids, full, point, shape)
                 curves.append(total)
                 if advance is not None:
                     advance()
@@ -185,49 +193,42 @@ def loss_curves(
 
 
 def _shares(
-    model: Any, ids: Tensor, full: Float[Tensor, "answer vocabulary"], point: _Point
+    model: Any, ids: Tensor, full: Float[Tensor, "answer vocabulary"], point: _Point, shape: ModelShape
 ) -> Float[Tensor, "layers kv_heads"]:
     """Each head's part of d KL(full || mixed) / da at a point of the path; float64 on the CPU."""
-    with torch.enable_grad():
-        logits = _logits(model, ids, point)
+    with torch.inference_mode(False), torch.enable_grad(), _mixing(model, point):
+        logits = _logits(model, ids, point.answer)
         slope = at_least_float32(logits.detach()).softmax(-1).sub_(full)  # of the divergence, by logits
         logits.backward(slope.to(logits.dtype))
-    return torch.stack(point.shares[::-1])
+    none = torch.zeros(shape.kv_heads, dtype=torch.float64)
+    return torch.stack([point.shares.get(layer, none) for layer in range(shape.layers)])
 
 
-def _logits(model: Any, ids: Tensor, point: _Point) -> Float[Tensor, "answer vocabulary"]:
-    """Predictions of the answer's tokens. Within, only activations get gradients."""
+def _logits(model: Any, ids: Tensor, answer: int) -> Float[Tensor, "answer vocabulary"]:
+    """Predictions of the answer's tokens."""
+    logits: Tensor = model(ids[None], use_cache=False, logits_to_keep=answer + 1).logits
+    return logits[0, :-1]
+
+
+@contextmanager
+def _mixing(model: Any, point: _Point) -> Iterator[None]:
+    """Within, attention is mixed as at this point, and what the text becomes gets gradients, but weights do not."""
     modules = [module for module in model.modules() if hasattr(module, "layer_idx")]
-    with _set(modules, point), _frozen(model):
-        logits: Tensor = model(ids[None], use_cache=False, logits_to_keep=point.answer + 1).logits[0, :-1]
-    return logits
-
-
-@contextmanager
-def _set(modules: list[torch.nn.Module], point: _Point) -> Iterator[None]:
-    for module in modules:
-        setattr(module, _PATH, point)
-    try:
-        yield
-    finally:
-        for module in modules:
-            delattr(module, _PATH)
-
-
-@contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """Within, weights get no gradients, but what the text becomes does."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def mark(module: torch.nn.Module, inputs: Any, out: Tensor) -> Tensor:
         return out.requires_grad_() if torch.is_grad_enabled() else out
 
     hook = model.get_input_embeddings().register_forward_hook(mark)
+    for module in modules:
+        setattr(module, _PATH, point)
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
         hook.remove()
+        for module in modules:
+            delattr(module, _PATH)
         for parameter in trained:
             parameter.requires_grad_(True)
