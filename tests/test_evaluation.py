@@ -663,7 +663,7 @@ def test_report_says_what_is_real(model, tmp_path):
         ("h2o", "32"): ("150 (1.50x)", "-"),
         ("snapkv", "32"): ("100 (1.00x)", "25.0%"),
     }
-    warned = [line for line in text.splitlines() if "evicted nothing in 75.0% of its answers" in line]
+    warned = [line for line in text.splitlines() if "evicted nothing in 75.0% of what it wrote or read" in line]
     assert [line.split(" evicted")[0] for line in warned] == ["At budget 32, rkv", "At budget 32, snapkv"]
     assert text.count("evicted nothing") == 2
     lines = to_csv(findings).splitlines()
@@ -796,6 +796,9 @@ def test_a_report_against_another_method(model, tmp_path):
     done = CliRunner().invoke(app, ["report", str(store.folder), "--baseline", "small window"])
     assert done.exit_code == 0, done.stderr
     assert "At budget 16, rkv is better than small window (+100.0" in done.stdout
+    assert "Compared with small window; the study's own base line is rkv.**" in done.stdout
+    done = CliRunner().invoke(app, ["report", str(store.folder), "--baseline", "full"])
+    assert "the base line must have a budget" in done.stderr
     done = CliRunner().invoke(app, ["report", str(store.folder), "--baseline", "smal window"])
     assert done.exit_code == 2
     assert "unknown baseline among the study's methods 'smal window'. Did you mean 'small window'?" in done.stderr
@@ -809,9 +812,10 @@ def test_a_report_on_some_methods(model, tmp_path):
     some = CliRunner().invoke(app, ["report", str(store.folder), "--methods", "h2o, wide; snapkv"])
     assert some.exit_code == 0, some.stderr
     assert "At budget 16, snapkv is better than h2o, wide (+100.0" in some.stdout
-    assert "Not reported, though the study has them: full; rkv.**" in some.stdout
+    assert "Not reported, though the study has them: full; rkv; 1 random splits.**" in some.stdout
+    assert "Compared with h2o, wide; the study's own base line is rkv.**" in some.stdout
     assert "| rkv |" not in some.stdout
-    assert "random" not in some.stdout
+    assert "among random splits" not in some.stdout
     wrong = CliRunner().invoke(app, ["report", str(store.folder), "--methods", "snapvk"])
     assert wrong.exit_code == 2
     assert "unknown method among the study's 'snapvk'. Did you mean 'snapkv'?" in wrong.stderr

@@ -70,10 +70,11 @@ def test_bad_input():
     assert np.isfinite(plain.nll).all()
 
 
+@pytest.mark.parametrize("prompt", ["compete", "protect"])
 @pytest.mark.parametrize("method", ["full", "rkv", "reasonalloc", "h2o"])
-def test_texts_read_together_are_read_as_alone(method):
+def test_texts_read_together_are_read_as_alone(method, prompt):
     """Prompts and answers of different lengths; one of a single token, two that end together, at an interval's end."""
-    model, compression = tiny_model(dtype=torch.float64), method_of(method, 32, interval=16)
+    model, compression = tiny_model(dtype=torch.float64), method_of(method, 32, interval=16, prompt=prompt)
     sizes = ((50, 90), (41, 33), (7, 1), (64, 33), (30, 70))
     ids = torch.randint(2, 97, (5, 140), generator=torch.Generator().manual_seed(2))
     traces = [Trace(str(i), row[:p], row[p : p + a]) for i, (row, (p, a)) in enumerate(zip(ids, sizes, strict=True))]
@@ -84,3 +85,8 @@ def test_texts_read_together_are_read_as_alone(method):
         assert one.kl == pytest.approx(other.kl, abs=1e-5)
         assert (one.agree == other.agree).all()
         assert (one.kept_tokens, one.evicted) == (pytest.approx(other.kept_tokens), other.evicted)
+        assert one.kv_bytes == other.kv_bytes
+    with pytest.raises(ValueError, match="there is no text to read"):
+        read_together(model, [], compression)
+    with pytest.raises(ValueError, match="references must be of the same texts, in the same order"):
+        read_together(model, traces, compression, full[::-1])

@@ -45,8 +45,11 @@ def report(
         study = study if baseline is None else replace(study, baseline=baseline)
         findings = collect(store, study, store.plan(study), compared, margin, partial)
         kept = {variant.name for variant in study.variants}
-        passed_over = tuple(variant.name for variant in whole.variants if variant.name not in kept)
-        findings = replace(findings, passed_over=passed_over)
+        passed_over = [variant.name for variant in whole.variants if variant.name not in kept]
+        if whole.random_splits and not study.random_splits:
+            passed_over.append(f"{whole.random_splits} random splits")
+        other = whole.compared_with if study.compared_with != whole.compared_with else None
+        findings = replace(findings, passed_over=tuple(passed_over), other_base=other or "")
         if not findings.tasks():
             raise ValueError(f"{folder} has no problem yet that can be judged for all methods")
         paths = write_report(findings, output or folder / "report")

@@ -165,7 +165,8 @@ def read_together(
     """Read ``traces`` side by side with the given cache, one interval of tokens per forward pass.
 
     Nothing is evicted inside an interval, so this equals reading token by token, and is many times as fast. A text
-    that has ended goes on, unread, up to the end of the interval, and then leaves the batch.
+    that has ended goes on, unread, up to the end of the interval, and then leaves the batch. Scorers that draw at
+    random draw by the row of the batch.
 
     Args:
         model: with attn_implementation="reasonalloc".
@@ -175,7 +176,8 @@ def read_together(
         keep_log_probs: keep all distributions: 4 bytes x answer x vocabulary for each trace, on the CPU.
 
     Raises:
-        ValueError: a prompt of less than two tokens, an empty answer, or a reference without distributions.
+        ValueError: no traces, a prompt of less than two tokens, an empty answer, or references without distributions
+            or of other texts.
     """
     for trace in traces:
         if len(trace.prompt) < 2 or not len(trace.answer):
@@ -183,9 +185,15 @@ def read_together(
                 f"trace {trace.name} has {len(trace.prompt)} prompt and {len(trace.answer)} answer tokens: "
                 "two and one are the least"
             )
-    bases = [None if references is None else found.log_probs for found in references or traces]  # type: ignore[union-attr]
-    if references is not None and any(base is None for base in bases):
-        raise ValueError("the reference has no distributions: make it with keep_log_probs=True")
+    if not traces:
+        raise ValueError("there is no text to read")
+    bases: list[Tensor | None] = [None] * len(traces)
+    if references is not None:
+        bases = [found.log_probs for found in references]
+        if any(base is None for base in bases):
+            raise ValueError("the reference has no distributions: make it with keep_log_probs=True")
+        if [len(base) for base in bases if base is not None] != [len(trace.answer) for trace in traces]:
+            raise ValueError("references must be of the same texts, in the same order")
     cache = Cache(model.config, compression, tensor_parallel=ranks(model))
     ids, mask = _left_padded([trace.prompt for trace in traces], model.device)
     lengths = [len(trace.answer) for trace in traces]
@@ -196,8 +204,8 @@ def read_together(
     found = [_Parts() for _ in traces]
     alive, footprint = list(range(len(traces))), Footprint(len(traces))
     footprint.hold(alive)
-    interval = None if compression.budget is None else compression.interval
-    chunks = _chunks([length - 1 for length in lengths], interval)
+    evicts = compression.budget is not None
+    chunks = _chunks([length - 1 for length in lengths], compression.interval, evicts)
     for first, last in [(-1, 0), *chunks]:
         if last:
             stay = [i for i, row in enumerate(alive) if lengths[row] - 1 > first]
@@ -210,7 +218,7 @@ def read_together(
             steps = torch.arange(first, last, device=position.device)
             padded = {"attention_mask": mask, "position_ids": position + steps} if len(traces) > 1 else {}
             logits = model(answers[alive, first:last], **padded, **{CACHE_ARGUMENT: cache}).logits
-            if interval is None or last == 1 or last % interval == 0:  # else it has evicted ahead of its time
+            if not evicts or last == 1 or last % compression.interval == 0:  # else it has evicted ahead of its time
                 footprint.look(cache, [row for row in alive if lengths[row] - 1 >= last])
         for row, own in zip(alive, logits, strict=True):
             to = min(last, lengths[row] - 1) + 1
@@ -292,11 +300,11 @@ def _left_padded(
     return ids.to(device), real.long().to(device)
 
 
-def _chunks(tokens: Sequence[int], interval: int | None) -> list[tuple[int, int]]:
-    """Stretches between evictions; where nothing is evicted, between the ends of texts, which have so many tokens.
+def _chunks(tokens: Sequence[int], interval: int, evicts: bool) -> list[tuple[int, int]]:
+    """Stretches between evictions; where nothing is evicted, ends of texts, which have so many tokens, part them, too.
 
     The first token goes alone: it tells the cache that decoding has begun.
     """
     most = max(tokens)
-    middle = tokens if interval is None else range(interval, most, interval)
-    return list(pairwise(sorted({0, min(1, most), *middle, most})))
+    edges = {0, min(1, most), *range(interval, most, interval), most}
+    return list(pairwise(sorted(edges if evicts else edges.union(tokens))))

@@ -164,6 +164,7 @@ class Findings:
         left_out: tasks of which no problem can be judged for all methods.
         margin: of non-inferiority, in points.
         passed_over: methods of the folder's study that were not asked for.
+        other_base: the base line of the folder's study, where another was asked for.
     """
 
     study: Study
@@ -173,6 +174,7 @@ class Findings:
     left_out: tuple[str, ...] = ()
     margin: float = MARGIN
     passed_over: tuple[str, ...] = ()
+    other_base: str = ""
 
     def of(self, task: str, budget: int | None = -1, control: bool = False) -> list[CellResult]:
         """Cells of a task, of one budget unless that is -1; named methods, or the random splits."""

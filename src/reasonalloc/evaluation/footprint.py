@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from reasonalloc.engines.transformers.cache import Cache
 
 
@@ -12,9 +10,9 @@ class Footprint:
 
     Attributes:
         kept: for each sequence, tokens per head at every look, averaged over layers and heads.
-        kv_bytes: for each sequence, the most bytes of keys and values that it held: an equal share of the batch's
-            slots, free ones included. Of a full cache only its tokens count: it grows ahead to be fast, and
-            transformers' own, which it stands for, does not.
+        kv_bytes: for each sequence, the most bytes of keys and values that it held, in its own slots, free ones
+            included. Of a full cache only its tokens count: it grows ahead to be fast, and transformers' own, which it
+            stands for, does not.
         evicted: for each sequence, whether any head had dropped a token of it at the last look.
     """
 
@@ -36,11 +34,8 @@ class Footprint:
         rows = [self._held.index(sequence) for sequence in sequences]
         lengths = table.lengths[:, rows]
         short = (lengths.min((0, 2)) < table.seen[rows]).tolist()
-        if cache.compression.budget is None:
-            per_token = pools[0].kv_bytes // len(pools[0].keys)
-            held = lengths.sum((0, 2)) * per_token
-        else:
-            held = np.full(len(sequences), sum(pool.kv_bytes for pool in pools) // table.rows)
+        slots = lengths if cache.compression.budget is None else table.capacities[:, rows]
+        held = slots.sum((0, 2)) * (pools[0].kv_bytes // len(pools[0].keys))
         kept = lengths.mean((0, 2)).tolist()
         for sequence, tokens, size, evicted in zip(sequences, kept, held.tolist(), short, strict=True):
             self.evicted[sequence] = evicted

@@ -37,8 +37,8 @@ def sentences(findings: Findings, task: str) -> list[str]:
                     "problems (ties count against it)."
                 )
     lines += [
-        f"At budget {cell.budget}, {cell.method} evicted nothing in {1 - cell.exposure:.1%} of its answers: "
-        "they are the full cache's own, and its results say little about it."
+        f"At budget {cell.budget}, {cell.method} evicted nothing in {1 - cell.exposure:.1%} of what it wrote or read: "
+        "nothing in them depends on it, and its results say little about it."
         for cell in findings.of(task)
         if cell.budget is not None and cell.exposure is not None and cell.exposure < _SELDOM
     ]
@@ -73,7 +73,7 @@ def rows(findings: Findings, task: str) -> list[dict[str, str]]:
         line |= {"mean length": f"{cell.tokens:.0f}{ratio}"}
         line |= {"exposure": "-" if cell.exposure is None else f"{cell.exposure:.1%}"}
         line |= {"kept tokens": f"{cell.kept:.0f}", "KV bytes": f"{cell.kv_bytes:.0f}"}
-        line |= {"of full": "" if full is None else f"{cell.kv_bytes / full.kv_bytes:.1%}"}
+        line |= {"of full": f"{cell.kv_bytes / full.kv_bytes:.1%}" if full is not None and full.kv_bytes else ""}
         line |= {"cut off": f"{cell.cut_off:.1%}", "unreadable": f"{cell.unreadable:.1%}"}
         lines.append({**line, "problems": str(len(cell.problems)), "answers": str(cell.answers)})
     return lines
@@ -105,13 +105,15 @@ def _preamble(findings: Findings) -> str:
         "an answer or text, and how many times the full cache's; tight budgets lengthen traces, so that accuracy may "
         "be paid for in tokens. exposure: share of answers in which anything was evicted; a budget that nobody "
         "reached proves nothing. kept tokens: per head, mean over layers, heads, and decoding steps; KV bytes: the "
-        "largest share of the cache that fell to one answer, free slots included."
+        "most that one answer held, free slots of its own included."
     )
     if findings.missing:
         text += (
             f" **INCOMPLETE: {findings.missing} answers are missing; every task is judged by the problems that all its "
             "methods have.**"
         )
+    if findings.other_base:
+        text += f" **Compared with {findings.study.compared_with}; the study's own base line is {findings.other_base}.**"
     if findings.passed_over:
         text += f" **Not reported, though the study has them: {'; '.join(findings.passed_over)}.**"
     for task in findings.left_out:

@@ -97,8 +97,9 @@ def compare(
     if not len(first):
         raise ValueError("there is no problem to compare on")
     differences = first - second
-    sides = int((differences > _EQUAL).sum()), int((differences < -_EQUAL).sum())
-    if len(differences) < 2 or np.ptp(differences) == 0:
+    differences[np.abs(differences) <= _EQUAL] = 0
+    sides = int((differences > 0).sum()), int((differences < 0).sum())
+    if len(differences) < 2 or np.ptp(differences) <= _EQUAL:
         mean = float(differences.mean())
         rare = 1 - ((1 - LEVEL) / 2) ** (1 / len(differences)) if bounded else math.inf
         low, high = mean - rare * (1 + mean), mean + rare * (1 - mean)

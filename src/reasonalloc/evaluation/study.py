@@ -145,6 +145,8 @@ class Study:
             raise ValueError(f"method names that begin with {RANDOM!r} are kept for the control: {', '.join(methods)}")
         if self.baseline is not None and self.baseline not in methods:
             raise unknown_name("baseline among the study's methods", self.baseline, methods)
+        if self.baseline is not None and next(v for v in self.variants if v.name == self.baseline).method == FULL:
+            raise ValueError("the base line must have a budget; every method is compared with the full cache anyway")
         if not self.budgets and any(variant.method != FULL for variant in self.variants):
             raise ValueError("a study needs at least one budget")
         if set(self.random_budgets or ()) - set(self.budgets):
