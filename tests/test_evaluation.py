@@ -1033,3 +1033,36 @@ def test_the_commands(model, tmp_path):
         done = runner.invoke(app, arguments)
         assert done.exit_code == 2, done.stdout
         assert message in done.stderr.replace("\n", " ")
+
+
+def test_texts_side_by_side_are_few_and_not_too_long(model, monkeypatch):
+    study = study_of(model, tasks=[{"name": "maps:4", "fidelity": True, "count": 20}], batch=16)
+    texts = study.load_questions()[0]
+    sizes = [len(group) for group in study._together(texts)]
+    assert sizes == [8, 8, 4]
+    assert set.union(*study._together(texts)) == {text.id for text in texts.questions}
+    monkeypatch.setattr("reasonalloc.evaluation.study.READ_LENGTH", 150)
+    assert [len(group) for group in study._together(texts)] == [2] * 10  # of 60 tokens each, at most
+
+
+def test_an_interrupted_batch_of_texts_goes_on_where_it_was(model, tmp_path, monkeypatch):
+    """What a cache has read is kept at once; only the rest is read later."""
+    from reasonalloc.evaluation import fidelity
+
+    study = study_of(model, tasks=[{"name": "maps:4", "fidelity": True, "count": 3}], budgets=[16])
+    whole, read = fidelity.read_together, []
+
+    def counted(network, traces, compression, *more, **options):
+        read.append(compression.budget)
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        return whole(network, traces, compression, *more, **options)
+
+    monkeypatch.setattr(fidelity, "read_together", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(study, tmp_path / "run")
+    assert len(Store(tmp_path / "run").results()) == 2 * 3  # full and rkv
+    read.clear()
+    run_all(study, tmp_path / "run")
+    assert read == [None, 16]  # the full cache for comparison, and the small window
+    assert len(Store(tmp_path / "run").results()) == 3 * 3

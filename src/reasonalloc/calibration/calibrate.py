@@ -148,7 +148,6 @@ def _measure(
         raise ValueError(f"a prompt of one token cannot be measured: {prompts[0].text!r}")
     answers = _generate(model, inputs, cache, probe, prompts, settings, meter)
     records = probe.results([p.hash for p in prompts], [p.task for p in prompts], [len(a) for a in answers])
-    records = _with_losses(model, inputs, records, answers, settings, meter)
     short = [prompt.text for prompt, record in zip(prompts, records, strict=True) if not record.rows]
     if short:
         warnings.warn(
@@ -156,6 +155,7 @@ def _measure(
             f"count, the first to {short[0][:60]!r}",
             stacklevel=3,
         )
+    records = _with_losses(model, inputs, records, answers, settings, meter)
     records = [record for record in records if record.rows]
     if not records:
         return None
@@ -246,6 +246,9 @@ def _with_losses(
         return advance
 
     for i, record in enumerate(records):
+        if not record.rows:  # a text too short to count
+            found.append(record)
+            continue
         prompt = inputs["input_ids"][i][inputs["attention_mask"][i].bool()]
         ids = torch.cat([prompt, torch.tensor(answers[i], device=prompt.device)])
         if settings.loss:

@@ -100,5 +100,5 @@ class CalibrationSettings:
     def describe(self) -> Mapping[str, Any]:
         """What merged profiles must agree on, beside rhos and grids, as plain JSON values."""
         names = ("max_new_tokens", "least_tokens", "temperature", "top_p", "seed", "sensitivity_window")
-        loss = {"loss": list(self.loss), "loss_points": self.loss_points} if self.loss else {}
+        loss = {"loss": sorted(self.loss), "loss_points": self.loss_points} if self.loss else {}
         return {name: getattr(self, name) for name in names} | loss

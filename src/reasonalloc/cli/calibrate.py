@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -59,6 +60,7 @@ def calibrate(
         from reasonalloc.calibration.stability import bootstrap
         from reasonalloc.engines.transformers.loading import load, quiet
         from reasonalloc.files import write_atomically
+        from reasonalloc.policies.allocation import DemandProfile
 
         if output.suffix != ".json":
             raise ValueError(f"a profile is saved as .json, got {output.name!r}")
@@ -78,22 +80,29 @@ def calibrate(
             protect_prompt=protect_prompt,
             sensitivity_window=SENSITIVITY_WINDOW if sensitivity else None,
         )
+        if protect_prompt and not settings.simulated:
+            raise ValueError(
+                "--protect-prompt is how eviction is simulated, and nothing is: add --miss or --loss SCORER"
+            )
         questions = (built_in_prompts() if prompts is None else read_prompts(prompts, field))[:limit]
         partial = output.with_name(output.name + ".partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
         quiet()
         with errors.status(f"loading {model}"):
             network, tokenizer = load(model, dtype, device)
+        before = 0
         if partial.exists():
             errors.print(f"going on with {partial}", highlight=False)
-        with Progress("tokens", len(questions) * settings.work) as progress:
+            with suppress(ValueError):  # which calibrate will say better
+                before = len(DemandProfile.load(partial).prompts) * settings.work
+        with Progress("tokens", len(questions) * settings.work, before) as progress:
             profile = run_calibration(
                 network,
                 tokenizer,
                 questions,
                 settings,
                 partial=partial,
-                progress=lambda done, total: progress.advance(done - progress.done),
+                progress=lambda done, total: progress.advance(max(0, done - progress.done)),
             )
         if name is not None:
             profile = replace(profile, source={**profile.source, "model": name})

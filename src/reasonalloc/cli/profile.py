@@ -76,7 +76,8 @@ def print_profile(profile: DemandProfile, bands: Stability) -> None:
     for scorer, grid in profile.grids.items():
         mean = profile.miss_curves(scorer).mean((1, 2))
         curve = "  ".join(f"{b}: {m:.1%}" for b, m in zip(grid.budgets, mean, strict=True))
-        console.print(f"attention on tokens that {scorer} had evicted, by budget: {curve}", highlight=False)
+        how = f"every {grid.interval} tokens" + (", the prompt protected" if grid.protect_prompt else "")
+        console.print(f"attention on tokens that {scorer} had evicted ({how}), by budget: {curve}", highlight=False)
         if scorer in profile.prompts[0].losses:
             mean = profile.loss_curves(scorer).sum((1, 2))
             curve = "  ".join(f"{b}: {m:.3g}" for b, m in zip(grid.budgets, mean, strict=True))

@@ -17,7 +17,7 @@ from reasonalloc.evaluation.answering import answer
 from reasonalloc.evaluation.fidelity import Reading, make_trace, read_alike
 from reasonalloc.evaluation.questions import FIDELITY
 from reasonalloc.evaluation.store import Result, Store
-from reasonalloc.evaluation.study import Batch, Study, digest
+from reasonalloc.evaluation.study import Batch, Study, Unit, digest
 from reasonalloc.policies.allocation import DemandProfile
 from reasonalloc.policies.compression import AUTO_PROFILE
 
@@ -26,6 +26,7 @@ _ATTEMPTS = 3
 _INCIDENTAL = {"_name_or_path", "name_or_path", "transformers_version", "_attn_implementation", "torch_dtype", "dtype"}
 Done = Callable[[Batch, list[Result], float], None]  # a batch, its results, the seconds it took
 Written = Callable[[int], None]  # so many more tokens were written or read, within a batch
+Keep = Callable[[Unit, Result], None]
 
 
 class Worker:
@@ -53,10 +54,10 @@ class Worker:
             )
         return auto_profile(self.model.config, found[0], self.model, self.tokenizer) if found else None
 
-    def run(self, batch: Batch, written: Written = lambda tokens: None) -> list[Result]:
-        """Results of a batch; sampling is seeded by the batch itself."""
+    def run(self, batch: Batch, keep: Keep, written: Written = lambda tokens: None) -> list[Result]:
+        """Results of a batch, each kept as soon as it is there; sampling is seeded by the batch itself."""
         if batch[0].grader == FIDELITY:
-            return list(self._read(batch, written))
+            return list(self._read(batch, keep, written))
         first, seed = batch[0], int(digest([unit.key for unit in batch])[:12], 16)
         prompts = [unit.question.prompt for unit in batch]
 
@@ -66,9 +67,11 @@ class Worker:
         made = answer(
             self.model, self.tokenizer, prompts, first.cell.compression, first.sampling, seed, on_step=on_step
         )
+        for unit, found in zip(batch, made, strict=True):
+            keep(unit, found)
         return list(made)
 
-    def _read(self, batch: Batch, written: Written) -> list[Reading]:
+    def _read(self, batch: Batch, keep: Keep, written: Written) -> list[Reading]:
         most = batch[0].sampling.max_new_tokens
         questions = {unit.question.id: unit.question for unit in batch}
         traces = [make_trace(self.tokenizer, q.id, q.prompt, q.reference, most) for q in questions.values()]
@@ -78,9 +81,12 @@ class Worker:
             cells.setdefault((unit.cell.method, unit.cell.budget), []).append(i)
         compressions = [batch[units[0]].cell.compression for units in cells.values()]
         rows = [[row[batch[i].question.id] for i in units] for units in cells.values()]
-        found = read_alike(self.model, traces, compressions, rows, written)
-        places = [i for units in cells.values() for i in units]
-        made = dict(zip(places, (reading for own in found for reading in own), strict=True))
+        made: dict[int, Reading] = {}
+        for units, found in zip(cells.values(), read_alike(self.model, traces, compressions, rows), strict=True):
+            for i, reading in zip(units, found, strict=True):
+                made[i] = reading
+                keep(batch[i], reading)
+            written(sum(reading.tokens for reading in found))
         return [made[i] for i in range(len(batch))]
 
 
@@ -109,7 +115,8 @@ def shard(plan: list[Batch], index: int, of: int) -> list[Batch]:
 def run_local(
     worker: Worker, store: Store, batches: list[Batch], done: Done, written: Written = lambda tokens: None
 ) -> None:
-    """One batch after another in this process, those that are missing; whole batches, as they were planned.
+    """One batch after another in this process, those that are missing. Answers are made in whole batches, as they were
+    planned; of texts that are read, only what is missing.
 
     Of the ranks that share a model each runs this. The first one decides what is missing, and writes.
     """
@@ -120,10 +127,10 @@ def run_local(
     for batch in batches:
         if worker.together or store.missing(batch):
             began = time.perf_counter()
-            results = worker.run(batch, written)
+            if batch[0].grader == FIDELITY and not worker.together:
+                batch = tuple(unit for unit in batch if store.missing((unit,)))
+            results = worker.run(batch, store.write if worker.writes else lambda unit, found: None, written)
             if worker.writes:
-                for unit, found in zip(batch, results, strict=True):
-                    store.write(unit, found)
                 done(batch, results, time.perf_counter() - began)
 
 

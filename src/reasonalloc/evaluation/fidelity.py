@@ -6,7 +6,7 @@ need thousands of samples for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -88,8 +88,7 @@ def read_alike(
     traces: Sequence[Trace],
     compressions: Sequence[Compression],
     rows: Sequence[Sequence[int]],
-    read: Callable[[int], None] = lambda tokens: None,
-) -> list[list[Reading]]:
+) -> Iterator[list[Reading]]:
     """Some texts with several caches, each against the full cache, which reads them once.
 
     Args:
@@ -97,22 +96,18 @@ def read_alike(
         traces: the texts.
         compressions: the caches.
         rows: for each cache, which of the texts it reads.
-        read: called with the number of tokens after each cache.
 
-    Returns:
+    Yields:
         For each cache, what it made of its texts.
     """
     full = read_together(model, traces, Compression.method("full"), keep_log_probs=True)
-    found = []
     for compression, own in zip(compressions, rows, strict=True):
         texts, base = [traces[row] for row in own], [full[row] for row in own]
         if compression.budget is None:
             made = [_itself(one) for one in base]
         else:
             made = read_together(model, texts, compression, base)
-        read(sum(len(trace.answer) for trace in texts))
-        found.append([_plain(one) for one in made])
-    return found
+        yield [_plain(one) for one in made]
 
 
 def _plain(found: Fidelity) -> Reading:

@@ -113,7 +113,9 @@ def _preamble(findings: Findings) -> str:
             "methods have.**"
         )
     if findings.other_base:
-        text += f" **Compared with {findings.study.compared_with}; the study's own base line is {findings.other_base}.**"
+        text += (
+            f" **Compared with {findings.study.compared_with}; the study's own base line is {findings.other_base}.**"
+        )
     if findings.passed_over:
         text += f" **Not reported, though the study has them: {'; '.join(findings.passed_over)}.**"
     for task in findings.left_out:

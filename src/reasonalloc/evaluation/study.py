@@ -22,7 +22,9 @@ from reasonalloc.tasks import Split
 FULL = "full"
 RANDOM = "random-split"
 BASELINE = "rkv"
-READ_TOGETHER = 8  # texts, at most: the full cache's distributions of all of them are held, 4 bytes a token and word
+READ_TOGETHER = 8  # texts, at most
+# Their tokens, at most: the full cache's distributions of all are held, for each token four bytes a word that it knows.
+READ_LENGTH = 4096
 
 
 @dataclass(frozen=True)
@@ -249,10 +251,7 @@ class Study:
             read = questions.grader == FIDELITY
             columns = [self._units(model, questions, cell, 1 if read else self.samples) for cell in cells]
             if read:
-                texts = sorted(questions.questions, key=lambda question: -len(question.reference))
-                size = min(self.batch, READ_TOGETHER)
-                for first in range(0, len(texts), size):
-                    group = {text.id for text in texts[first : first + size]}
+                for group in self._together(questions):
                     batches.append(tuple(unit for column in columns for unit in column if unit.question.id in group))
             else:
                 for units in columns:
@@ -260,6 +259,19 @@ class Study:
                     batches += [tuple(units[i : i + self.batch]) for i in range(0, len(units), self.batch)]
         # By key where prompts are equally long: else every shard would get the same few methods.
         return sorted(batches, key=lambda batch: (-len(batch[0].question.prompt), batch[0].key))
+
+    def _together(self, questions: QuestionSet) -> list[set[str]]:
+        """Ids of texts that are read side by side, those of like length."""
+        groups: list[set[str]] = []
+        length = 0
+        for text in sorted(questions.questions, key=lambda question: -len(question.reference)):
+            own = min(len(text.reference), self.sampling.max_new_tokens)  # no more tokens than letters
+            length += own
+            if not groups or len(groups[-1]) == min(self.batch, READ_TOGETHER) or length > READ_LENGTH:
+                groups.append(set())
+                length = own
+            groups[-1].add(text.id)
+        return groups
 
     def _units(self, model: str, questions: QuestionSet, cell: Cell, samples: int) -> list[Unit]:
         few = questions.first(self.random_count) if cell.method.startswith(RANDOM) else questions
