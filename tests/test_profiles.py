@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import reasonalloc as ra
 from reasonalloc.calibration import auto as auto_profile
 from reasonalloc.calibration import calibrate as calibration
-from reasonalloc.calibration.compare import compare, wave_distance
+from reasonalloc.calibration.compare import compare, correlation, wave_distance
 from reasonalloc.calibration.operator_study import operator_effects, rho_effects
 from reasonalloc.calibration.stability import bootstrap, bootstrap_miss_curves
 from reasonalloc.cli.app import app
@@ -252,6 +252,7 @@ def test_calibrate_show_study_merge_and_use(model_folder, tmp_path):
     assert alone.exit_code == 0
     assert (tmp_path / "all.json").read_bytes() == (tmp_path / "one.json").read_bytes()
 
+    assert "with 64 tokens per head nothing was lost" in " ".join(shown.output.split())
     assert "nats per token lost when rkv holds all heads, by budget: 16: " in shown.output.replace("\n", " ")
     for method in ("reasonalloc", "missalloc", "lossalloc"):
         used = run(
@@ -259,6 +260,22 @@ def test_calibrate_show_study_merge_and_use(model_folder, tmp_path):
             "--profile", tmp_path / "wave.json",
         )  # fmt: skip
         assert used.exit_code == 0, used.output
+
+
+def test_a_correlation_and_its_interval():
+    """Against Fisher's z by hand: tanh(atanh(r) -+ 1.96 / sqrt(n - 3))."""
+    rng = np.random.default_rng(0)
+    first = rng.random(24)
+    second = first + rng.random(24)
+    found, low, high = correlation(first, second)
+    centred = [x - x.mean() for x in (first, second)]
+    expected = (centred[0] @ centred[1]) / np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
+    assert found == pytest.approx(expected)
+    half = 1.959964 / np.sqrt(21)
+    assert (low, high) == pytest.approx((np.tanh(np.arctanh(expected) - half), np.tanh(np.arctanh(expected) + half)))
+    for wrong in (first[:3], np.ones(24)):
+        with pytest.raises(ValueError, match="a correlation needs four values that differ"):
+            correlation(wrong, first[: len(wrong)])
 
 
 def test_compare_command(tmp_path):

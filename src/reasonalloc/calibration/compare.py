@@ -15,10 +15,22 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import wasserstein_distance
+from scipy.stats import pearsonr, wasserstein_distance
 
 from reasonalloc.policies.allocation import DemandProfile
 from reasonalloc.policies.allocation.profile import Floats
+
+
+def correlation(first: Float[Floats, "values"], second: Float[Floats, "values"]) -> tuple[float, float, float]:
+    """Pearson's correlation and its 95 % interval, by Fisher's z.
+
+    Raises ``ValueError`` for fewer than four values, or where all of a side are equal.
+    """
+    if len(first) < 4 or not np.ptp(first) or not np.ptp(second):
+        raise ValueError(f"a correlation needs four values that differ, got {len(first)}")
+    found = pearsonr(first, second)
+    interval = found.confidence_interval(0.95)
+    return float(found.statistic), float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)

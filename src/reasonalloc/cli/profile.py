@@ -85,6 +85,7 @@ def print_profile(profile: DemandProfile, bands: Stability) -> None:
                 f"nats per token lost when {scorer} holds all heads, by budget: {curve}",
                 highlight=False,
             )
+            _print_losses(profile, scorer, budget)
         try:
             split = bootstrap_miss_curves(profile, scorer, budget)
         except ValueError as error:
@@ -99,6 +100,27 @@ def print_profile(profile: DemandProfile, bands: Stability) -> None:
     advice = bands.advice()
     if advice:
         console.print(f"[yellow]note:[/] {advice}.", highlight=False)
+
+
+def _print_losses(profile: DemandProfile, scorer: str, budget: int) -> None:
+    """What ``lossalloc`` makes of a profile, and whether it agrees with the wave."""
+    from reasonalloc.calibration.compare import correlation
+    from reasonalloc.policies.allocation import LossCurveLayers
+    from reasonalloc.policies.compression import Compression
+
+    try:
+        policy = LossCurveLayers(scorer=scorer)
+        window = Compression(budget, scorer, layers="uniform", heads="uniform").kept_window
+        budgets = policy.budgets(profile.shape, budget, window, profile)
+        related, low, high = correlation(profile.layer_demand(profile.reference_rho), budgets.mean(1))
+    except ValueError as error:
+        console.print(f"  {error}", highlight=False)
+        return
+    console.print(
+        f"  loss-curve budgets at {budget}: {budgets.min()} to {budgets.max()} tokens per KV head; layers' shares "
+        f"correlate with their demand by {related:.2f} [{low:.2f}, {high:.2f}]",
+        highlight=False,
+    )
 
 
 @profile_app.command("study")
