@@ -1061,7 +1061,10 @@ def test_an_interrupted_batch_of_texts_goes_on_where_it_was(model, tmp_path, mon
     monkeypatch.setattr(fidelity, "read_together", counted)
     with pytest.raises(KeyboardInterrupt):
         run_all(study, tmp_path / "run")
-    assert len(Store(tmp_path / "run").results()) == 2 * 3  # full and rkv
+    store = Store(tmp_path / "run")
+    assert len(store.results()) == 2 * 3  # full and rkv
+    watch = eval_command._Watch(store, store.plan())
+    assert (watch.progress.done, watch.progress.total) == (6, 9)
     read.clear()
     run_all(study, tmp_path / "run")
     assert read == [None, 16]  # the full cache for comparison, and the small window

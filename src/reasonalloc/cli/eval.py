@@ -205,11 +205,13 @@ class _Watch:
     ) -> None:
         self.store, self.right = store, defaultdict[str, list[bool]](list)
         self.tokens = self.within = 0  # of finished batches, and of the one at work
-        finished = [] if hidden else [unit for batch in batches if not store.missing(batch) for unit in batch]
-        for unit in finished:
-            self._grade(unit)
-        units = sum(map(len, batches))
-        self.progress = Progress("answers", units, len(finished), self._said, hidden, clock)
+        units = finished = 0
+        for batch in [] if hidden else batches:
+            left = store.to_do(batch)
+            units, finished = units + len(batch), finished + len(batch) - len(left)
+            for unit in batch if not left else ():
+                self._grade(unit)
+        self.progress = Progress("answers", units, finished, self._said, hidden, clock)
 
     def __enter__(self) -> _Watch:
         self.progress.__enter__()

@@ -127,8 +127,7 @@ def run_local(
     for batch in batches:
         if worker.together or store.missing(batch):
             began = time.perf_counter()
-            if batch[0].grader == FIDELITY and not worker.together:
-                batch = tuple(unit for unit in batch if store.missing((unit,)))
+            batch = batch if worker.together else store.to_do(batch)
             results = worker.run(batch, store.write if worker.writes else lambda unit, found: None, written)
             if worker.writes:
                 done(batch, results, time.perf_counter() - began)

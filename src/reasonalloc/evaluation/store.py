@@ -120,6 +120,12 @@ class Store:
         """Whether any of the batch's units has no result."""
         return not all(self._path("results", unit.key).exists() for unit in batch)
 
+    def to_do(self, batch: Batch) -> Batch:
+        """What of a batch is to be made: answers all together, if any is missing; of texts what has not been read."""
+        if not self.missing(batch):
+            return ()
+        return tuple(unit for unit in batch if unit.grader != FIDELITY or self.missing((unit,)))
+
     def write(self, unit: Unit, result: Result) -> None:
         """Keep a result; an earlier one of the same unit stays."""
         value = {"unit": unit.identity(), "result": asdict(result)}
