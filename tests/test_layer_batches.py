@@ -27,7 +27,17 @@ _CURVES = np.sort(_RNG.random((3, 4, 3)), axis=0)[::-1]
 PROFILE = ra.DemandProfile(
     SHAPE,
     (0.93,),
-    (PromptDemand("a", 1, np.ones((1, 4, 6)), {"rkv": _CURVES}, tokens=1, sensitivity=_RNG.random((4, 3))),),
+    (
+        PromptDemand(
+            "a",
+            1,
+            np.ones((1, 4, 6)),
+            {"rkv": _CURVES},
+            tokens=1,
+            sensitivity=_RNG.random((4, 3)),
+            losses={"rkv": _CURVES**2},
+        ),
+    ),
     {"model_type": "llama"},
     grids={"rkv": MissGrid((16, 32, 64), 16)},
 )
