@@ -823,15 +823,12 @@ def test_a_report_on_some_methods(model, tmp_path):
 
 def test_pictures_of_one_budget_and_their_legend():
     pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
 
-    from reasonalloc.evaluation.plots import _draw_curves
+    from reasonalloc.evaluation.plots import draw_curves
 
     def drawn(*budgets):
-        figure = Figure(layout="constrained")
         series = {name: [(budget, (50.0, 40.0, 60.0)) for budget in budgets] for name in ("rkv", "h2o")}
-        _draw_curves(figure, series, None, {64: [45.0, 55.0]}, "maps:6", "accuracy %", True)
-        return figure
+        return draw_curves(series, None, {64: [45.0, 55.0]}, "maps:6", "accuracy %", True)
 
     figure = drawn(64)
     (axes,), (legend,) = figure.axes, figure.legends

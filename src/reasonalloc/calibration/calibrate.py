@@ -255,7 +255,7 @@ def _with_losses(
             grids = {scorer: settings.grids[scorer] for scorer in settings.loss}
             advance = steps(len(grids) * len(settings.miss_budgets))
             losses = loss_curves(model, ids, len(answers[i]), grids, settings.loss_points, advance)
-            record = replace(record, losses={scorer: nine_digits(found) for scorer, found in losses.items()})
+            record = replace(record, losses={scorer: nine_digits(curves) for scorer, curves in losses.items()})
         if settings.sensitivity_window is not None:
             advance = steps(model_shape(model.config).layers)
             rises = loss_sensitivity(model, ids, len(answers[i]), settings.sensitivity_window, advance)

@@ -26,11 +26,12 @@ from transformers.masking_utils import sdpa_mask
 
 from reasonalloc.cache.queries import Queries
 from reasonalloc.calibration.miss_simulation import MissSimulation
+from reasonalloc.calibration.probe import attention_alone
 from reasonalloc.engines.models import model_shape
 from reasonalloc.policies.allocation import ModelShape
 from reasonalloc.policies.allocation.profile import Floats, MissGrid
 from reasonalloc.policies.scoring.tokens import LayerTokens
-from reasonalloc.policies.scoring.window_attention import at_least_float32
+from reasonalloc.policies.scoring.window_attention import at_least_float32, attention_weights
 
 _NAME = "reasonalloc-mixed"
 _PATH = "_reasonalloc_path"  # set on every attention module while a text is read: the point of the path
@@ -101,10 +102,14 @@ def _kept(
     everything = torch.arange(tokens, device=device)
     prompt = tokens - point.answer
 
+    def held(count: int, received: Tensor | None = None) -> LayerTokens:
+        lengths = torch.full((1, heads), count, device=device)
+        positions = everything[:count].expand(1, heads, count)
+        return LayerTokens(key[:, :, :count], value[:, :, :count], lengths, positions, received)
+
     def weights(first: int, last: int) -> Float[Tensor, "1 heads group queries tokens"]:
-        rows = at_least_float32(query[:, :, first:last]).unflatten(1, (heads, -1))
-        logits = torch.einsum("bhgmd,bhnd->bhgmn", rows, at_least_float32(key[:, :, :last])) * scaling
-        return logits.masked_fill(everything[:last] > everything[first:last, None], float("-inf")).softmax(-1)
+        attention = attention_alone(held(last), Queries(query[:, :, first:last]), scaling)
+        return attention_weights(attention, attention.tokens.valid)
 
     received = None
     if simulation.needs_received:
@@ -112,17 +117,8 @@ def _kept(
     seen = (everything <= everything[:, None]).expand(1, heads, tokens, tokens).clone()
     for first in range(prompt, tokens, point.grid.interval):
         last = min(tokens, first + point.grid.interval)
-        simulation.compress(
-            LayerTokens(
-                key[:, :, :first],
-                value[:, :, :first],
-                torch.full((1, heads), first, device=device),
-                everything[:first].expand(1, heads, first),
-                None if received is None else received[..., :first],
-            ),
-            Queries(query[:, :, max(0, first - observed) : first]),
-            scaling,
-        )
+        tokens_there = held(first, None if received is None else received[..., :first])
+        simulation.compress(tokens_there, Queries(query[:, :, max(0, first - observed) : first]), scaling)
         if simulation.needs_received:
             every = torch.ones(1, last - first, dtype=torch.bool, device=device)
             simulation.observe(weights(first, last), every, last - first)
@@ -179,14 +175,17 @@ def loss_curves(
         for scorer, grid in grids.items():
             curves = []
             for budget in grid.budgets:
-                total: Tensor | float = 0.0
-                for node, weight in zip(nodes, weights, strict=True):
-                    point = _Point(scorer, replace(grid, budgets=(budget,)), answer, float(node + 1) / 2)
-                    total = total + float(weight) / 2 * _shares(model, ids, full, point, shape)
-                curves.append(total)
+                one = replace(grid, budgets=(budget,))
+                parts = [
+                    float(weight)
+                    / 2
+                    * _shares(model, ids, full, _Point(scorer, one, answer, float(node + 1) / 2), shape)
+                    for node, weight in zip(nodes, weights, strict=True)
+                ]
+                curves.append(torch.stack(parts).sum(0))
                 if advance is not None:
                     advance()
-            found[scorer] = torch.stack(curves).numpy()  # type: ignore[arg-type]
+            found[scorer] = torch.stack(curves).numpy()
     finally:
         model.set_attn_implementation(before)
     return found

@@ -145,9 +145,7 @@ class DemandProbe:
         self, tokens: LayerTokens, queries: Queries, scaling: float
     ) -> tuple[Float[Tensor, "batch heads group queries tokens"], Bool[Tensor, "batch queries"]]:
         """The queries' attention over all that they could see, and which of them count."""
-        none = torch.zeros(len(tokens.lengths), dtype=torch.int64)  # nothing is drawn, and nothing has a budget
-        noise = Noise(0, none, none)
-        seen = Observation(tokens, queries.states, None, scaling, 0, none.float(), noise, torch.Generator())
+        seen = attention_alone(tokens, queries, scaling)
         return attention_weights(seen, tokens.valid), visible(seen)[:, 0].sum(-1) >= self.settings.least_tokens
 
     def _add_demand(self, layer: int, weights: Tensor, rows: Tensor) -> None:
@@ -163,6 +161,13 @@ class DemandProbe:
         offset = torch.arange(len(kept), device=kept.device)[:, None] * len(edges)
         counts = torch.bincount((kept + offset).flatten(), minlength=len(kept) * len(edges))
         self._histogram[layer] += counts.view(len(kept), -1).cpu().numpy()
+
+
+def attention_alone(tokens: LayerTokens, queries: Queries, scaling: float) -> Observation:
+    """What a scorer would see, where only the attention of these queries is looked at."""
+    none = torch.zeros(len(tokens.lengths), dtype=torch.int64)  # nothing is drawn, and nothing has a budget
+    noise = Noise(0, none, none)
+    return Observation(tokens, queries.states, None, scaling, 0, none.float(), noise, torch.Generator())
 
 
 def nine_digits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -198,23 +198,9 @@ def draw_curves(
     title: str,
     metric: str,
     from_zero: bool,
-) -> bytes:
-    """A PNG of each method's metric against the budget, with intervals, the full cache's band and random splits."""
+) -> Any:
+    """A figure of each method's metric against the budget, with intervals, the full cache's band and random splits."""
     figure = _figure("curves.png", 9.5, 5)
-    _draw_curves(figure, series, full, control, title, metric, from_zero)
-    return _png(figure)
-
-
-def _draw_curves(
-    figure: Any,
-    series: dict[str, list[tuple[int, Interval]]],
-    full: Interval | None,
-    control: dict[int, list[float]],
-    title: str,
-    metric: str,
-    from_zero: bool,
-) -> None:
-    """The picture of ``draw_curves``, on an empty figure."""
     axes = figure.subplots()
     budgets = sorted({budget for points in series.values() for budget, _ in points})
     if full is not None:
@@ -242,6 +228,7 @@ def _draw_curves(
         axes.set_ylim(bottom=0)
     axes.set_title(title)
     figure.legend(fontsize="small", loc="outside right upper")
+    return figure
 
 
 def _figure(path: str | Path, width: float, height: float) -> Any:
@@ -255,11 +242,12 @@ def _figure(path: str | Path, width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """A figure as the content of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
 
 
 def _save(figure: Any, path: str | Path) -> None:
-    write_atomically(Path(path), _png(figure))
+    write_atomically(Path(path), png(figure))

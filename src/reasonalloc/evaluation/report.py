@@ -238,11 +238,11 @@ def write_report(findings: Findings, folder: Path) -> list[Path]:
     """report.html, report.md, report.csv, comparisons.csv; with matplotlib, a PNG of each task asked with budgets."""
     pictures: dict[str, bytes] = {}
     try:
-        from reasonalloc.evaluation.plots import draw_curves
+        from reasonalloc.evaluation.plots import draw_curves, png
 
         for task in findings.tasks():
             if any(cell.budget is not None for cell in findings.of(task)):
-                pictures[task] = draw_curves(**curves(findings, task))
+                pictures[task] = png(draw_curves(**curves(findings, task)))
     except ImportError:
         pass  # the pictures are an extra
     files = {
