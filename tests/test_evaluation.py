@@ -35,7 +35,7 @@ from reasonalloc.evaluation.report import (
     write_report,
 )
 from reasonalloc.evaluation.store import Store
-from reasonalloc.evaluation.study import Study
+from reasonalloc.evaluation.study import Study, TaskSource
 from reasonalloc.reasoner.train import Trainer, TrainingConfig
 from reasonalloc.tasks import TASKS
 
@@ -961,6 +961,24 @@ def test_texts_from_a_file(tmp_path):
         load_texts("mine", path, text_field="proof")
     with pytest.raises(ValueError, match="fidelity:mine has no questions"):
         load_texts("mine", path, least_words=9)
+
+
+def test_questions_drawn_at_random_follow_from_the_seed_alone(tmp_path):
+    rows = [{"id": i, "question": f"q{i}", "answer": str(i)} for i in range(40)]
+    ids = {}
+    for name, order in (("forward", rows), ("backward", rows[::-1])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in order))
+        for seed in (None, 0, 1):
+            source = TaskSource("mine", str(path), count=10, shuffle_seed=seed)
+            ids[name, seed] = [question.id for question in source.load().questions]
+    assert ids["forward", None] == [str(i) for i in range(10)] != ids["backward", None]
+    assert ids["forward", 0] == ids["backward", 0] != ids["forward", 1]
+    assert len(set(ids["forward", 0])) == 10
+    texts = TaskSource("mine", str(path), answer_field="question", fidelity=True, count=10, shuffle_seed=0)
+    assert [question.id for question in texts.load().questions] == ids["forward", 0]
+    with pytest.raises(ValueError, match="maps:6 makes its own questions at random: remove shuffle_seed 3"):
+        TaskSource("maps:6", shuffle_seed=3)
 
 
 def test_progress_counts_what_the_folder_holds(model, tmp_path):

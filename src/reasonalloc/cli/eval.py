@@ -48,6 +48,9 @@ def evaluate(
     count: Annotated[
         int | None, typer.Option(min=1, help="Only so many questions of each task; of generated ones 100 otherwise.")
     ] = None,
+    shuffle_seed: Annotated[
+        int | None, typer.Option(help="Take those --count questions at random, by this seed; default: the first ones.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="JSON lines with the questions, instead of the hub.")] = None,
     question_field: Annotated[str | None, typer.Option(help="In --data; the known set's, or 'question'.")] = None,
     answer_field: Annotated[str | None, typer.Option(help="In --data; the known set's, or 'answer'.")] = None,
@@ -87,7 +90,15 @@ def evaluate(
             if model is None or not (task or fidelity):
                 raise ValueError("name a --model and at least one --task or --fidelity, or a --study, or --resume")
             tasks = _tasks(
-                task or [], fidelity or [], data, question_field, answer_field, text_field, count, least_words
+                task or [],
+                fidelity or [],
+                data,
+                question_field,
+                answer_field,
+                text_field,
+                count,
+                least_words,
+                shuffle_seed,
             )
             wanted = Study.from_dict(
                 {
@@ -178,10 +189,12 @@ def _tasks(
     text_field: str | None,
     count: int | None,
     least_words: int,
+    shuffle_seed: int | None,
 ) -> list[dict[str, Any]]:
     if data is not None and len({*answer, *read}) > 1:
         raise ValueError(f"--data is one set of questions, got several: {', '.join([*answer, *read])}; use a --study")
-    source = {"data": None if data is None else str(data), "question_field": question_field, "count": count}
+    place = None if data is None else str(data)
+    source = {"data": place, "question_field": question_field, "count": count, "shuffle_seed": shuffle_seed}
     written = [{"name": name, **source, "answer_field": answer_field} for name in answer]
     texts = {"answer_field": text_field, "fidelity": True, "least_words": least_words}
     return [*written, *({"name": name, **source, **texts} for name in read)]

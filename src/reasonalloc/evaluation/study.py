@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from reasonalloc.evaluation.answering import Sampling
-from reasonalloc.evaluation.questions import FIDELITY, Question, QuestionSet, load_questions, load_texts
+from reasonalloc.evaluation.questions import (
+    FIDELITY,
+    Question,
+    QuestionSet,
+    is_built_in,
+    load_questions,
+    load_texts,
+)
 from reasonalloc.policies.allocation import DemandProfile
 from reasonalloc.policies.compression import AUTO_PROFILE, Compression
 from reasonalloc.policies.methods import METHODS
@@ -34,6 +41,7 @@ class TaskSource:
     Attributes:
         fidelity: given texts are read with each cache, instead of answers being written.
         least_words: of such a text; shorter ones are passed over.
+        shuffle_seed: the first ``count`` questions after a shuffle with this seed; None: in the set's own order.
         split: of a built-in task's problems: "test", or "train" to choose settings without having seen the test's.
     """
 
@@ -44,15 +52,22 @@ class TaskSource:
     count: int | None = None
     fidelity: bool = False
     least_words: int = 0
+    shuffle_seed: int | None = None
     split: Split = "test"
+
+    def __post_init__(self) -> None:
+        if self.shuffle_seed is not None and is_built_in(self.name):
+            raise ValueError(f"{self.name} makes its own questions at random: remove shuffle_seed {self.shuffle_seed}")
 
     def load(self) -> QuestionSet:
         """The questions."""
         data = None if self.data is None else Path(self.data)
-        fields = (self.question_field, self.answer_field, self.count)
+        fields = (self.question_field, self.answer_field, self.count if self.shuffle_seed is None else None)
         if self.fidelity:
-            return load_texts(self.name, data, *fields, self.least_words, self.split)
-        return load_questions(self.name, data, *fields, self.split)
+            found = load_texts(self.name, data, *fields, self.least_words, self.split)
+        else:
+            found = load_questions(self.name, data, *fields, self.split)
+        return found if self.shuffle_seed is None else found.shuffled(self.shuffle_seed).first(self.count)
 
 
 @dataclass(frozen=True)
