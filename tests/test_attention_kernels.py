@@ -401,7 +401,7 @@ def test_slots_beyond_31_bits():
     keys = torch.zeros(slots, 128, dtype=BF16, device="cuda")
     keys[-3000:].normal_()
     starts, lengths = slots - np.array([[3000, 1200]]), np.array([[1700, 1200]])
-    spans = Spans.of(keys, keys, None, starts, lengths, lengths)
+    spans = Spans.of(keys, keys, None, starts, lengths)
     backend, query = BACKENDS["triton"](), torch.randn(1, 8, 5, 128, dtype=BF16, device="cuda")
     hidden = torch.arange(4, -1, -1, device="cuda")[None]
     for got, want in (

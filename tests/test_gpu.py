@@ -18,6 +18,7 @@ from test_transformers import turns
 from transformers import DynamicCache
 
 import reasonalloc as ra
+from reasonalloc.cache import round as rounds
 from reasonalloc.cache.ragged import RaggedCache
 from reasonalloc.cache.step import Chunk
 from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
@@ -145,9 +146,9 @@ class Driven:
 
     LAYERS, ROWS, PROMPT = 3, 3, 40
 
-    def __init__(self, method, device, dtype):
+    def __init__(self, method, device, dtype, seed):
         self.ragged = RaggedCache(compression(method), ra.ModelShape(3, 3, 6, 64))
-        self.to, self.random = {"device": device, "dtype": dtype}, torch.Generator().manual_seed(11)
+        self.to, self.random = {"device": device, "dtype": dtype}, torch.Generator().manual_seed(seed)
         self.centres = self.drawn(self.LAYERS, self.ROWS, 3, 12, 1, 64)
         chunk = Chunk.of(np.arange(self.ROWS), self.PROMPT)
         self.ragged.begin((), (chunk,), self.PROMPT)
@@ -180,10 +181,37 @@ class Driven:
         return [[sorted(p[:n]) for n, p in zip(*of_layer, strict=True)] for of_layer in numbers]
 
 
+def closest(method, seed, steps):
+    """The least share of its score by which a head's worst kept token was ahead of its best dropped one, in float64.
+
+    Over all rounds. Equal scores do not count: they are copies (pooling), and the earlier token wins anywhere.
+    """
+    least, select = [], rounds.select
+
+    def watching(candidates, budgets, by_score):
+        scores = candidates.scores.sort(-1, descending=True).values
+        ahead = (scores[..., :-1] - scores[..., 1:]) / scores[..., 1:].abs()  # nan beside the window, or absent ones
+        at = (budgets - 1).clamp(max=ahead.shape[-1] - 1)[..., None]
+        found = ahead.gather(-1, at)
+        least.append(float(found[found > 0].min()) if (found > 0).any() else torch.inf)
+        return select(candidates, budgets, by_score)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds, "select", watching)
+        driven = Driven(method, "cpu", torch.float64, seed)
+        for _ in range(steps):
+            driven.step()
+    return min(least)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_states_leave_the_same_tokens(method):
-    """Exactly, after each of six rounds: float32 on the GPU, float64 on the CPU. Draws are the same integers."""
-    here, there = Driven(method, DEVICE, torch.float32), Driven(method, "cpu", torch.float64)
+    """Exactly, after each of six rounds: float32 on the GPU, float64 on the CPU. Draws are the same integers.
+
+    No decision is so close that rounding makes it: one float32 ulp apart, the sums of a GPU decide otherwise.
+    """
+    seed = next(seed for seed in range(11, 31) if closest(method, seed, 96) > 1e-5)
+    here, there = Driven(method, DEVICE, torch.float32, seed), Driven(method, "cpu", torch.float64, seed)
     for number in range(1, 97):
         torch.testing.assert_close(here.step(), there.step(), atol=2e-5, rtol=2e-5)
         if number % 16 == 0:

@@ -3,6 +3,8 @@
 On a GPU the kernels are what runs anyway; ``tests/test_gpu.py`` compares it with the CPU.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from reasonalloc.cache import moving
+from reasonalloc.cache.attention.triton_backend import make_table
 from reasonalloc.cache.round import Round
 from reasonalloc.kernels import launch
 
@@ -64,14 +67,19 @@ def same_but_layout(one, other):
 
 
 def test_dynamic_layers_stay_in_one_memory(kernels):
+    """What an attention kernel is prepared included: else the step would be recorded anew after a round."""
     batch = Batch("reasonalloc-dynamic", rows=2)
+    batch.ragged.backend = replace(batch.ragged.backend, table=make_table)
     run(batch, 1)
     memory, totals = batch.ragged.fixed_memory, batch.ragged.table.capacities.sum(-1)
+    most = totals.sum(-1).max()
     run(batch, 16)
     assert len(batch.ragged.pools) == 1
     assert (batch.ragged.table.capacities.sum(-1) != totals).any(), "layers have grown at the cost of others"
-    pool = batch.ragged.pools[0]
-    assert [x.data_ptr() for x in (pool.keys, pool.values)] == list(memory[:2])
+    assert batch.ragged.table.capacities.sum((1, 2)).max() > most, "one holds more than any did before"
+    pool, chunks = batch.ragged.pools[0], batch.ragged._decode._chunks
+    assert {x.data_ptr() for x in (pool.keys, pool.values, chunks.rows)} < set(memory)
+    assert batch.ragged.fixed_memory == memory
 
 
 @pytest.mark.parametrize(

@@ -547,7 +547,8 @@ class RaggedCache:
         if self._decode is None:
             assert self.backend is not None
             assert self._device is not None
-            self._decode = Decode(self.table, self._device, self.pools, self.backend, self._most)
+            grows = self.totals is not None and self.totals.dynamic is not None
+            self._decode = Decode(self.table, self._device, self.pools, self.backend, self._most, grows)
         self._decode.prepare(rows)
         return self._decode
 

@@ -78,7 +78,13 @@ class Decode:
     """
 
     def __init__(
-        self, table: Table, device: DeviceTable, pools: Sequence[Pool], backend: AttentionBackend, most: int | None
+        self,
+        table: Table,
+        device: DeviceTable,
+        pools: Sequence[Pool],
+        backend: AttentionBackend,
+        most: int | None,
+        grows: bool,
     ) -> None:
         """
         Args:
@@ -87,6 +93,7 @@ class Decode:
             backend: attends.
             most: rows are any of the table's, at most so many, in lent memory; one that comes several times, as
                 padding does, takes one token. None: they are always all of them.
+            grows: layers grow at the cost of others, in the same memory: chunks are made for a quarter more slots.
         """
         self.table, self._device, self._backend, self._some = table, device, backend, most is not None
         self._layers = [(pool, g) for pool in pools for g in range(len(pool.layers))]
@@ -104,7 +111,7 @@ class Decode:
         self._index, self._shift = zeros(self._most), zeros(*shape[:2], 1)
         self._base, self._ring = zeros(*shape[:2], self._heads), zeros(*shape[:2], self._heads)
         self._chunks: ChunkTable | None = None
-        self._room = 0  # slots of a layer that the chunks are made for
+        self._grows, self._room = grows, 0  # slots of a layer that the chunks are made for
         self.rows = np.zeros(0, dtype=np.int64)
         self._moves = -1
         self._views: list[tuple[Spans, Tensor, Tensor, Tensor]] = []
@@ -132,8 +139,8 @@ class Decode:
             slots = self._most * max(int(pool.sizes.max(initial=0)) for pool in self._pools)
         else:
             slots = max(int(pool.sizes.sum(1).max(initial=0)) for pool in self._pools)
-        if slots > self._room:  # again only with layers that grow at the cost of others
-            self._room = slots if not self._room else slots + slots // 4
+        if slots > self._room:
+            self._room = slots + slots // 4 if self._grows else slots
             layers, heads = self.table.layers, self.table.heads
             self._chunks = self._backend.table(layers, self._most, heads, self._room, self._device.device)
         if self._chunks is not None:
