@@ -57,6 +57,9 @@ def model(tmp_path_factory):
     return str(folder / "model")
 
 
+DEMAND = Path(ra.__file__).parent / "reasoner" / "model" / "demand_profile.json"
+
+
 def study_of(model, **changes):
     values = {
         "model": model,
@@ -935,6 +938,29 @@ def test_grades_are_made_anew_by_another_grader(model, tmp_path, monkeypatch):
     assert store.grade(unit, store.read(unit)).score == 0.5, "kept"
     path.write_text(json.dumps({**kept, "score": 0.5, "grader": "older"}))
     assert store.grade(unit, store.read(unit)).score == 1.0
+
+
+def test_whether_the_two_levels_of_a_split_add_up(model, tmp_path):
+    """Of ten problems R-KV solves 2, layers 2 more, heads 3 more, both 6: one more than their sum."""
+    profile, pin = {"profile": str(DEMAND)}, {"prompt": "pin", "pin_share": 0.5}
+    own = {"rkv": {}, "reasonalloc-layer": profile, "reasonalloc-head": {}, "reasonalloc": profile}
+    variants = [{"name": name, "method": name, "changes": found} for name, found in own.items()]
+    variants += [{"name": f"{name}, p", "method": name, "changes": {**found, **pin}} for name, found in own.items()]
+    variants += [{"name": "other", "method": "reasonalloc", "changes": {**own["reasonalloc"], "window": 4}}]
+    study = study_of(model, tasks=[{"name": "maps:6", "count": 10}], variants=variants, budgets=[24])
+    solved = {"rkv": 2, "reasonalloc-layer": 4, "reasonalloc-head": 5, "reasonalloc": 8, "reasonalloc, p": 7}
+    store = Store(tmp_path / "run")
+    fill(store, study, lambda method, budget, at: at < solved.get(method, solved.get(method.removesuffix(", p"), 0)))
+    findings = collect(store, study, store.plan())
+    alone, pinned = findings.interactions("maps:6")
+    assert (alone.both.method, pinned.both.method) == ("reasonalloc", "reasonalloc, p")
+    assert [pinned.none.method, pinned.layers.method, pinned.heads.method] == [
+        "rkv, p", "reasonalloc-layer, p", "reasonalloc-head, p",
+    ]  # fmt: skip
+    assert alone.beyond.mean == pytest.approx(0.1)
+    assert pinned.beyond.mean == pytest.approx(0)
+    assert pinned.adds_up
+    assert "At budget 24, reasonalloc changes +10.0 [" in markdown(findings)
 
 
 def test_a_report_of_controls_alone(model, tmp_path):

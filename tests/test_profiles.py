@@ -14,7 +14,7 @@ from reasonalloc.calibration import auto as auto_profile
 from reasonalloc.calibration import calibrate as calibration
 from reasonalloc.calibration.compare import compare, correlation, wave_distance
 from reasonalloc.calibration.operator_study import operator_effects, rho_effects
-from reasonalloc.calibration.stability import bootstrap, bootstrap_miss_curves
+from reasonalloc.calibration.stability import bootstrap, bootstrap_miss_curves, head_skew
 from reasonalloc.cli.app import app
 from reasonalloc.policies.allocation import MissGrid, PromptDemand
 
@@ -70,6 +70,25 @@ def test_budgets_of_the_bands_are_those_of_the_allocator():
     bands = bootstrap(profile, budget=64)
     expected = ra.WaveLayers().allocate(SHAPE, 64, 0, profile).numpy() / 2
     assert bands.budget_low.tolist() == bands.budget_high.tolist() == expected.tolist()
+
+
+def test_skew_of_the_heads():
+    """Heads that ask for 1, 2, 3 and 6 times as much; one layer that differs does not move the median."""
+
+    def with_heads(noise, seed=0, prompts=24):
+        rng, records = np.random.default_rng(seed), []
+        for i in range(prompts):
+            sums = np.stack([np.outer(WAVE, (1.0, 2.0, 3.0, 6.0))] * 2) * 100
+            sums[:, 2, 3] *= 1.5
+            sums[..., 3] *= np.exp(noise * rng.normal() - noise**2 / 2)
+            records.append(PromptDemand(f"{i}", 100, np.round(sums), {}))
+        return ra.DemandProfile(SHAPE, (0.85, 0.93), tuple(records), {})
+
+    assert head_skew(with_heads(0.0)) == pytest.approx((6, 6, 6))
+    found = [head_skew(with_heads(0.2, seed), draws=300) for seed in range(40)]
+    assert 0.8 <= np.mean([low <= 6 <= high for _, low, high in found]) <= 1
+    widths = [high - low for _, low, high in found]
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * 6 * 0.2 / math.sqrt(24), rel=0.2)
 
 
 def test_bands_of_miss_curve_budgets():

@@ -111,6 +111,33 @@ def bootstrap(
     return Stability(profile.layer_demand(rho), wave_low, wave_high, found, budget_low, budget_high, budget, n, level)
 
 
+def head_skew(
+    profile: DemandProfile, rho: float | None = None, draws: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """How many times as much the neediest query head of a layer asks for as its least needy one, median over layers.
+
+    Args:
+        profile: with one prompt the interval has no width.
+        rho: share of attention mass; None is the one nearest the paper's.
+        draws: bootstrap samples of the prompts.
+        level: of the interval.
+        seed: of the resampling.
+
+    Returns:
+        What was found, and the interval's ends.
+    """
+    at, n = profile.rho_index(profile.reference_rho if rho is None else rho), len(profile.prompts)
+    sums = np.stack([prompt.sums[at] for prompt in profile.prompts])
+
+    def skew(times: Float[Floats, "prompts"]) -> float:  # every prompt's sums are over as many rows for all heads
+        heads = np.tensordot(times, sums, 1)
+        return float(np.median(heads.max(-1) / heads.min(-1)))
+
+    times = np.random.default_rng(seed).multinomial(n, [1 / n] * n, size=draws).astype(np.float64)
+    low, high = np.quantile([skew(drawn) for drawn in times], [(1 - level) / 2, (1 + level) / 2])
+    return skew(np.ones(n)), float(low), float(high)
+
+
 @dataclass(frozen=True)
 class MissStability:
     """Percentile bands of the budgets that miss curves give, over bootstrap samples of the prompts.

@@ -44,7 +44,7 @@ def print_profile(profile: DemandProfile, bands: Stability) -> None:
     """The tables of ``profile show``."""
     import numpy as np
 
-    from reasonalloc.calibration.stability import bootstrap_miss_curves
+    from reasonalloc.calibration.stability import bootstrap_miss_curves, head_skew
 
     rho, budget = profile.reference_rho, bands.budget
     error, heads = profile.layer_standard_error(rho), profile.head_demand(rho)
@@ -71,6 +71,13 @@ def print_profile(profile: DemandProfile, bands: Stability) -> None:
         f"demand: tokens that hold {rho:.0%} of a position's attention, mean over positions and query heads; "
         f"heads: least and most of a query head; budget: tokens per head of layers='wave' at a mean of {budget}. "
         f"Bands: {bands.level:.0%}, by bootstrap over prompts.",
+        highlight=False,
+    )
+    skew, low, high = head_skew(profile, rho)
+    between = f" [{low:.1f}, {high:.1f}]" if bands.prompts > 1 else ""
+    console.print(
+        f"inside a layer the neediest query head asks for {skew:.1f}{between} times as much as the least needy one "
+        "(median over layers)",
         highlight=False,
     )
     for scorer, grid in profile.grids.items():

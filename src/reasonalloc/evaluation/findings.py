@@ -23,10 +23,11 @@ from reasonalloc.evaluation.statistics import (
     mean_value,
 )
 from reasonalloc.evaluation.store import Result, Store
-from reasonalloc.evaluation.study import RANDOM, Batch, Study, Unit
+from reasonalloc.evaluation.study import RANDOM, Batch, Study, Unit, Variant
 
 MARGIN = 2.0  # points that a method may lose and still be called no worse
 _NAMED = 8  # incomplete cells in one message
+_ABLATION = ("reasonalloc", "rkv", "reasonalloc-layer", "reasonalloc-head")
 _Key = tuple[str, str, int | None]  # a cell's task, method, budget
 
 
@@ -153,6 +154,30 @@ class Compared:
 
 
 @dataclass(frozen=True)
+class Interaction:
+    """Whether the two levels of a split add up (the paper's ablation).
+
+    Attributes:
+        both: layers and heads.
+        none, layers, heads: neither, and one of them.
+        beyond: what ``both`` changes beyond the sum of what ``layers`` and ``heads`` change alone, with its interval.
+        metric: of what.
+    """
+
+    both: CellResult
+    none: CellResult
+    layers: CellResult
+    heads: CellResult
+    beyond: Estimate
+    metric: Metric
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the interval holds zero."""
+        return self.beyond.low <= 0 <= self.beyond.high
+
+
+@dataclass(frozen=True)
 class Findings:
     """All cells of a study, and what is missing.
 
@@ -211,6 +236,21 @@ class Findings:
             cells = [cell for cell in self.of(task) if cell.budget is not None]
             lines = self._against([(cell, self.base(task, cell.budget)) for cell in cells])
             found[task] = [*lines, *self._against([(cell, self.full(task)) for cell in cells])]
+        return found
+
+    def interactions(self, task: str) -> list[Interaction]:
+        """At every budget, of each of the study's ablations: methods that differ in their layers and heads alone."""
+        metric, found = self.metric_of(task), list[Interaction]()
+        for variant in self.study.variants:
+            names = [_counterpart(self.study, variant, method) for method in _ABLATION]
+            if variant.method != _ABLATION[0] or None in names:
+                continue
+            for budget in self.study.budgets:
+                cells = [cell for name in names for cell in self.of(task, budget) if cell.method == name]
+                both, none, layers, heads = paired(cells, metric)
+                if both.size > 1:
+                    beyond = mean_value(both - layers - heads + none)
+                    found.append(Interaction(cells[0], cells[1], cells[2], cells[3], beyond, metric))
         return found
 
     def _against(self, pairs: list[tuple[CellResult, CellResult | None]]) -> list[Compared]:
@@ -346,6 +386,20 @@ def _judge(store: Store, unit: Unit, found: Result) -> dict[str, float]:
     unread = grade.gradable and grade.extracted is None
     states = {"cut_off": float(not found.finished), "unreadable": float(unread), "gradable": float(grade.gradable)}
     return {**judged, **cost, **states}
+
+
+def _counterpart(study: Study, variant: Variant, method: str) -> str | None:
+    """The variant of another method with the same changes; one that reads no profile need not name it."""
+
+    def without_profile(found: Variant) -> dict[str, object]:
+        return {name: value for name, value in found.changes.items() if name != "profile"}
+
+    for found in study.variants:
+        profile = found.changes.get("profile", variant.changes.get("profile"))
+        alike = without_profile(found) == without_profile(variant) and profile == variant.changes.get("profile")
+        if found.method == method and alike:
+            return found.name
+    return None
 
 
 def paired(cells: list[CellResult], metric: Metric) -> list[Floats]:

@@ -11,7 +11,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from reasonalloc.evaluation.findings import NLL, CellResult, Compared, Findings, Metric, paired
+from reasonalloc.evaluation.findings import NLL, CellResult, Compared, Findings, Interaction, Metric, paired
 from reasonalloc.evaluation.statistics import rank_among
 from reasonalloc.files import write_atomically
 
@@ -36,6 +36,7 @@ def sentences(findings: Findings, task: str) -> list[str]:
                     f"{rank} of {places} among random splits of the same total with R-KV's scores, on {own.size} "
                     "problems (ties count against it)."
                 )
+    lines += [_sum_of_parts(found) for found in findings.interactions(task)]
     lines += [
         f"At budget {cell.budget}, {cell.method} evicted nothing in {1 - cell.exposure:.1%} of what it wrote or read: "
         "nothing in them depends on it, and its results say little about it."
@@ -59,6 +60,16 @@ def _sentence(found: Compared) -> str:
         f"({metric.text(comparison.difference, '+')} {metric.unit}, corrected p = {comparison.corrected:.2g}; "
         f"better on {found.wins} problems, worse on {found.losses}, sign test p = {comparison.sign_p:.2g})"
         f"{inferiority}."
+    )
+
+
+def _sum_of_parts(found: Interaction) -> str:
+    metric = found.metric
+    verdict = "add up, as far as this can show" if found.adds_up else "do not add up"
+    return (
+        f"At budget {found.both.budget}, {found.both.method} changes {metric.text(found.beyond, '+')} {metric.unit} "
+        f"beyond the sum of {found.layers.method} and {found.heads.method}, each against {found.none.method}: their "
+        f"effects {verdict} (not corrected)."
     )
 
 
