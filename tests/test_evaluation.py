@@ -36,6 +36,7 @@ from reasonalloc.evaluation.report import (
 )
 from reasonalloc.evaluation.store import Store
 from reasonalloc.evaluation.study import Study, TaskSource
+from reasonalloc.files import sealed
 from reasonalloc.reasoner.train import Trainer, TrainingConfig
 from reasonalloc.tasks import TASKS
 
@@ -117,6 +118,58 @@ def test_questions_from_a_file(tmp_path):
             load_questions("mine", path)
     path.write_text('{"question": "a", "answer": "1", "id": 1}\n{"question": "b", "answer": "1", "id": 1}\n')
     with pytest.raises(ValueError, match="the id '1' appears more than once"):
+        load_questions("mine", path)
+
+
+def test_several_answers_are_all_right_in_any_order(tmp_path):
+    pytest.importorskip("math_verify")
+    path = tmp_path / "own.jsonl"
+    rows = [["5", 6], [5], ["(1, 2)", "\\frac{1}{2}"], ["\\{1, (2, 3)\\}", "4"], ["x"]]
+    path.write_text("".join(json.dumps({"question": "q", "answer": row}) + "\n" for row in rows))
+    references = [question.reference for question in load_questions("mine", path).questions]
+    assert references == ["5, 6", "5", "(1, 2), \\frac{1}{2}", "\\{1, (2, 3)\\}, 4", "x"]
+    for text, right in (("6, 5", True), ("5,6", True), ("5", False), ("5, 6, 7", False), ("5, 7", False)):
+        assert grader("math")(references[0], f"\\boxed{{{text}}}").correct == right, text
+
+
+def test_a_chat_of_one_turn_is_a_question(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": [{"role": "user", "content": "2 + 2?"}], "answer": "4", "id": null}\n')
+    (question,) = load_questions("mine", path, question_field="prompt").questions
+    assert question.prompt.startswith("2 + 2?\n\n")
+    assert question.id == "1"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("answer", '{"a": 1}', "must be a text or a number, got {'a': 1}; remove the line or change it"),
+        ("answer", "true", "must be a text or a number, got True"),
+        ("answer", "NaN", "is NaN, no number; remove the line or fill it"),
+        ("answer", "1e999", "must be a text or a number, got inf"),
+        ("answer", "[]", "is empty"),
+        ("answer", '["5", null]', "is empty"),
+        ("answer", '["5", ["6"]]', r"must be a text or a number, got \['6'\]"),
+        ("answer", '["5", false]', "must be a text or a number, got False"),
+        ("answer", '["1,000", "2"]', "one of several answers cannot hold a comma, got '1,000'; write it without"),
+        ("question", "false", "must be a text or a number"),
+        ("question", '["a", "b"]', "must be a text, or a chat of the user's one turn"),
+        (
+            "question",
+            '[{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]',
+            "answers follow one turn",
+        ),
+        ("question", '[{"role": "user", "content": [{"type": "text", "text": "y"}]}]', ", content must be a text"),
+        ("question", '[{"role": "user"}]', ", content is empty"),
+        ("id", "[1]", "must be a text or a number"),
+        ("id", "{}", "must be a text or a number"),
+    ],
+)
+def test_questions_that_are_no_text(tmp_path, field, value, message):
+    path, row = tmp_path / "own.jsonl", {"question": '"q"', "answer": '"1"', "id": "2"}
+    fields = ", ".join(f'"{name}": {text}' for name, text in {**row, field: value}.items())
+    path.write_text(f'{{"question": "a", "answer": "1", "unused": NaN}}\n{{{fields}}}\n')
+    with pytest.raises(ValueError, match=f"own.jsonl, line 2: field '{field}'.*{message}"):
         load_questions("mine", path)
 
 
@@ -291,7 +344,7 @@ def test_study_survives_json(model, tmp_path):
         ({"tasks": []}, "at least one task"),
         ({"random_budgets": [99]}, "must be among the budgets"),
         ({"variants": ["reasonalloc-layer"], "common": {"layers": "wave"}}, "calibrate"),
-        ({"nonsense": 1}, "this is no study"),
+        ({"nonsense": 1}, "unknown field 'nonsense'"),
         ({"budgets": [16, 16]}, "two budgets of one name"),
         ({"budgets": []}, "at least one budget"),
         ({"variants": [{"name": "random-split x", "method": "rkv"}]}, "kept for the control"),
@@ -934,10 +987,15 @@ def test_grades_are_made_anew_by_another_grader(model, tmp_path, monkeypatch):
     assert store.grade(unit, store.read(unit)).correct
     (path,) = store.folder.glob(f"grades/*/{unit.key}.json")
     kept = json.loads(path.read_text())
-    path.write_text(json.dumps({**kept, "score": 0.5}))
+    changed = {name: value for name, value in kept.items() if name != "checksum"} | {"score": 0.5}
+    path.write_text(json.dumps(sealed(changed)))
     assert store.grade(unit, store.read(unit)).score == 0.5, "kept"
-    path.write_text(json.dumps({**kept, "score": 0.5, "grader": "older"}))
-    assert store.grade(unit, store.read(unit)).score == 1.0
+    for other in ({"grader": "older"}, {"answer": "another"}, {"score": "0.5"}, {"more": 1}):
+        path.write_text(json.dumps(sealed({**changed, **other})))
+        assert store.grade(unit, store.read(unit)).score == 1.0
+        assert json.loads(path.read_text()) == kept
+    path.write_text(json.dumps({**kept, "score": 0.5}))
+    assert store.grade(unit, store.read(unit)).score == 1.0, "damaged"
 
 
 def test_whether_the_two_levels_of_a_split_add_up(model, tmp_path):
@@ -987,6 +1045,9 @@ def test_texts_from_a_file(tmp_path):
         load_texts("mine", path, text_field="proof")
     with pytest.raises(ValueError, match="fidelity:mine has no questions"):
         load_texts("mine", path, least_words=9)
+    path.write_text('{"question": "a", "solution": ["one", "two"]}\n')
+    with pytest.raises(ValueError, match="line 1: field 'solution' must be a text or a number, got"):
+        load_texts("mine", path)
 
 
 def test_questions_drawn_at_random_follow_from_the_seed_alone(tmp_path):

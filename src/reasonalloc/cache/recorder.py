@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from reasonalloc.files import write_atomically
+from reasonalloc.files import parse_json, write_atomically
 
 SCHEMA = 1
 _TABLES = ("budgets", "kept", "held")  # a routing's numbers per sequence and head
+_MOST_LAYERS = 1000  # of a record; arrays have a place for each, whether it routed or not
 _NOT_YET = -1  # stands in the arrays where a layer has not routed yet
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -207,8 +209,8 @@ class Recorder:
         recorder = cls()
         try:
             layers, recorder._routings = _from_npz(content) if content.startswith(b"PK") else _from_json(content)
-            if not _whole([layers]):
-                raise ValueError(f"layers must be a whole number of at least 0, got {layers}")
+            if not _whole([layers]) or max(layers, *(r.layer + 1 for r in recorder._routings), 0) > _MOST_LAYERS:
+                raise ValueError(f"layers must be whole numbers of at least 0 and at most {_MOST_LAYERS}, got {layers}")
             recorder.layers = layers
         except Exception as error:  # zipfile, zlib, numpy and json have dozens of errors for damaged bytes
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -233,7 +235,7 @@ class Recorder:
 
 
 def _whole(values: object) -> bool:
-    return isinstance(values, list) and all(type(x) is int and x >= 0 for x in values)
+    return isinstance(values, list) and all(type(x) is int and 0 <= x < 2**63 for x in values)
 
 
 # ---- JSON ----
@@ -244,7 +246,7 @@ def _json_floats(values: list[float] | None) -> list[float | str] | None:
 
 
 def _from_json(content: bytes) -> tuple[int, list[Routing]]:
-    data = json.loads(content)
+    data = parse_json(content)
     if not isinstance(data, dict) or not isinstance(data.get("routings"), list):
         raise ValueError("an object with a list of routings is needed")
     _check_schema(data.get("schema"))
@@ -291,6 +293,7 @@ def _columns(recorder: Recorder) -> Arrays:
 
 
 def _from_npz(content: bytes) -> tuple[int, list[Routing]]:
+    _check_sizes(content)
     with np.load(io.BytesIO(content), allow_pickle=False) as data:
         if "schema" not in data:
             raise ValueError("it has no schema")
@@ -302,12 +305,25 @@ def _from_npz(content: bytes) -> tuple[int, list[Routing]]:
         raise ValueError("its columns differ in length")
     routings = []
     for step, layer, batch, heads, has in zip(*(column.tolist() for column in columns.values()), strict=True):
-        tables = {name: [flat[name].take(heads) for _ in range(batch)] for name in _TABLES}
+        total = flat["total"].take(batch)  # first: it has as many entries as the file holds, whatever "batch" says
+        tables = {name: [flat[name].take(heads) for _ in total] for name in _TABLES}
         threshold = flat["threshold"].take(batch) if has else None
-        routings.append(Routing(step, layer, flat["total"].take(batch), **tables, threshold=threshold))
+        routings.append(Routing(step, layer, total, **tables, threshold=threshold))
     for column in flat.values():
         column.end()
     return layers, routings
+
+
+def _check_sizes(content: bytes) -> None:
+    """Raise ``ValueError`` where an array's header claims more than there is: numpy would make room for the claim."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for name in archive.namelist():
+            with archive.open(name) as member:
+                version = np.lib.format.read_magic(member)
+                read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                shape, _, kind = read[version](member)
+                if math.prod(shape) * kind.itemsize > len(member.read()):
+                    raise ValueError(f"its array {name!r} is shorter than it says")
 
 
 class _Column:
@@ -317,8 +333,8 @@ class _Column:
         self.name, self.values, self.at = name, values.tolist(), 0
 
     def take(self, count: int) -> Any:
-        found = self.values[self.at : self.at + count]
-        if len(found) < count:
+        found = self.values[self.at : self.at + max(count, 0)]
+        if len(found) != count:
             raise ValueError(f"its column {self.name!r} is too short")
         self.at += count
         return found

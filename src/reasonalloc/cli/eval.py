@@ -160,7 +160,10 @@ def _run(
     store.begin(study, worker.fingerprint, sets, profile)
     plan = store.plan()
     batches = plan if part is None else shard(plan, *part)
-    with _Watch(store, batches, hidden=not worker.writes) as watch:
+    watch = _Watch(store, batches, hidden=not worker.writes)
+    if store.damaged:
+        errors.print(f"{store.damage()}: made anew", highlight=False, markup=False, soft_wrap=True)
+    with watch:
         if ray_workers:
             run_ray(study, store, plan, ray_workers, ray_gpus, watch.done, device)
         else:

@@ -338,8 +338,9 @@ def _incomplete(store: Store, units: list[Unit], gone: set[str]) -> str:
         for (task, method, budget), count in sorted(lacking.items(), key=lambda item: (*item[0][:2], item[0][2] or 0))
     ]
     more = f" and {len(cells) - _NAMED} more" if len(cells) > _NAMED else ""
+    damaged = f"; {store.damage()}" if store.damaged else ""
     return (
-        f"{store.folder} is incomplete: {', '.join(cells[:_NAMED])}{more}; run `reasonalloc eval --resume -o "
+        f"{store.folder} is incomplete: {', '.join(cells[:_NAMED])}{more}{damaged}; run `reasonalloc eval --resume -o "
         f"{store.folder}`, or report with --partial on the problems that all methods have"
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 from reasonalloc.evaluation.recall import recall_question, recall_text
 from reasonalloc.files import read_json_lines
 from reasonalloc.policies.registry import unknown_name
+from reasonalloc.policies.values import shown
 from reasonalloc.reasoner.text import ANSWER
 from reasonalloc.tasks import TASKS, Problem, Split
 
@@ -104,12 +107,15 @@ def load_questions(
         name: "math500", "aime24", "aime25" or "gsm8k" (from the hub, or from ``data``); any other name together with
             ``data``; a built-in task and its difficulty, "maps:48"; or "recall:N", with N facts.
         data: a JSON-lines file with the questions, instead of the hub.
-        question_field, answer_field: its fields; None takes the known set's own, or "question" and "answer".
+        question_field, answer_field: its fields; None takes the known set's own, or "question" and "answer". A question
+            is a text, or a chat of one turn; an answer a text, a number, or a list of several right ones, which must
+            all be given, in any order.
         count: only so many, the first ones. Built-in tasks have as many as one likes: 100 by default.
         split: of a built-in task's problems; the set is called "maps:48 train" where it is not "test".
 
     Raises:
-        ValueError: an unknown name, a difficulty that is none, data without the named fields, a split of other data.
+        ValueError: an unknown name, a difficulty that is none, data without the named fields or with others
+            than texts and numbers in them, a split of other data.
         OSError: the hub or the file cannot be read.
         ImportError: ``datasets`` is missing.
     """
@@ -201,10 +207,52 @@ def _rows(
         for field in fields:
             if field not in row:
                 raise ValueError(f"{source}, line {number}: no field {field!r}; there are {', '.join(map(str, row))}")
-            if row[field] is None or not str(row[field]).strip():
-                raise ValueError(f"{source}, line {number}: field {field!r} is empty; remove the line or fill it")
-        question, answer = (str(row[field]) for field in fields)
-        yield str(row.get("unique_id", row.get("id", number))), question, answer
+        at, (question, answer) = f"{source}, line {number}: field ", fields
+        read = _answer if wanted == "answer" else _text
+        name = "unique_id" if "unique_id" in row else "id"
+        id = str(number) if row.get(name) is None else _text(f"{at}{name!r}", row[name])
+        yield id, _question(f"{at}{question!r}", row[question]), read(f"{at}{answer!r}", row[answer])
+
+
+def _text(field: str, value: Any) -> str:
+    """A text, or a number as text. Raises ``ValueError`` that begins with ``field`` for anything else."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise ValueError(f"{field} is empty; remove the line or fill it")
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value in (math.inf, -math.inf):
+        raise ValueError(f"{field} must be a text or a number, got {shown(value)}; remove the line or change it")
+    if value != value:
+        raise ValueError(f"{field} is NaN, no number; remove the line or fill it")
+    return str(value)
+
+
+def _question(field: str, value: Any) -> str:
+    """A text, also of a chat's only turn: [{"role": "user", "content": ...}]. Raises ``ValueError``."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "user":
+        return _text(f"{field}, content", value[0].get("content"))
+    if isinstance(value, list):
+        raise ValueError(
+            f"{field} must be a text, or a chat of the user's one turn, got {shown(value)}: answers follow one turn; "
+            "remove the line or change it"
+        )
+    return _text(field, value)
+
+
+def _answer(field: str, value: Any) -> str:
+    """A text, or several right answers in any order, as mathematics writes them: "5, 6". Raises ``ValueError``."""
+    if not isinstance(value, list):
+        return _text(field, value)
+    answers = [_text(field, answer) for answer in value]
+    if not answers:
+        raise ValueError(f"{field} is empty; remove the line or fill it")
+    for answer in answers:
+        outside, inside = answer, ""
+        while outside != inside:  # brackets vanish from the inside out
+            inside, outside = outside, re.sub(r"[(\[{][^()\[\]{}]*[)\]}]", "", outside)
+        if len(answers) > 1 and "," in outside:
+            raise ValueError(
+                f"{field}: one of several answers cannot hold a comma, got {shown(answer)}; write it without"
+            )
+    return ", ".join(answers)
 
 
 def _hub_rows(source: HubSet) -> list[tuple[int, dict[str, Any]]]:

@@ -245,6 +245,11 @@ def _comparable(findings: Findings, cell: CellResult, metric: Metric) -> float:
     return float(cell.values[metric].mean())
 
 
+def picture_name(task: str) -> str:
+    """A task's name as a file's: nothing in it leads to another folder."""
+    return re.sub(r"[^\w.+,()=-]", "-", task)
+
+
 def write_report(findings: Findings, folder: Path) -> list[Path]:
     """report.html, report.md, report.csv, comparisons.csv; with matplotlib, a PNG of each task asked with budgets."""
     pictures: dict[str, bytes] = {}
@@ -261,7 +266,7 @@ def write_report(findings: Findings, folder: Path) -> list[Path]:
         "report.csv": to_csv(findings).encode(),
         "comparisons.csv": comparisons_csv(findings).encode(),
         "report.html": to_html(findings, pictures).encode(),
-        **{f"{re.sub('[: ]', '-', task)}.png": png for task, png in pictures.items()},
+        **{f"{picture_name(task)}.png": png for task, png in pictures.items()},
     }
     for name, content in files.items():
         write_atomically(folder / name, content)

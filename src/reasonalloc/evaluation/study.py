@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -20,15 +17,18 @@ from reasonalloc.evaluation.questions import (
     load_questions,
     load_texts,
 )
+from reasonalloc.files import digest, read_json, unsealed
 from reasonalloc.policies.allocation import DemandProfile
 from reasonalloc.policies.compression import AUTO_PROFILE, Compression
 from reasonalloc.policies.methods import METHODS
 from reasonalloc.policies.registry import unknown_name
+from reasonalloc.policies.values import built, shown, tokens
 from reasonalloc.tasks import Split
 
 FULL = "full"
 RANDOM = "random-split"
 BASELINE = "rkv"
+MOST = 10_000  # samples, and random splits
 READ_TOGETHER = 8  # texts, at most
 # Their tokens, at most: the full cache's distributions of all are held, for each token four bytes a word that it knows.
 READ_LENGTH = 4096
@@ -142,9 +142,14 @@ class Study:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("samples", "random_splits"):
+            if getattr(self, name) > MOST:
+                raise ValueError(f"{name} must be at most {MOST}, got {getattr(self, name)}")
+        for budget in self.budgets:
+            tokens("an entry of budgets", budget, 1)
         if self.interval_share is not None:
-            if not 0 < self.interval_share < math.inf:
-                raise ValueError(f"interval_share must be positive, got {self.interval_share}")
+            if not 0 < self.interval_share <= MOST:
+                raise ValueError(f"interval_share must be positive, got {self.interval_share} (at most {MOST})")
             if "interval" in self.common:
                 raise ValueError("interval_share and an interval in common exclude each other: remove one")
         if self.random_splits < 0:
@@ -168,34 +173,33 @@ class Study:
             raise ValueError("a study needs at least one budget")
         if set(self.random_budgets or ()) - set(self.budgets):
             raise ValueError(f"random_budgets {self.random_budgets} must be among the budgets {self.budgets}")
-        self.cells  # noqa: B018 (a wrong setting fails here)
+        self._made(min(1, self.random_splits))  # a wrong setting fails here
 
     @classmethod
     def load(cls, path: Path) -> Study:
-        """From its JSON file. Raises ``ValueError`` where that is no study."""
+        """From its JSON file. Raises ``ValueError`` where that is no study, or damaged; the file is named."""
         if not path.is_file():
             raise ValueError(f"there is no study at {path}")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no study: {error}") from error
-        return cls.from_dict(data)
+            return cls.from_dict(unsealed(read_json(path)))
+        except ValueError as error:
+            raise ValueError(f"{path} is no study, or damaged: {error}") from error
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Study:
-        """From plain JSON values; methods may be given by name alone."""
-        values = dict(data)
+        """From plain JSON values; tasks and methods may be given by name alone. Raises ``ValueError``."""
+
+        def by_name(kind: str, entry: Callable[[str], dict[str, Any]]) -> Any:
+            found = data.get(kind)
+            return [entry(x) if isinstance(x, str) else x for x in found] if isinstance(found, list | tuple) else found
+
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a study is a JSON object, got {shown(data)}")
+        tasks = by_name("tasks", lambda name: {"name": name})
+        variants = by_name("variants", lambda name: {"name": name, "method": name})
         try:
-            values["tasks"] = tuple(TaskSource(**({"name": t} if isinstance(t, str) else t)) for t in values["tasks"])
-            values["variants"] = tuple(
-                Variant(v, v) if isinstance(v, str) else Variant(**v) for v in values["variants"]
-            )
-            values["budgets"] = tuple(values["budgets"])
-            values["sampling"] = Sampling(**values.get("sampling", {}))
-            if values.get("random_budgets") is not None:
-                values["random_budgets"] = tuple(values["random_budgets"])
-            return cls(**values)
-        except (KeyError, TypeError) as error:
+            return built(cls, {**data, "tasks": tasks, "variants": variants})
+        except TypeError as error:  # of a Compression's fields
             raise ValueError(f"this is no study: {error}") from error
 
     def located(self, model: str | None = None, data: Path | None = None) -> Study:
@@ -233,12 +237,15 @@ class Study:
     @cached_property
     def cells(self) -> list[Cell]:
         """Every method at every budget."""
+        return self._made(self.random_splits)
+
+    def _made(self, random_splits: int) -> list[Cell]:
         cells = []
         for variant in self.variants:
             for budget in (None,) if variant.method == FULL else self.budgets:
                 cells.append(Cell(variant.name, budget, variant.compression(budget, self._common(budget))))
         for budget in self.budgets if self.random_budgets is None else self.random_budgets:
-            for i in range(self.random_splits):
+            for i in range(random_splits):
                 split = {"name": RANDOM, "split_seed": i}
                 variant = Variant(f"{RANDOM} {i}", "rkv", {"layers": split, "heads": split})
                 cells.append(Cell(variant.name, budget, variant.compression(budget, self._common(budget))))
@@ -360,9 +367,3 @@ Batch = tuple[Unit, ...]
 def _profile(path: str) -> DemandProfile:
     """A profile, read once for all cells."""
     return DemandProfile.load(path)
-
-
-def digest(value: Any) -> str:
-    """The first 24 hexadecimal digits of the SHA-256 of a value's canonical JSON."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:24]

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from functools import lru_cache
 from numbers import Real
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+MOST_TOKENS = 2**40
 _SHOWN = 80  # characters of a value's text in a message
+_LARGEST = 2**63  # numbers in files are below
+_JSON = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+Plain = TypeVar("Plain")
 
 
 def shown(value: Any) -> str:
@@ -30,7 +38,7 @@ def tokens(name: str, value: Any, least: int) -> int:
         number = whole_number(value)
     except TypeError:
         number = least - 1
-    if number < least:
+    if not least <= number <= MOST_TOKENS:
         raise ValueError(f"{name} must be a whole number of tokens, at least {least}, got {shown(value)}")
     return number
 
@@ -50,11 +58,70 @@ def check_setting(name: str, value: Any, annotation: Any) -> Any:
     if kind == "float":
         if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
             raise ValueError(f"{name} must be a number, got {shown(value)}")
-        return value if isinstance(value, int) else float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            raise ValueError(f"{name} is too large: {shown(value)}") from None
+        return value if isinstance(value, int) else number
     if kind == "bool":
         if not isinstance(value, bool | np.bool_):
             raise ValueError(f"{name} must be True or False, got {shown(value)}")
         return bool(value)
     if kind == "str" and not isinstance(value, str):
         raise ValueError(f"{name} must be a text, got {shown(value)}")
+    return value
+
+
+def built(kind: Callable[..., Plain], values: Any) -> Plain:
+    """A dataclass of plain JSON values, as a file holds them: its fields by name, each of the type that it is declared.
+
+    Raises:
+        ValueError: no object, an unknown or missing field, a value of another type; the field is named.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"a JSON object is needed, got {shown(values)}")
+    hints, needed = _declared(kind)
+    unknown = [str(name) for name in values if name not in hints]
+    if unknown:
+        raise ValueError(f"unknown field {shown(unknown[0])}; there are {', '.join(hints)}")
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise ValueError(f"field {missing[0]!r} is missing")
+    return kind(**{name: _plain(name, value, hints[name]) for name, value in values.items()})
+
+
+@lru_cache
+def _declared(kind: Any) -> tuple[dict[str, Any], list[str]]:
+    """A dataclass's fields with their types, and which of them must be given."""
+    hints = get_type_hints(kind)
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    return {f.name: hints[f.name] for f in fields(kind)}, needed
+
+
+def _plain(name: str, value: Any, kind: Any) -> Any:
+    """A value of a declared type: a list becomes a tuple, an object a dataclass; others are as they were."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if NoneType in inner:
+        return None if value is None else _plain(name, value, inner[0])
+    if origin is Literal:
+        if value not in inner:
+            raise ValueError(f"{name} must be one of {', '.join(inner)}, got {shown(value)}")
+    elif origin in (list, tuple):
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name} must be a list, got {shown(value)}")
+        return origin(_plain(f"an entry of {name}", entry, inner[0]) for entry in value)
+    elif origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} must be a JSON object, got {shown(value)}")
+    elif isinstance(kind, type) and is_dataclass(kind):
+        try:
+            return built(kind, value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    elif kind is not Any:
+        of_kind = type(value) in (int, float) if kind is float else type(value) is kind
+        if not of_kind:
+            raise ValueError(f"{name} must be {_JSON[kind]}, got {shown(value)}")
+        if kind in (int, float) and not -_LARGEST < value < _LARGEST:
+            raise ValueError(f"{name} must be below 2 ** 63, got {shown(value)}")
     return value

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from reasonalloc.files import parse_json
 from reasonalloc.policies.allocation import DynamicLayers
 from reasonalloc.policies.compression import AUTO_PROFILE, Compression
 
@@ -48,8 +48,8 @@ def _parse(text: str) -> Settings | None:
     if not text:
         return None
     try:
-        asked: Any = json.loads(text)
-    except json.JSONDecodeError as error:
+        asked: Any = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{VARIABLE} must be JSON, for instance {EXAMPLE}: {error}") from error
     if not isinstance(asked, dict):
         raise ValueError(f"{VARIABLE} must be a JSON object, for instance {EXAMPLE}, got {text}")
@@ -58,6 +58,8 @@ def _parse(text: str) -> Settings | None:
         chosen = Compression.method(method, **asked)
     except TypeError as error:
         raise ValueError(f"{VARIABLE} has a field that no Compression has: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{VARIABLE}: {error}") from error
     return Settings(chosen, routing)
 
 

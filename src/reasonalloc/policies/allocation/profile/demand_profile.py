@@ -228,13 +228,13 @@ class DemandProfile:
         return serialised.to_document(self)
 
     def to_json(self) -> bytes:
-        """``to_dict`` as the text of a file: one line for each field and each prompt."""
-        return serialised.to_text(self.to_dict())
+        """``to_dict`` as the text of a file: a checksum, and one line for each field and each prompt."""
+        return serialised.to_file(self.to_dict())
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the file's text (hexadecimal)."""
-        return hashlib.sha256(self.to_json()).hexdigest()
+        """SHA-256 (hexadecimal) of the file's text without its checksum."""
+        return hashlib.sha256(serialised.to_text(self.to_dict())).hexdigest()
 
     @classmethod
     def load(cls, path: str | Path) -> DemandProfile:
@@ -242,13 +242,14 @@ class DemandProfile:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: not JSON, another schema, or a missing or wrong field; the message names it.
+            ValueError: not JSON, another schema, damaged, or a missing or wrong field; file and field are named.
         """
-        document = serialised.read_document(Path(path))
         try:
-            return cls(**serialised.profile_fields(document))
+            return cls(**serialised.read_profile(Path(path)))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(
+                f"{path} is not a demand profile, or damaged: {error}; restore it, or delete it and calibrate again"
+            ) from error
 
 
 def differences(own: Mapping[str, Any], other: Mapping[str, Any], own_name: str, other_name: str) -> str:

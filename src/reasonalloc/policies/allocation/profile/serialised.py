@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from reasonalloc.files import read_json, sealed, unsealed
 from reasonalloc.policies.allocation.profile.measurements import HISTOGRAM_EDGES, Floats, MissGrid, PromptDemand
 from reasonalloc.policies.allocation.shape import ModelShape
+from reasonalloc.policies.values import shown, whole_number
 
 if TYPE_CHECKING:
     from reasonalloc.policies.allocation.profile.demand_profile import DemandProfile
@@ -60,32 +62,32 @@ def _grid(grid: MissGrid) -> dict[str, Any]:
 
 
 def to_text(document: dict[str, Any]) -> bytes:
-    """A document as the text of a file."""
+    """A document as text."""
     fields = dict(document)
     prompts = ",\n".join(json.dumps(prompt, separators=(",", ":")) for prompt in fields.pop("prompts"))
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in fields.items())
     return f'{{\n{lines},\n"prompts": [\n{prompts}\n]\n}}\n'.encode()
 
 
-def read_document(path: Path) -> dict[str, Any]:
-    """The JSON document in a file.
+def to_file(document: dict[str, Any]) -> bytes:
+    """A document as the text of a file: with its checksum."""
+    return to_text(sealed(document))
+
+
+def read_profile(path: Path) -> dict[str, Any]:
+    """The arguments of ``DemandProfile`` that a file gives.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not JSON, or not a demand profile of this schema.
+        ValueError: not JSON, not a demand profile of this schema, damaged, or a field is missing or wrong.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no demand profile at {path}")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a demand profile: {error}") from error
+    document = read_json(path)
     schema = document.get("schema") if isinstance(document, dict) else type(document).__name__
     if schema != SCHEMA or document.get("kind") != KIND:
-        raise ValueError(
-            f"{path}: expected a demand profile of schema {SCHEMA}, found {schema!r}; calibrate the model again"
-        )
-    return document
+        raise ValueError(f"expected a demand profile of schema {SCHEMA}, found {shown(schema)}")
+    return profile_fields(unsealed(document))
 
 
 def profile_fields(document: dict[str, Any]) -> dict[str, Any]:
@@ -94,21 +96,15 @@ def profile_fields(document: dict[str, Any]) -> dict[str, Any]:
     Raises ``ValueError`` naming a missing or wrong field.
     """
     read = _FieldReader(document)
-    shape = {name: read(int, "model", name) for name in ("layers", "kv_heads", "query_heads", "head_dim")}
+    names = ("layers", "kv_heads", "query_heads", "head_dim")
+    shape = ModelShape(**{name: read(whole_number, "model", name) for name in names})
     return {
-        "shape": ModelShape(**shape),
-        "rhos": tuple(read(_floats, "rhos")),
+        "shape": shape,
+        "rhos": tuple(read(_array, "rhos").tolist()),
         "prompts": tuple(_prompt(read, i) for i in range(len(read(list, "prompts")))),
         "architecture": read(dict, "model", "architecture"),
-        "histogram": read(_untrimmed, "histogram"),
-        "grids": {
-            name: MissGrid(
-                tuple(read(_ints, "grids", name, "budgets")),
-                read(int, "grids", name, "interval"),
-                bool(grid.get("protect_prompt", False)),
-            )
-            for name, grid in read(dict, "grids").items()
-        },
+        "histogram": read(lambda nested: _untrimmed(nested, shape), "histogram"),
+        "grids": {name: _read_grid(read, name) for name in read(dict, "grids")},
         "settings": read(dict, "settings"),
         "source": read(dict, "source"),
     }
@@ -128,23 +124,29 @@ class _FieldReader:
             if kind in (dict, list, str) and not isinstance(value, kind):
                 raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
             return kind(value)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             problem = "is missing" if isinstance(error, KeyError) else f"is wrong ({error})"
             raise ValueError(f"field {'.'.join(map(str, names))} of the demand profile {problem}") from error
 
 
+def _read_grid(read: _FieldReader, name: str) -> MissGrid:
+    protect = "protect_prompt" in read(dict, "grids", name) and read(_truth, "grids", name, "protect_prompt")
+    return MissGrid(
+        tuple(read(_ints, "grids", name, "budgets")), read(whole_number, "grids", name, "interval"), protect
+    )
+
+
 def _prompt(read: _FieldReader, i: int) -> PromptDemand:
+    losses = read(dict, "prompts", i, "losses") if "losses" in read(dict, "prompts", i) else {}
     return PromptDemand(
         hash=read(str, "prompts", i, "hash"),
-        rows=read(int, "prompts", i, "rows"),
+        rows=read(whole_number, "prompts", i, "rows"),
         sums=read(_array, "prompts", i, "sums"),
         misses={name: read(_array, "prompts", i, "misses", name) for name in read(dict, "prompts", i, "misses")},
         task=read(str, "prompts", i, "task"),
-        tokens=read(int, "prompts", i, "tokens"),
+        tokens=read(whole_number, "prompts", i, "tokens"),
         sensitivity=read(_array_or_none, "prompts", i, "sensitivity"),
-        losses={
-            name: read(_array, "prompts", i, "losses", name) for name in read(dict, "prompts", i).get("losses", {})
-        },
+        losses={name: read(_array, "prompts", i, "losses", name) for name in losses},
     )
 
 
@@ -183,24 +185,42 @@ def _trimmed(histogram: np.ndarray[Any, Any]) -> list[list[list[int]]]:
     return [[np.trim_zeros(head, "b").tolist() for head in layer] for layer in histogram]
 
 
-def _untrimmed(nested: Any) -> np.ndarray[Any, Any] | None:
+def _untrimmed(nested: Any, shape: ModelShape) -> np.ndarray[Any, Any] | None:
+    """The histogram with all its bins. The file's own lists are counted before anything of the shape is made."""
     if nested is None:
         return None
-    bins = len(HISTOGRAM_EDGES)
-    return np.array([[[*_ints(head), *[0] * (bins - len(head))] for head in layer] for layer in nested], dtype=np.int64)
+    lists = isinstance(nested, list) and all(isinstance(layer, list) for layer in nested)
+    if (
+        not lists
+        or [len(layer) for layer in nested] != [shape.query_heads] * len(nested)
+        or len(nested) != shape.layers
+    ):
+        raise ValueError(f"expected {shape.layers} layers of {shape.query_heads} query heads")
+    found = np.zeros((shape.layers, shape.query_heads, len(HISTOGRAM_EDGES)), dtype=np.int64)
+    for layer, heads in enumerate(nested):
+        for head, counts in enumerate(heads):
+            found[layer, head, : len(counts)] = _ints(counts)
+    if (found < 0).any() or not found.any(-1).all():
+        raise ValueError("counts of a head must not be negative, nor all 0")
+    return found
 
 
 def _array(values: Any) -> Floats:
-    return np.array(values, dtype=np.float64)
+    found = np.array(values) if values else np.zeros(0)
+    if found.dtype.kind not in "iuf":
+        raise ValueError("numbers are needed")
+    return found.astype(np.float64)
 
 
 def _array_or_none(values: Any) -> Floats | None:
     return None if values is None else _array(values)
 
 
-def _floats(values: Any) -> list[float]:
-    return [float(value) for value in values]
-
-
 def _ints(values: Any) -> list[int]:
-    return [int(value) for value in values]
+    return [whole_number(value) for value in values]
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{shown(value)} is neither true nor false")
+    return value
