@@ -110,15 +110,15 @@ def damage(path, rng):
 
 
 def damages(command, whole, count):
-    """Damage one file of a copy, again and again; returns how often each kind of file was mended or named."""
+    """Damage one file of a finished folder, again and again; returns how often what kind of file."""
     expected, results = reported(whole), Store(whole).results()
-    files = sorted(path for path in whole.rglob("*.json") if path.is_file())
+    kinds = [sorted(whole.glob(pattern)) for pattern in ("results/*/*.json", "grades/*/*.json", "*.json")]
     rng, found, folder = random.Random(0), dict.fromkeys(("sound", "results", "grades", "named"), 0), whole.parent / "x"
-    for _ in range(count):
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(whole, folder)
-        shutil.rmtree(folder / "report")
-        path = folder / rng.choice(files).relative_to(whole)
+    shutil.copytree(whole, folder)
+    for i in range(count):
+        for path in (folder / "report").iterdir():
+            path.unlink()
+        path = folder / rng.choice(kinds[i % 3]).relative_to(whole)
         what, kind = damage(path, rng), path.relative_to(folder).parts[0]
         before = command("report", folder)
         resumed = command("eval", "--resume", "-o", folder)
@@ -133,19 +133,19 @@ def damages(command, whole, count):
         if kind == "grades":
             assert before.exit_code == 0, what
         if resumed.exit_code == 0:
-            assert command("report", folder).exit_code == 0, what
+            assert before.exit_code == 0 or command("report", folder).exit_code == 0, what
             assert reported(folder) == expected, what
-            if before.exit_code:
-                assert Store(folder).results() == results
+            assert before.exit_code == 0 or Store(folder).results() == results
         else:
             assert str(path) in resumed.stderr, (what, resumed.stderr)
         found[kind if kind in found else "named" if before.exit_code else "sound"] += 1
+        path.write_bytes((whole / path.relative_to(folder)).read_bytes())
     return found
 
 
 def test_damage_is_mended_or_named(command, whole):
-    found = damages(command, whole, 25)
-    assert min(found[kind] for kind in ("results", "grades", "named")) > 1, found
+    found = damages(command, whole, 12)
+    assert min(found[kind] for kind in ("results", "grades", "named")) > 0, found
 
 
 @pytest.mark.slow

@@ -213,7 +213,7 @@ def parse_json_lines(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
             raise ValueError(f"{name}, line {number}: a JSON object is needed, found {type(data).__name__}")
         objects.append((number, data))
     if not objects:
-        raise ValueError(f"{name} is empty")
+        raise ValueError(f"{name} is empty: it needs a JSON object on every line")
     return objects
 
 

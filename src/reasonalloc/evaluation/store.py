@@ -13,7 +13,7 @@ from reasonalloc.evaluation.fidelity import Reading
 from reasonalloc.evaluation.grading import Grade, grader, grader_version
 from reasonalloc.evaluation.questions import FIDELITY, QuestionSet
 from reasonalloc.evaluation.study import Batch, Study, Unit
-from reasonalloc.files import digest, read_json, sealed, unsealed, write_atomically, write_once
+from reasonalloc.files import CHECKSUM, digest, read_json, sealed, unsealed, write_atomically, write_once
 from reasonalloc.policies.allocation import DemandProfile
 from reasonalloc.policies.values import built
 
@@ -159,24 +159,16 @@ class Store:
 
     def read(self, unit: Unit) -> Result | None:
         """A unit's result; None if there is none yet, or a damaged one."""
-        path = self._path("results", unit.key)
-        if not path.exists():
-            return None
-        try:
-            found = _result(unit, read_json(path))
-        except ValueError:
-            self.damaged.add(path)
-            return None
-        self.damaged.discard(path)
-        return found
+        return self._load(unit)
 
     def grade(self, unit: Unit, answer: Answer) -> Grade:
         """The grade of a unit's answer: made once by each version of the grader, and kept where that is possible."""
         path = self._path("grades", unit.key)
         about = {"grader": grader_version(unit.grader), "answer": digest(answer.text)}
         with suppress(OSError, ValueError):  # none yet, or damaged: it is made anew
-            kept = unsealed(read_json(path))
-            if {name: kept.pop(name, None) for name in about} == about:
+            stored = read_json(path)
+            kept = unsealed(stored)
+            if CHECKSUM in stored and {name: kept.pop(name, None) for name in about} == about:
                 return built(Grade, kept)
         grade = grader(unit.grader)(unit.question.reference, answer.text)
         content = json.dumps(sealed({**about, **asdict(grade)}), ensure_ascii=False).encode()
@@ -193,9 +185,21 @@ class Store:
         """Every result file by its key, as it lies there."""
         return {path.stem: path.read_bytes() for path in sorted(self.folder.glob("results/*/*.json"))}
 
+    def _load(self, unit: Unit) -> Result | None:
+        path = self._path("results", unit.key)
+        if not path.exists():
+            return None
+        try:
+            found = _result(unit, read_json(path))
+        except ValueError:
+            self.damaged.add(path)
+            return None
+        self.damaged.discard(path)
+        return found
+
     def _is_there(self, unit: Unit) -> bool:
         """Whether a unit has a sound result; each file is read once."""
-        if unit.key not in self._sound and self.read(unit) is not None:
+        if unit.key not in self._sound and self._load(unit) is not None:
             self._sound.add(unit.key)
         return unit.key in self._sound and self._path("results", unit.key).exists()
 

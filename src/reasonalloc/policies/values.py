@@ -109,6 +109,10 @@ def _plain(name: str, value: Any, kind: Any) -> Any:
     elif origin in (list, tuple):
         if not isinstance(value, list | tuple):
             raise ValueError(f"{name} must be a list, got {shown(value)}")
+        if set(map(type, value)) == {inner[0]} and inner[0] in (bool, float):  # thousands, in results
+            _check_range(name, min(value))
+            _check_range(name, max(value))
+            return origin(value)
         return origin(_plain(f"an entry of {name}", entry, inner[0]) for entry in value)
     elif origin is Mapping:
         if not isinstance(value, Mapping):
@@ -122,6 +126,11 @@ def _plain(name: str, value: Any, kind: Any) -> Any:
         of_kind = type(value) in (int, float) if kind is float else type(value) is kind
         if not of_kind:
             raise ValueError(f"{name} must be {_JSON[kind]}, got {shown(value)}")
-        if kind in (int, float) and not -_LARGEST < value < _LARGEST:
-            raise ValueError(f"{name} must be below 2 ** 63, got {shown(value)}")
+        if kind in (int, float):
+            _check_range(name, value)
     return value
+
+
+def _check_range(name: str, value: float) -> None:
+    if not -_LARGEST < value < _LARGEST:
+        raise ValueError(f"{name} must be a number below 2 ** 63, got {shown(value)}")

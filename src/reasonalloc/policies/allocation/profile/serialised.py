@@ -97,13 +97,13 @@ def profile_fields(document: dict[str, Any]) -> dict[str, Any]:
     """
     read = _FieldReader(document)
     names = ("layers", "kv_heads", "query_heads", "head_dim")
-    shape = ModelShape(**{name: read(whole_number, "model", name) for name in names})
+    prompts = tuple(_prompt(read, i) for i in range(len(read(list, "prompts"))))
     return {
-        "shape": shape,
+        "shape": ModelShape(**{name: read(whole_number, "model", name) for name in names}),
         "rhos": tuple(read(_array, "rhos").tolist()),
-        "prompts": tuple(_prompt(read, i) for i in range(len(read(list, "prompts")))),
+        "prompts": prompts,
         "architecture": read(dict, "model", "architecture"),
-        "histogram": read(lambda nested: _untrimmed(nested, shape), "histogram"),
+        "histogram": read(lambda nested: _untrimmed(nested, [prompt.sums.shape for prompt in prompts]), "histogram"),
         "grids": {name: _read_grid(read, name) for name in read(dict, "grids")},
         "settings": read(dict, "settings"),
         "source": read(dict, "source"),
@@ -185,24 +185,24 @@ def _trimmed(histogram: np.ndarray[Any, Any]) -> list[list[list[int]]]:
     return [[np.trim_zeros(head, "b").tolist() for head in layer] for layer in histogram]
 
 
-def _untrimmed(nested: Any, shape: ModelShape) -> np.ndarray[Any, Any] | None:
-    """The histogram with all its bins. The file's own lists are counted before anything of the shape is made."""
+def _untrimmed(nested: Any, sums: list[tuple[int, ...]]) -> np.ndarray[Any, Any] | None:
+    """The histogram with all its bins; it must have the layers and heads of the prompts' sums, by their shapes.
+
+    Nothing is made of a size that the file only claims: every head has numbers there, and numbers here.
+    """
     if nested is None:
         return None
     lists = isinstance(nested, list) and all(isinstance(layer, list) for layer in nested)
-    if (
-        not lists
-        or [len(layer) for layer in nested] != [shape.query_heads] * len(nested)
-        or len(nested) != shape.layers
-    ):
-        raise ValueError(f"expected {shape.layers} layers of {shape.query_heads} query heads")
-    found = np.zeros((shape.layers, shape.query_heads, len(HISTOGRAM_EDGES)), dtype=np.int64)
+    found = (len(nested), *{len(layer) for layer in nested}) if lists else ()
+    if {shape[1:] for shape in sums} != {found} or len(found) != 2:
+        raise ValueError("it must have the layers and query heads of all sums")
+    counted = np.zeros((*found, len(HISTOGRAM_EDGES)), dtype=np.int64)
     for layer, heads in enumerate(nested):
         for head, counts in enumerate(heads):
-            found[layer, head, : len(counts)] = _ints(counts)
-    if (found < 0).any() or not found.any(-1).all():
+            counted[layer, head, : len(counts)] = _ints(counts)
+    if (counted < 0).any() or not counted.any(-1).all():
         raise ValueError("counts of a head must not be negative, nor all 0")
-    return found
+    return counted
 
 
 def _array(values: Any) -> Floats:
