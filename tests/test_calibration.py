@@ -309,6 +309,12 @@ def test_interrupted_calibration_goes_on(profile, tmp_path):
         calibrate(tiny_model(num_hidden_layers=2), word_tokenizer(), texts(), settings_of(), partial=partial)
     with pytest.raises(ValueError, match="other prompts"):
         calibrate(model, word_tokenizer(), texts((50,)), settings_of(), partial=partial)
+    whole = partial.read_bytes()
+    changed = whole.replace(b'"rows":', b'"rows":1', 1)  # a number that could be right
+    for damaged in (b"", whole[: len(whole) // 2], changed, whole[:-1] + b"\xff"):
+        partial.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"cannot go on with {partial}; delete it to start again"):
+            calibrate(model, word_tokenizer(), texts(), settings_of(), partial=partial)
 
 
 def test_sampling_depends_on_the_seed_alone():

@@ -203,6 +203,7 @@ def _rows(
         rows, source = _hub_rows(known), known.path
     else:
         raise unknown_name("task", name, [*HUB_SETS, *(f"{task}:48" for task in TASKS.names())])
+    seen = set[str]()
     for number, row in rows:
         for field in fields:
             if field not in row:
@@ -211,6 +212,11 @@ def _rows(
         read = _answer if wanted == "answer" else _text
         name = "unique_id" if "unique_id" in row else "id"
         id = str(number) if row.get(name) is None else _text(f"{at}{name!r}", row[name])
+        if id in seen:
+            raise ValueError(
+                f"{source}, line {number}: the id {id!r} appears more than once; give each question its own"
+            )
+        seen.add(id)
         yield id, _question(f"{at}{question!r}", row[question]), read(f"{at}{answer!r}", row[answer])
 
 

@@ -13,8 +13,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import numpy as np
 
 MOST_TOKENS = 2**40
+LARGEST = 2**63  # numbers in files are below
 _SHOWN = 80  # characters of a value's text in a message
-_LARGEST = 2**63  # numbers in files are below
 _JSON = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 Plain = TypeVar("Plain")
 
@@ -132,5 +132,5 @@ def _plain(name: str, value: Any, kind: Any) -> Any:
 
 
 def _check_range(name: str, value: float) -> None:
-    if not -_LARGEST < value < _LARGEST:
+    if not -LARGEST < value < LARGEST:
         raise ValueError(f"{name} must be a number below 2 ** 63, got {shown(value)}")

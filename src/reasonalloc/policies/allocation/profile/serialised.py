@@ -13,7 +13,7 @@ import numpy as np
 from reasonalloc.files import read_json, sealed, unsealed
 from reasonalloc.policies.allocation.profile.measurements import HISTOGRAM_EDGES, Floats, MissGrid, PromptDemand
 from reasonalloc.policies.allocation.shape import ModelShape
-from reasonalloc.policies.values import shown, whole_number
+from reasonalloc.policies.values import LARGEST, shown, whole_number
 
 if TYPE_CHECKING:
     from reasonalloc.policies.allocation.profile.demand_profile import DemandProfile
@@ -99,8 +99,8 @@ def profile_fields(document: dict[str, Any]) -> dict[str, Any]:
     names = ("layers", "kv_heads", "query_heads", "head_dim")
     prompts = tuple(_prompt(read, i) for i in range(len(read(list, "prompts"))))
     return {
-        "shape": ModelShape(**{name: read(whole_number, "model", name) for name in names}),
-        "rhos": tuple(read(_array, "rhos").tolist()),
+        "shape": ModelShape(**{name: read(_whole, "model", name) for name in names}),
+        "rhos": tuple(read(_floats, "rhos")),
         "prompts": prompts,
         "architecture": read(dict, "model", "architecture"),
         "histogram": read(lambda nested: _untrimmed(nested, [prompt.sums.shape for prompt in prompts]), "histogram"),
@@ -131,20 +131,18 @@ class _FieldReader:
 
 def _read_grid(read: _FieldReader, name: str) -> MissGrid:
     protect = "protect_prompt" in read(dict, "grids", name) and read(_truth, "grids", name, "protect_prompt")
-    return MissGrid(
-        tuple(read(_ints, "grids", name, "budgets")), read(whole_number, "grids", name, "interval"), protect
-    )
+    return MissGrid(tuple(read(_ints, "grids", name, "budgets")), read(_whole, "grids", name, "interval"), protect)
 
 
 def _prompt(read: _FieldReader, i: int) -> PromptDemand:
     losses = read(dict, "prompts", i, "losses") if "losses" in read(dict, "prompts", i) else {}
     return PromptDemand(
         hash=read(str, "prompts", i, "hash"),
-        rows=read(whole_number, "prompts", i, "rows"),
+        rows=read(_whole, "prompts", i, "rows"),
         sums=read(_array, "prompts", i, "sums"),
         misses={name: read(_array, "prompts", i, "misses", name) for name in read(dict, "prompts", i, "misses")},
         task=read(str, "prompts", i, "task"),
-        tokens=read(whole_number, "prompts", i, "tokens"),
+        tokens=read(_whole, "prompts", i, "tokens"),
         sensitivity=read(_array_or_none, "prompts", i, "sensitivity"),
         losses={name: read(_array, "prompts", i, "losses", name) for name in losses},
     )
@@ -209,7 +207,24 @@ def _array(values: Any) -> Floats:
     found = np.array(values) if values else np.zeros(0)
     if found.dtype.kind not in "iuf":
         raise ValueError("numbers are needed")
-    return found.astype(np.float64)
+    found = found.astype(np.float64)
+    if not (np.abs(found) < LARGEST).all():
+        raise ValueError("numbers must be below 2 ** 63")
+    return found
+
+
+def _whole(value: Any) -> int:
+    number = whole_number(value)
+    if not abs(number) < LARGEST:
+        raise ValueError(f"{shown(value)} is not below 2 ** 63")
+    return number
+
+
+def _floats(values: Any) -> list[float]:
+    found = _array(values)
+    if found.ndim != 1:
+        raise ValueError("a list of numbers is needed")
+    return list(found.tolist())
 
 
 def _array_or_none(values: Any) -> Floats | None:
@@ -217,7 +232,7 @@ def _array_or_none(values: Any) -> Floats | None:
 
 
 def _ints(values: Any) -> list[int]:
-    return [whole_number(value) for value in values]
+    return [_whole(value) for value in values]
 
 
 def _truth(value: Any) -> bool:
