@@ -4,6 +4,8 @@ import json
 import os
 import random
 import shutil
+import tarfile
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -209,6 +211,18 @@ def test_files_of_an_older_version_are_read(command, whole):
     assert "damaged" not in done.stderr
     assert command("report", whole).exit_code == 0
     assert reported(whole) == expected
+
+
+@pytest.mark.parametrize("name", ["qwen-0.5b-gsm8k", "qwen-1.5b-fidelity"])
+def test_results_of_the_first_version_are_read(tmp_path, name):
+    archive = Path(__file__).parents[1] / "results" / name / "raw.tar.xz"
+    with tarfile.open(archive) as raw:
+        raw.extractall(tmp_path, filter="data")
+    (study,) = tmp_path.rglob("study.json")
+    store = Store(study.parent)
+    plan = store.plan()
+    assert sum(map(len, plan)) == len(store.results()) > 50
+    assert not any(store.missing(batch) for batch in plan)
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/outside", "a/../../outside", "a b:c"])
