@@ -245,6 +245,7 @@ def test_names_lead_to_no_other_folder(monkeypatch, tmp_path, name):
     }
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files are asked of Linux")
 @pytest.mark.parametrize("write", [write_atomically, write_once])
 def test_a_file_is_on_the_disk_before_it_counts(monkeypatch, tmp_path, write):
     """Its content before it has its name, then its name, and the names of new folders."""

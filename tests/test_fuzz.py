@@ -1,6 +1,6 @@
-"""What comes from outside, damaged in every way: a right result or one of our errors, and no more memory than the file.
+"""What comes from outside, changed in every way: a right result or one of our errors, and little more memory than it.
 
-``reseal`` makes the checksum right again, as an attacker would.
+With ``checksum`` the file had one before it was changed; files of older versions and of other hands have none.
 """
 
 import json
@@ -85,7 +85,7 @@ def store_of(folder):
 # ---- targets: each takes a folder and gives valid content, and what is to be done with a mutation of it ----
 
 
-def fuzzed_profile(folder, reseal):
+def fuzzed_profile(folder, checksum):
     path = folder / "wave.json"
 
     def use(content):
@@ -101,7 +101,7 @@ def fuzzed_profile(folder, reseal):
             assert int(np.sum(np.asarray(budgets))) == most * shape.layers * shape.kv_heads
 
     document = profile().to_dict()
-    return json.dumps(sealed(document) if reseal else document).encode(), use
+    return json.dumps(sealed(document) if checksum else document).encode(), use
 
 
 def fuzzed_study(folder):
@@ -115,7 +115,7 @@ def fuzzed_study(folder):
     return json.dumps(STUDY).encode(), use
 
 
-def fuzzed_result(folder, reading, reseal):
+def fuzzed_result(folder, reading, checksum):
     store = store_of(folder)
     unit = next(unit for batch in store.plan() for unit in batch if (unit.grader == FIDELITY) == reading)
     whole = (
@@ -140,7 +140,7 @@ def fuzzed_result(folder, reading, reseal):
         else:
             assert store.grade(unit, found).score in (0.0, 1.0)
 
-    return content if reseal else json.dumps(unsealed(json.loads(content))).encode(), use
+    return content if checksum else json.dumps(unsealed(json.loads(content))).encode(), use
 
 
 def fuzzed_grade(folder):
@@ -157,7 +157,7 @@ def fuzzed_grade(folder):
     return path.read_bytes(), use
 
 
-def fuzzed_folder(folder, name, reseal):
+def fuzzed_folder(folder, name, checksum):
     store = store_of(folder)
     keys = [[unit.key for unit in batch] for batch in store.plan()]
     path = folder / name
@@ -168,7 +168,7 @@ def fuzzed_folder(folder, name, reseal):
         plan = with_path(path, lambda: Store(folder).plan())
         assert b'"checksum"' not in changed or [[unit.key for unit in batch] for batch in plan] == keys
 
-    return content if reseal else json.dumps(unsealed(json.loads(content))).encode(), use
+    return content if checksum else json.dumps(unsealed(json.loads(content))).encode(), use
 
 
 def fuzzed_record(folder, suffix):
@@ -219,17 +219,17 @@ def fuzzed_variable(folder):
 
 
 TARGETS = {
-    "profile": partial(fuzzed_profile, reseal=False),
-    "profile with checksum": partial(fuzzed_profile, reseal=True),
+    "profile": partial(fuzzed_profile, checksum=False),
+    "profile with checksum": partial(fuzzed_profile, checksum=True),
     "study": fuzzed_study,
-    "answer": partial(fuzzed_result, reading=False, reseal=True),
-    "answer without checksum": partial(fuzzed_result, reading=False, reseal=False),
-    "reading": partial(fuzzed_result, reading=True, reseal=True),
-    "reading without checksum": partial(fuzzed_result, reading=True, reseal=False),
+    "answer": partial(fuzzed_result, reading=False, checksum=True),
+    "answer without checksum": partial(fuzzed_result, reading=False, checksum=False),
+    "reading": partial(fuzzed_result, reading=True, checksum=True),
+    "reading without checksum": partial(fuzzed_result, reading=True, checksum=False),
     "grade": fuzzed_grade,
-    "study.json": partial(fuzzed_folder, name="study.json", reseal=True),
-    "inputs.json": partial(fuzzed_folder, name="inputs.json", reseal=True),
-    "inputs.json without checksum": partial(fuzzed_folder, name="inputs.json", reseal=False),
+    "study.json": partial(fuzzed_folder, name="study.json", checksum=True),
+    "inputs.json": partial(fuzzed_folder, name="inputs.json", checksum=True),
+    "inputs.json without checksum": partial(fuzzed_folder, name="inputs.json", checksum=False),
     "record.json": partial(fuzzed_record, suffix=".json"),
     "record.npz": partial(fuzzed_record, suffix=".npz"),
     "questions": partial(fuzzed_lines, read=questions),
