@@ -297,3 +297,16 @@ def test_what_has_no_bound_says_why(made, reason):
 @pytest.mark.parametrize("name", sorted(set(ra.METHODS) - {"full", "reasonalloc-dynamic"}))
 def test_with_a_profile_all_other_methods_are_bounded(name):
     assert ra.Compression.method(name, 256, profile=PROFILE).unbounded == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": 10**400}, "budget must be at most 1099511627776 tokens, got 1000"),
+        ({"interval": 2**41}, "interval must be at most 1099511627776 tokens, got 2199023255552"),
+        ({"pin_share": 10**400}, "pin_share is too large: 1000"),
+    ],
+)
+def test_numbers_that_are_too_large(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ra.Compression(**{"budget": 64, "prompt": "pin", **changes})

@@ -33,12 +33,14 @@ def whole_number(value: Any) -> int:
 
 
 def tokens(name: str, value: Any, least: int) -> int:
-    """A number of tokens, at least ``least``. Raises ``ValueError``."""
+    """A number of tokens, at least ``least`` and at most ``MOST_TOKENS``. Raises ``ValueError``."""
     try:
         number = whole_number(value)
     except TypeError:
         number = least - 1
-    if not least <= number <= MOST_TOKENS:
+    if number > MOST_TOKENS:
+        raise ValueError(f"{name} must be at most {MOST_TOKENS} tokens, got {shown(value)}")
+    if number < least:
         raise ValueError(f"{name} must be a whole number of tokens, at least {least}, got {shown(value)}")
     return number
 
