@@ -184,7 +184,7 @@ def fuzzed_record(folder, suffix):
         found = with_path(path, partial(Recorder.load, path))
         found.arrays()
         found.save(path)
-        assert Recorder.load(path).routings == found.routings
+        assert repr(Recorder.load(path).routings) == repr(found.routings)  # a threshold may be NaN
 
     return path.read_bytes(), use
 
