@@ -17,6 +17,7 @@ from reasonalloc.engines.transformers.cache import Cache
 from reasonalloc.engines.transformers.continuation import GENERATE
 from reasonalloc.engines.transformers.graph import GraphUse, StepGraph, problem
 from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
+from reasonalloc.engines.transformers.presence import left_behind
 
 OnStep = Callable[[Tensor, Tensor], None]  # rows, tokens
 _PER_STEP = (
@@ -59,6 +60,7 @@ def decoding_loop(
 
     Raises:
         ValueError: per-step outputs were asked for, beams, or a cache that is not ``reasonalloc.Cache``.
+        UnsupportedModelError: the model does not go on with the cache that it was given.
         RuntimeError: the scores to draw from are not numbers.
     """
     streamer = _streamer()
@@ -257,6 +259,8 @@ class _Steps:
         self._arguments = {name: _select(value, keep, held) for name, value in self._arguments.items()}
 
     def _after(self, outputs: Any, device: torch.device) -> Float[Tensor, "rows vocabulary"]:
+        if outputs.get(CACHE_ARGUMENT) is not self._cache:
+            raise left_behind(self._model, self._cache.get_seq_length())
         self._arguments = self._model._update_model_kwargs_for_generation(outputs, self._arguments)
         return _scores(outputs.logits[:, -1], device)
 
