@@ -9,9 +9,11 @@ the masked reference when something is. Otherwise it must be refused when the ca
 
 import copy
 import os
+import re
 import sys
 import time
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,7 @@ import reasonalloc as ra
 
 CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 IMAGE_TEXT = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
 TYPES = sorted({*CAUSAL, *IMAGE_TEXT})
 # What a type's default configuration has, and some of its models have not.
 WITHOUT_WINDOW = {"sliding_window": None}
@@ -52,7 +55,11 @@ class Outcome:
 def outcome(model_type: str) -> Outcome:
     """Try a type: its default configuration if that is refused, otherwise a tiny model."""
     try:
-        default = _refusal(CONFIG_MAPPING[model_type]())
+        config = CONFIG_MAPPING[model_type]()
+    except Exception as error:
+        return Outcome("not tried", f"it has no default configuration: {_line(error)}")
+    try:
+        default = _refusal(config)
     except Exception as error:
         return Outcome("wrong", f"making the cache: {_line(error)}")
     changes, note = {}, ""
@@ -63,7 +70,9 @@ def outcome(model_type: str) -> Outcome:
     try:
         config = tiny_config(model_type, **changes)
     except Exception as error:
-        return Outcome("refused", default) if default else Outcome("not tried", f"no tiny configuration: {_line(error)}")
+        return (
+            Outcome("refused", default) if default else Outcome("not tried", f"no tiny configuration: {_line(error)}")
+        )
     try:
         refused = _refusal(config)
     except Exception as error:
@@ -114,30 +123,36 @@ def _compared(model_type: str, config) -> Outcome:
             return Outcome("wrong", f"with everything kept logits differ by {difference:.2g}")
         if cache.get_seq_length() != ids.shape[1] + STEPS - 1:
             return Outcome("wrong", f"the cache has seen {cache.get_seq_length()} tokens")
+        cache.reset()
+        options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": STEPS, "min_new_tokens": STEPS}
+        text = ours.generate(ids, past_key_values=cache, custom_generate=ra.decoding_loop, **options)
+        if not torch.equal(text[:, ids.shape[1] :], wanted.argmax(-1).T):
+            return Outcome("wrong", "the decoding loop writes another text")
         return _evicted(stock, ours)
     except Exception as error:
         return Outcome("wrong", f"generating: {_line(error)}")
 
 
 def _evicted(stock, ours) -> Outcome:
-    reference, found = copy.deepcopy(stock), []
+    reference, found, ends = copy.deepcopy(stock), [], []
     reference.set_attn_implementation("masked-reference")
 
     def check(ragged, wanted, step):
         found.append(_difference(ragged, wanted))
+        ends.append(ragged)
 
-    chunks, ends = random_chunks((9, 40), STEPS), []
-    for budget in (24, None):
-        cache = ra.Cache(ours.config, compression("rkv", budget) if budget else ra.Compression.method("full"))
+    chunks, last = random_chunks((9, 40), STEPS), []
+    for kept in (compression("rkv"), ra.Compression.method("full")):
+        cache = ra.Cache(ours.config, kept)
         follow_reference(ours, reference, cache, chunks, check)
-        with torch.no_grad():
-            ends.append(ours(chunks[-1][0], past_key_values=cache, attention_mask=torch.cat([m for _, m in (*chunks, chunks[-1])], 1)).logits[:, -1])
-        if budget and not cache.stats().evicted:
+        if kept.budget and not cache.stats().evicted:
             return Outcome("wrong", "nothing was evicted")
+        last.append(ends[-1])
     if max(found) > TOLERANCE:
         return Outcome("wrong", f"under eviction logits differ by {max(found):.2g}")
-    if _difference(*ends) < 10 * max(found):
-        return Outcome("wrong", f"eviction changes the logits by {_difference(*ends):.2g} alone: nothing was tested")
+    change = _difference(*last)
+    if change < 10 * max(found):
+        return Outcome("wrong", f"eviction changes the logits by {change:.2g} alone: nothing was tested")
     return Outcome("equal")
 
 
@@ -168,15 +183,49 @@ def _difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def _reason(why: str) -> str:
+    """What differs from one refusal to the next."""
+    return re.sub(r"^a ragged cache cannot serve this \S+ model: (.*)\. Use transformers' own .*$", r"\1", why)
+
+
+def report(outcomes: dict[str, Outcome]) -> str:
+    """``docs/models.md``."""
+    counts = Counter(found.kind for found in outcomes.values())
+    lines = [
+        "# Supported models",
+        "",
+        f"Of the {len(outcomes)} types of text decoders and image-text models in transformers "
+        f"{transformers.__version__}, {counts['equal']} are served, {counts['refused']} are refused when the "
+        f"cache is made, and {counts['not tried']} were not tried. Written by `python tests/model_sweep.py`.",
+        "",
+        "* **equal**: a tiny random model, given text alone, writes what it writes with transformers' own cache while "
+        "nothing is evicted (`generate` and `decoding_loop`, a padded batch), and under eviction its logits are those "
+        "of a full cache whose masks hide the evicted tokens.",
+        "* **refused**: `reasonalloc.Cache(model.config, ...)` says why, in one sentence, for the type's default "
+        "configuration. A model of the type without what is refused may be served.",
+        "* **not tried**: no tiny model of it could be made, or it does not run on text alone.",
+        "",
+        "| type | outcome | |",
+        "|---|---|---|",
+    ]
+    for model_type, found in outcomes.items():
+        why = _reason(found.why).replace("|", "\\|")
+        lines.append(f"| {model_type} | {found.kind} | {why} |")
+    return "\n".join(lines) + "\n"
 
 
 def main(types: list[str]) -> None:
-    """Print the outcome of each type."""
+    """Print the outcome of each type; write the document after all of them."""
+    outcomes = {}
     for model_type in types or TYPES:
         began = time.perf_counter()
-        found = outcome(model_type)
-        print(f"{model_type}|{found.kind}|{time.perf_counter() - began:.1f}|{found.why}", flush=True)
+        found = outcomes[model_type] = outcome(model_type)
+        print(f"{model_type}: {found.kind}, {time.perf_counter() - began:.1f} s. {_reason(found.why)}", flush=True)
+    if not types:
+        DOCUMENT.write_text(report(outcomes))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from model_sweep import outcome
 from reference import compression, prompts, tiny_model
 from tiny_configs import tiny_config
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import reasonalloc as ra
+from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
 from reasonalloc.engines.transformers.presence import check_presence
 
 LEFT = r"{} goes on without the cache that it was given, after {} tokens: .*max_new_tokens"
@@ -80,18 +82,19 @@ def test_every_model_that_drops_its_cache_before_a_step_is_known():
     assert found == {"phi3", "phimoe", "phi4_multimodal"}
 
 
-def test_a_model_that_returns_another_cache_is_stopped(monkeypatch):
-    model = tiny_model()
+@pytest.mark.parametrize("returns", [True, False], ids=["another", "none"])
+def test_a_model_that_uses_another_cache_is_stopped(returns, monkeypatch):
+    model = tiny_model(attention="sdpa")
     forward = model.forward
 
     def other(*arguments, **options):
-        outputs = forward(*arguments, **options)
-        outputs["cache" if "cache" in outputs else "past_key_values"] = DynamicCache()
-        return outputs
+        outputs = forward(*arguments, **{**options, CACHE_ARGUMENT: DynamicCache()})
+        return outputs if returns else CausalLMOutputWithPast(logits=outputs.logits)
 
     ids, _ = prompts((9,))
     monkeypatch.setattr(model, "forward", other)
-    with pytest.raises(ra.UnsupportedModelError, match=LEFT.format("LlamaForCausalLM", 9)):
+    model.config._attn_implementation_internal = None
+    with pytest.raises(ra.UnsupportedModelError, match=LEFT.format("LlamaForCausalLM", 0)):
         generate(model, ra.Cache(model.config, compression("rkv")), ids, True, 5)
 
 

@@ -32,8 +32,40 @@ TINY = {
     "rotary_dim": 16,
     "num_mel_bins": 8,
 }
+
+
+def _sections(*channels: int) -> dict:
+    """Rotary channels for time, height and width."""
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(channels)}
+
+
 # Of types whose fields depend on one another in their own way.
-OVERRIDES: dict[str, dict] = {}
+OVERRIDES: dict[str, dict] = {
+    "chameleon": {"vocabulary_map": {"<image>": 5, "IMGIMGBSZ": 6}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "dense"]},
+    "granite_docling": {"vision_config": {"out_hidden_size": 64}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 20, "audio_start_token_id": 21},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 20, "audio_start_token_id": 21},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "nemotron": {"num_key_value_heads": 2},
+    "xmod": {"default_language": "en_XX"},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    **{
+        f"{name}_text": {"rope_parameters": _sections(2, 3, 3), "head_dim": 16}
+        for name in (
+            *("hunyuan_vl", "paddleocr_vl", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl"),
+            *("glm46v", "glm4v", "glm_ocr", "glmga"),
+        )
+    },
+    "glm4v_moe_text": {"rope_parameters": _sections(1, 1, 2)},
+    "cosmos3_edge_text": {"rope_parameters": _sections(2, 3, 3)},
+    "ernie4_5_vl_moe_text": {"rope_parameters": _sections(3, 3, 2)},
+}
 
 
 def tiny_config(model_type: str, **changes: object) -> PreTrainedConfig:

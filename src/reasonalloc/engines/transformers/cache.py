@@ -297,7 +297,8 @@ class Cache(cache_utils.Cache):
             raise RuntimeError(
                 "the model's attention does not read the ragged cache, or was interrupted before it did: load the "
                 f"model with attn_implementation={ATTENTION_NAME!r}, or call "
-                f"model.set_attn_implementation({ATTENTION_NAME!r}), and reset() on the cache"
+                f"model.set_attn_implementation({ATTENTION_NAME!r}), and reset() on the cache; a model for which that "
+                "changes nothing does not use transformers' attention interface and cannot be served"
             )
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
