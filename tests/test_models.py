@@ -10,7 +10,7 @@ import transformers
 from model_sweep import outcome
 from reference import compression, prompts, tiny_model
 from tiny_configs import tiny_config
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import reasonalloc as ra
@@ -161,3 +161,20 @@ def test_models_of_other_kinds_are_refused_when_the_cache_is_made(kind, reason):
 @pytest.mark.parametrize("kind", ["gpt2", "hrm_text", "phi", "gemma", "olmo2", "mixtral", "llava"])
 def test_some_types_equal_stock(kind):
     assert outcome(kind).kind == "equal", outcome(kind).why
+
+
+@pytest.mark.parametrize("kind", ["llava", "paligemma"])
+def test_images_in_the_prompt_equal_stock(kind):
+    """Their encoder attends without a cache while ``generate`` has ours."""
+    torch.manual_seed(0)
+    config = tiny_config(kind)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").eval()
+    ids, _ = prompts((12,))
+    ids += 20 * (ids < 20)
+    ids[:, 2:6] = config.image_token_id if kind == "paligemma" else config.image_token_index
+    options = {"pixel_values": torch.randn(1, 3, 28, 28)}
+    want = generate(model, None, ids, False, 20, **options)
+    model.set_attn_implementation("reasonalloc")
+    for loop in (False, True):
+        cache = ra.Cache(model.config, ra.Compression.method("full"))
+        assert torch.equal(generate(model, cache, ids, loop, 20, **options), want)
