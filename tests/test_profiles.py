@@ -267,6 +267,8 @@ def test_calibrate_show_study_merge_and_use(model_folder, tmp_path):
     twice = run("profile", "merge", tmp_path / "wave.json", tmp_path / "one.json", "-o", tmp_path / "all.json")
     assert twice.exit_code == 2
     assert "counted twice" in twice.output
+    for file in ("wave.json", "one.json"):
+        assert str(tmp_path / file) in twice.output, "both files are named"
     alone = run("profile", "merge", tmp_path / "one.json", "-o", tmp_path / "all.json")
     assert alone.exit_code == 0
     assert (tmp_path / "all.json").read_bytes() == (tmp_path / "one.json").read_bytes()
