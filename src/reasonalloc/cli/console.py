@@ -249,16 +249,14 @@ class Phases:
         now = self._clock()
         made, seconds = self._pace.get(phase, (0, 0.0))
         if phase in self._there:
-            made, seconds = made + done - self._there[phase][0], seconds + now - self._last
+            made, seconds, self.now = made + done - self._there[phase][0], seconds + now - self._last, phase
         self._there[phase], self._pace[phase] = (done, total), (made, seconds)
-        self._last, self.now = now, phase
+        self._last = now
 
     def said(self) -> str:
-        """The phase at work, and how much of it is done."""
-        if not self.now:
-            return ""
-        done, total = self._there[self.now]
-        return f"{self.now} {done / total:.0%} done"
+        """The phase at work, and how much of it is done; empty before the work, and after it."""
+        done, total = self._there.get(self.now, (0, 0))
+        return f"{self.now} {done / total:.0%} done" if done < total else ""
 
     def left(self) -> str:
         """Time left; which phases that leaves out, as long as their pace is not known."""

@@ -21,7 +21,6 @@ from reasonalloc.files import cache_folder
 Progress = Callable[[int, int], None]  # tensors done, of how many
 Say = Callable[[str], None]
 _BLOCK = 1 << 22  # bytes read at once
-_CONVERTER = "transformers.modeling_gguf_pytorch_utils"  # the module that converts, with a bar of its own
 
 
 def load_gguf(
@@ -121,9 +120,11 @@ def _same(one: Any, other: Any) -> bool:
 @contextmanager
 def _watched(progress: Progress) -> Iterator[None]:
     """Within, transformers' own bar is silent and ``progress`` is called instead."""
-    from importlib import import_module
-
-    converter = import_module(_CONVERTER)
+    try:
+        from transformers import modeling_gguf_pytorch_utils as converter
+    except ImportError:  # a version that converts elsewhere: its own bar is shown
+        yield
+        return
     own = vars(converter).get("tqdm")
 
     def counted(tensors: Iterable[Any], **_: Any) -> Iterator[Any]:
