@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import typer
-from reference import tiny_model, word_tokenizer
+from reference import tiny_model, tiny_profile, word_tokenizer
 from rich.console import Console
 from transformers import MistralConfig, MistralForCausalLM
 from typer.main import get_command
@@ -504,6 +504,14 @@ def test_methods_at_80_columns():
     assert [line.split() for line in lines if line.startswith("reasonalloc ")] == [
         ["reasonalloc", "rkv", "wave/dynamic", "threshold"]
     ]
+
+
+def test_a_terminal_that_lacks_letters(tmp_path):
+    (tmp_path / "wave.json").write_bytes(tiny_profile().to_json())
+    command = [sys.executable, "-m", "reasonalloc", "profile", "show", tmp_path / "wave.json", "--budget", "24"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert b"? s.e." in done.stdout
 
 
 def test_version():

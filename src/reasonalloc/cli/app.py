@@ -5,6 +5,8 @@ One command, one file. A command imports what it needs when it runs, so that its
 
 from __future__ import annotations
 
+import io
+import sys
 from importlib.metadata import version
 from typing import Annotated
 
@@ -41,6 +43,9 @@ def run(
 ) -> None:
     """Reasoning models in a small, fixed KV cache."""
     manner.debug, manner.quiet = debug, quiet
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that a terminal lacks must not end long work
+            stream.reconfigure(errors="replace")
 
 
 app.command()(calibrate)
