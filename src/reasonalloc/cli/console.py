@@ -23,6 +23,7 @@ from rich.text import Text
 console = Console(markup=False, emoji=False, highlight=False)
 errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
 EVERY = 60.0  # seconds between two lines of progress, at least
+_ENOUGH = 100  # a phase's pace is known when one part of so many is done: the first step takes longer
 USERS = (ValueError, OSError, ImportError)  # what this package raises for what its users can mend
 
 
@@ -261,7 +262,7 @@ class Phases:
     def left(self) -> str:
         """Time left; which phases that leaves out, as long as their pace is not known."""
         unfinished = [phase for phase, (done, total) in self._there.items() if done < total]
-        timed = [phase for phase in unfinished if self._pace[phase][0]]
+        timed = [phase for phase in unfinished if self._pace[phase][0] >= self._there[phase][1] / _ENOUGH]
         if not timed:
             return ""
         seconds = sum(

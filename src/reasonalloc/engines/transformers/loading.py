@@ -159,14 +159,17 @@ def _in_one_sentence(what: str) -> Iterator[None]:
     except Exception as error:  # each format has its own: struct.error, SafetensorError, KeyError, ...
         if out_of_memory(error):
             raise
-        raise ValueError(f"{what}: {_reason(error)}") from error
+        raise ValueError(
+            f"{what}: {_reason(error)}; is it whole, and of a kind that transformers {transformers.__version__} knows?"
+        ) from error
 
 
 def _reason(error: Exception) -> str:
     """An error as one line of at most 300 letters, with its kind where that says more than the text."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if not isinstance(error, ValueError | OSError | ImportError | RuntimeError | AssertionError) or not text:
-        text = f"{type(error).__name__}: {text}".removesuffix(": ")
+        kind, module = type(error).__name__, type(error).__module__
+        text = f"{kind if module == 'builtins' else f'{module}.{kind}'}: {text}".removesuffix(": ")
     return text if len(text) <= 300 else text[:297] + "..."
 
 
