@@ -23,11 +23,6 @@ def own():
     judge.close()
 
 
-def children():
-    out = subprocess.run(["ps", "-o", "pid=,stat=", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout
-    return {int(line.split()[0]): line.split()[1] for line in out.splitlines() if line.split()[1:]}
-
-
 def test_an_answer_has_so_much_time(own):
     for answer in ENDLESS:
         own.ask("1", r"\boxed{1}")
@@ -38,7 +33,8 @@ def test_an_answer_has_so_much_time(own):
     assert own.ask("5", f"\\boxed{{{ENDLESS[0]}}}", limit=0.3) is None
     assert own.ask("5", r"\boxed{5}")["score"] == 1.0, "the next answer is judged by a new process"
     own.close()
-    assert not any(state.startswith("Z") for state in children().values())
+    psutil = pytest.importorskip("psutil")
+    assert psutil.STATUS_ZOMBIE not in [child.status() for child in psutil.Process().children()]
 
 
 def test_any_thread_may_grade():
@@ -136,5 +132,4 @@ def test_a_process_that_was_killed_is_replaced(own):
     own.ask("1", r"\boxed{1}")
     own._process.kill()
     own._process.wait()
-    assert own.ask("3", r"\boxed{3}") is None
     assert own.ask("3", r"\boxed{3}")["score"] == 1.0

@@ -87,7 +87,7 @@ def _read(answer: str, parsed: tuple[Any, ...] = ()) -> _Read:
     parts = _OR.split(bare)
     if len(parts) > 1 and all(re.search(r"[<>]|\\[lg]eq?(?![a-zA-Z])", part) for part in parts):
         parsed = (*parsed, *_union(parts))
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
+    config = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
     found = parse(rf"\boxed{{{bare}}}", extraction_config=config, parsing_timeout=None) if bare else []
     return _Read(text, bare, units, (*parsed, *found))
 

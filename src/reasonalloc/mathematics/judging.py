@@ -42,6 +42,8 @@ class Judge:
             RuntimeError: the process cannot be started.
         """
         with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self._end()  # killed from outside since the last answer
             process = self._process or self._start()
             try:
                 line = _exchange(process, [reference, text, limit])
