@@ -50,7 +50,7 @@ class Judge:
             except BaseException:  # an interrupt, say: what it answers later would be taken for the next answer
                 self._end()
                 raise
-            if not line:
+            if not line.endswith(b"\n"):
                 self._end()
                 return None
         found: dict[str, Any] = json.loads(line)
