@@ -3,8 +3,8 @@
     python benchmarks/own_answers.py runs/full -o own.jsonl
     reasonalloc eval --model M --fidelity own --data own.jsonl --question-field prompt --text-field answer ...
 
-Takes a folder of ``reasonalloc eval`` whose study has the method "full". Answers that the length limit cut off, and all but the first
-one to a question, are left out.
+Takes a folder of ``reasonalloc eval`` whose study has the method "full". Answers that the length limit cut off are left
+out, and all but the first one to a question.
 """
 
 import argparse

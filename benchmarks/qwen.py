@@ -94,11 +94,15 @@ def _is_whole(model: Packaged, path: Path) -> bool:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    from reasonalloc.engines.transformers.loading import load, quiet
+    import torch
+
+    from reasonalloc.engines.transformers.gguf import load_gguf
+    from reasonalloc.engines.transformers.loading import quiet, to_stderr
 
     quiet()
-    print("converting, a minute or two", file=sys.stderr, flush=True)
-    model, tokenizer = load(str(gguf), dtype="bfloat16", device="cpu")
+    to_stderr("converting, a minute or two")
+    options = {"dtype": torch.bfloat16}
+    model, tokenizer = load_gguf(gguf, "bfloat16", options, lambda done, total: None, to_stderr, keep=False)
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)

@@ -87,10 +87,10 @@ def tiny_profile(seed=0):
 
 
 def method_of(name, budget, **changes):
-    """A method by name; those that need a profile get a random one."""
+    """A method by name; those that need a profile get a random one, and the full cache no budget."""
     if name in ("missalloc", "lossalloc", "sensitivity"):
         changes = {"profile": tiny_profile(), **changes}
-    return ra.Compression.method(name, budget, **changes)
+    return ra.Compression.method(name, None if name == "full" else budget, **changes)
 
 
 def word_tokenizer():
@@ -113,14 +113,24 @@ def prompts(lengths, seed=1):
     return ids, mask
 
 
+class _Full(DynamicCache):
+    """Knows whose keys are attended to next: a module may serve several layers of the cache."""
+
+    layer = 0
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        _Full.layer = layer_idx
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
 def _masked_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     batch, heads, length, _ = key.shape
     queries, group = query.shape[2], query.shape[1] // key.shape[1]
     if attention_mask is None:
         attention_mask = torch.ones(batch, 1, queries, length, dtype=torch.bool).tril(length - queries)
     mask = attention_mask.expand(batch, heads, queries, length).clone()
-    if module.layer_idx in _KEPT:
-        kept = _KEPT[module.layer_idx]
+    if _Full.layer in _KEPT:
+        kept = _KEPT[_Full.layer]
         mask[..., : kept.shape[-1]] &= kept[:, :, None]
     mask = mask.repeat_interleave(group, 1)
     logits = (query @ key.repeat_interleave(group, 1).transpose(-1, -2)) * scaling
@@ -156,7 +166,7 @@ def follow_reference(model, reference, cache, chunks, check):
     The text is the ragged model's business alone: both get the same tokens.
     """
     _KEPT.clear()
-    full = DynamicCache(config=reference.config)
+    full = _Full(config=reference.config)
     batch = chunks[0][0].shape[0]
     seen = torch.zeros(batch, 0, dtype=torch.long)
     for step, (ids, mask) in enumerate(chunks):

@@ -282,12 +282,28 @@ class Interrupted(Exception):
     pass
 
 
+def test_progress_of_every_phase_goes_from_nothing_to_all():
+    """Three prompts, two of them at once; layers are three, and their passes 3 + 2 + 1 for each prompt."""
+    calls = []
+    settings = settings_of(batch_size=2, loss=("rkv",), sensitivity_window=8)
+    calibrate(
+        model_that_ends(), word_tokenizer(), texts()[:3], settings, progress=lambda *reported: calls.append(reported)
+    )
+    totals = {"writing": 3 * NEW, "loss curves": 3 * len(BUDGETS), "sensitivity": 3 * 6, "prompts": 3}
+    assert {what: total for what, _, total in calls} == totals
+    for what, total in totals.items():
+        steps = [done for name, done, _ in calls if name == what]
+        assert (steps[0], steps[-1]) == (0, total)
+        assert steps == sorted(steps)
+    assert len({done for name, done, _ in calls if name == "sensitivity"}) == 3 * 3 + 1
+
+
 def test_interrupted_calibration_goes_on(profile, tmp_path):
     partial = tmp_path / "wave.json.partial"
     measured = []
 
-    def stop(done, total):
-        if done >= 4 * NEW:
+    def stop(what, done, total):
+        if what == "writing" and done >= 4 * NEW:
             raise Interrupted
 
     model = model_that_ends()

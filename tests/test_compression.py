@@ -220,6 +220,12 @@ def test_a_method_is_named_by_a_text(name):
         ra.Compression.method(name, 64)
 
 
+def test_the_full_cache_takes_no_budget_in_silence():
+    assert ra.Compression.method("full").budget is None
+    with pytest.raises(ValueError, match="method 'full' keeps every token and takes no budget, got 64: leave it out"):
+        ra.Compression.method("full", 64)
+
+
 def test_a_methods_budget_is_checked_before_it_is_reckoned_with():
     for wrong in ("256", 256.0):
         with pytest.raises(

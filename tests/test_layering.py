@@ -16,6 +16,7 @@ ORDER = [
     ("kernels",),
     ("policies",),
     ("tasks",),
+    ("mathematics",),
     ("cache.table",),
     ("cache.spans",),
     ("cache.attention",),
@@ -49,7 +50,8 @@ LIBRARIES = {  # which parts may import what is not Python's own
     "rich": ("cli",),
     "matplotlib": ("evaluation.plots",),
     "datasets": ("evaluation",),
-    "math_verify": ("evaluation",),
+    "math_verify": ("mathematics",),
+    "sympy": ("mathematics",),
     "ray": ("evaluation",),
 }
 IMPORTERS = ("__init__", "engines.registration")  # of modules whose names are not written in the call

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from reasonalloc.calibration import CalibrationSettings
-from reasonalloc.calibration.calibrate import calibrate
+from reasonalloc.calibration.calibrate import Progress, calibrate
 from reasonalloc.engines.models import architecture, model_shape
-from reasonalloc.engines.transformers.loading import load
+from reasonalloc.engines.transformers.loading import load, to_stderr
 from reasonalloc.files import cache_folder, write_atomically
 from reasonalloc.policies.allocation import DemandProfile
 from reasonalloc.policies.allocation.profile import SCHEMA
@@ -34,7 +34,14 @@ def auto_profile_path(config: Any) -> Path:
     return cache_folder() / "profiles" / f"{folder.name or 'model'}-{key}.json"
 
 
-def auto_profile(config: Any, compression: Compression, model: Any = None, tokenizer: Any = None) -> DemandProfile:
+def auto_profile(
+    config: Any,
+    compression: Compression,
+    model: Any = None,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = to_stderr,
+) -> DemandProfile:
     """The model's profile; where there is none yet, calibrate on the eight built-in prompts and keep the result.
 
     A ``demand_profile.json`` in the model's folder is taken as it is.
@@ -44,6 +51,8 @@ def auto_profile(config: Any, compression: Compression, model: Any = None, token
         compression: what the profile is for.
         model, tokenizer: the model itself, if it is at hand. Else it is loaded from ``config.name_or_path``, for a
             while beside the user's own: calibrate beforehand where memory is short.
+        progress: of a calibration, see ``calibrate``.
+        say: gets a sentence when one begins.
 
     Raises:
         ValueError: the configuration does not say where the model is, it cannot be loaded from there, or the
@@ -68,11 +77,11 @@ def auto_profile(config: Any, compression: Compression, model: Any = None, token
                 "profile='auto' cannot tell where this model comes from (config.name_or_path is empty): "
                 "calibrate it with `reasonalloc calibrate` or reasonalloc.calibrate and pass the profile"
             )
-        model, tokenizer = load(config.name_or_path)
-    print(f"calibrating {config.name_or_path or 'the model'} once (profile='auto'); kept in {path}", file=sys.stderr)
+        model, tokenizer = load(config.name_or_path, say=say)
+    say(f"calibrating {config.name_or_path or 'the model'} once (profile='auto'); kept in {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    profile = calibrate(model, tokenizer, settings=SETTINGS, partial=partial)
+    profile = calibrate(model, tokenizer, settings=SETTINGS, partial=partial, progress=progress)
     write_atomically(path, profile.to_json())
     partial.unlink(missing_ok=True)
     return profile

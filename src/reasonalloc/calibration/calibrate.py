@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from reasonalloc.policies.allocation import DemandProfile, PromptDemand, merge
 from reasonalloc.policies.allocation.profile import differences
 from reasonalloc.policies.compression import Compression
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]  # what, how much of it is done, of how much at most
+PROMPTS, WRITING, LOSS, SENSITIVITY = "prompts", "writing", "loss curves", "sensitivity"
 
 
 def calibrate(
@@ -48,7 +50,9 @@ def calibrate(
         settings: how; None takes the defaults.
         partial: a file that holds what is finished after every batch. If it is there, it is gone on with; it is
             the caller's to delete.
-        progress: called with (tokens done, tokens at most) as it goes.
+        progress: called with (what, done, at most) as it goes: for "prompts" that are wholly measured, and for the
+            phases "writing" (tokens), "loss curves" and "sensitivity", each in steps that take about equally long.
+            At first once for each of them.
 
     Raises:
         UnsupportedModelError: see ``Cache``.
@@ -67,7 +71,7 @@ def calibrate(
     finished = {prompt.hash for part in parts for prompt in part.prompts}
     if finished - {prompt.hash for prompt in prompts}:
         raise ValueError(f"{partial} was begun with other prompts; delete it to start again")
-    meter = _Meter(progress, len(prompts), settings)
+    meter = _Meter(progress, settings, len(prompts), len(finished), model_shape(model.config).layers)
     for first in range(0, len(prompts), settings.batch_size):
         group = prompts[first : first + settings.batch_size]
         batch = [prompt for prompt in group if prompt.hash not in finished]
@@ -76,7 +80,7 @@ def calibrate(
             parts = [merge([*parts, measured])] if measured is not None else parts
             if partial is not None and parts:
                 write_atomically(partial, parts[0].to_json())
-        meter.batch_done(len(group))
+            meter.batch_done(len(batch))
     if not parts:
         raise ValueError(
             f"nothing to measure: every text ended before it had {settings.least_tokens} tokens; "
@@ -86,23 +90,31 @@ def calibrate(
 
 
 class _Meter:
-    """Progress in tokens, see ``CalibrationSettings.work``."""
+    """Progress: what is done of each phase, in steps; for every prompt as many as it may take at most."""
 
-    def __init__(self, progress: Progress | None, prompts: int, settings: CalibrationSettings) -> None:
-        self.progress = progress
-        self.each = settings.work
-        self.total = prompts * self.each
-        self.before = 0
+    def __init__(
+        self, progress: Progress | None, settings: CalibrationSettings, prompts: int, finished: int, layers: int
+    ) -> None:
+        self.progress, self.prompts, self.finished = progress, prompts, finished
+        self.each = {WRITING: settings.max_new_tokens}
+        if settings.loss:
+            self.each[LOSS] = len(settings.loss) * len(settings.miss_budgets)
+        if settings.sensitivity_window is not None:
+            self.each[SENSITIVITY] = layers * (layers + 1) // 2  # under test is a layer, and all above it run
+        self.batch_done(0)
 
-    def advance(self, tokens: float) -> None:
-        """So many tokens of the current batch are done."""
+    def advance(self, phase: str, steps: int) -> None:
+        """So many steps of the current batch are done."""
         if self.progress is not None:
-            self.progress(round(self.before + tokens), self.total)
+            self.progress(phase, self.finished * self.each[phase] + steps, self.prompts * self.each[phase])
 
     def batch_done(self, prompts: int) -> None:
-        """A batch is finished, however many tokens it needed."""
-        self.before += prompts * self.each
-        self.advance(0)
+        """A batch is finished, however many steps it needed."""
+        self.finished += prompts
+        for phase in self.each:
+            self.advance(phase, 0)
+        if self.progress is not None:
+            self.progress(PROMPTS, self.finished, self.prompts)
 
 
 def _resume(partial: Path, model: Any, settings: CalibrationSettings) -> DemandProfile:
@@ -219,7 +231,8 @@ def _generate(
             ids, attention_mask=mask, position_ids=position, **{CACHE_ARGUMENT: cache}, logits_to_keep=1
         ).logits
         position = position + 1
-        meter.advance((step + 1) * len(prompts))
+        meter.advance(WRITING, (step + 1) * len(prompts))
+    meter.advance(WRITING, settings.max_new_tokens * len(prompts))
     cache.ragged.flush()
     return answers
 
@@ -233,15 +246,17 @@ def _with_losses(
     meter: _Meter,
 ) -> list[PromptDemand]:
     """The records with what each answer loses when heads forget: loss curves and loss sensitivity."""
-    found, done = [], float(settings.max_new_tokens * len(records))
+    found: list[PromptDemand] = []
+    layers = model_shape(model.config).layers
 
-    def steps(count: int) -> Callable[[], None]:
-        """Called ``count`` times for one measurement of one answer."""
+    def steps(phase: str, sizes: Iterator[int]) -> Callable[[], None]:
+        """Called after each of these many steps of one measurement of one answer."""
+        done = len(found) * meter.each[phase]
 
         def advance() -> None:
             nonlocal done
-            done += settings.max_new_tokens / count
-            meter.advance(done)
+            done += next(sizes)
+            meter.advance(phase, done)
 
         return advance
 
@@ -253,11 +268,11 @@ def _with_losses(
         ids = torch.cat([prompt, torch.tensor(answers[i], device=prompt.device)])
         if settings.loss:
             grids = {scorer: settings.grids[scorer] for scorer in settings.loss}
-            advance = steps(len(grids) * len(settings.miss_budgets))
+            advance = steps(LOSS, repeat(1))
             losses = loss_curves(model, ids, len(answers[i]), grids, settings.loss_points, advance)
             record = replace(record, losses={scorer: nine_digits(curves) for scorer, curves in losses.items()})
         if settings.sensitivity_window is not None:
-            advance = steps(model_shape(model.config).layers)
+            advance = steps(SENSITIVITY, iter(range(layers, 0, -1)))
             rises = loss_sensitivity(model, ids, len(answers[i]), settings.sensitivity_window, advance)
             record = replace(record, sensitivity=rises.numpy())
         found.append(record)

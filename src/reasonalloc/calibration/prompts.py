@@ -52,7 +52,8 @@ def _prompts(lines: list[tuple[int, dict[str, Any]]], name: str, field: str) -> 
         value = data.get(field)
         if not isinstance(value, str) or not value.strip():
             raise ValueError(
-                f"{name}, line {number}: no text in field {field!r} (found: {', '.join(data)}); name the field"
+                f"{name}, line {number}: no text in field {field!r} (found: {', '.join(data)}); "
+                "name the field of the question (--field)"
             )
         prompt = ProbePrompt(value, str(data.get("task", "")))
         if prompt.text in [other.text for other in prompts]:

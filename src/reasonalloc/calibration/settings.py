@@ -70,9 +70,15 @@ class CalibrationSettings:
         for scorer in self.simulated:
             for budget in self.miss_budgets:
                 try:
-                    Compression(budget, scorer, layers="uniform")
+                    least = Compression(None, scorer, layers="uniform").kept_window + 1
+                    Compression(max(budget, least), scorer, layers="uniform")
                 except ValueError as error:
                     raise ValueError(f"curves of {scorer!r} at miss_budgets (--miss-budgets): {error}") from error
+                if budget < least:
+                    raise ValueError(
+                        f"curves of {scorer!r} at miss_budgets (--miss-budgets): {budget} leaves nothing beside the "
+                        f"scorer's window, ask for at least {least}"
+                    )
         self.probe()
 
     @property
@@ -84,11 +90,6 @@ class CalibrationSettings:
     def grids(self) -> dict[str, MissGrid]:
         """Where their curves are measured."""
         return {scorer: MissGrid(self.miss_budgets, self.interval, self.protect_prompt) for scorer in self.simulated}
-
-    @property
-    def work(self) -> int:
-        """Of one prompt, in tokens at most, for a progress bar: each measurement of its answer counts as the answer."""
-        return self.max_new_tokens * (1 + bool(self.loss) + (self.sensitivity_window is not None))
 
     def probe(self) -> ProbeSettings:
         """What the probe needs to know of this."""

@@ -5,9 +5,15 @@ One command, one file. A command imports what it needs when it runs, so that its
 
 from __future__ import annotations
 
+import io
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from reasonalloc.cli.calibrate import calibrate
+from reasonalloc.cli.console import manner
 from reasonalloc.cli.demo import demo
 from reasonalloc.cli.eval import evaluate
 from reasonalloc.cli.generate import generate
@@ -17,7 +23,31 @@ from reasonalloc.cli.problems import problems
 from reasonalloc.cli.profile import profile_app
 from reasonalloc.cli.report import report
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Reasoning models in a small, fixed KV cache.")
+# Plain help: rich's tables cut the names of options at 80 columns. Errors end in `clear_errors`.
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"reasonalloc {version('reasonalloc')}")
+        raise typer.Exit
+
+
+@app.callback()
+def run(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors alone.")] = False,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Reasoning models in a small, fixed KV cache."""
+    manner.debug, manner.quiet = debug, quiet
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that a terminal lacks must not end long work
+            stream.reconfigure(errors="replace")
+
+
 app.command()(calibrate)
 app.command("eval")(evaluate)
 app.command()(report)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from reasonalloc.cli.console import Progress, clear_errors, console, errors
+from reasonalloc.cli.console import Calibrating, Loading, clear_errors, say, wrote
 from reasonalloc.cli.options import Device, Dtype, whole_numbers
 from reasonalloc.cli.profile import print_profile
 
@@ -60,7 +59,6 @@ def calibrate(
         from reasonalloc.calibration.stability import bootstrap
         from reasonalloc.engines.transformers.loading import load, quiet
         from reasonalloc.files import write_atomically
-        from reasonalloc.policies.allocation import DemandProfile
 
         if output.suffix != ".json":
             raise ValueError(f"a profile is saved as .json, got {output.name!r}")
@@ -88,25 +86,15 @@ def calibrate(
         partial = output.with_name(output.name + ".partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
         quiet()
-        with errors.status(f"loading {model}"):
-            network, tokenizer = load(model, dtype, device)
-        before = 0
+        with Loading(model) as loading:
+            network, tokenizer = load(model, dtype, device, progress=loading.progress, say=say)
         if partial.exists():
-            errors.print(f"going on with {partial}", highlight=False)
-            with suppress(ValueError):  # which calibrate will say better
-                before = len(DemandProfile.load(partial).prompts) * settings.work
-        with Progress("tokens", len(questions) * settings.work, before) as progress:
-            profile = run_calibration(
-                network,
-                tokenizer,
-                questions,
-                settings,
-                partial=partial,
-                progress=lambda done, total: progress.advance(max(0, done - progress.done)),
-            )
+            say(f"going on with {partial}")
+        with Calibrating() as shown:
+            profile = run_calibration(network, tokenizer, questions, settings, partial=partial, progress=shown.report)
         if name is not None:
             profile = replace(profile, source={**profile.source, "model": name})
         write_atomically(output, profile.to_json())
         partial.unlink(missing_ok=True)
         print_profile(profile, bootstrap(profile))
-        console.print(f"wrote {output}", highlight=False)
+        wrote(f"wrote {output}")

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from reasonalloc.cli.console import clear_errors, console
+from reasonalloc.cli.console import clear_errors, console, manner, wrote
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,14 +88,15 @@ def _run(budget: int, interval: int, output: Path) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # two threads of one core only wait for each other
     network, tokenizer = load(BUILT_IN, "float32", "cpu")
     asked = _problems()
-    console.print(
+    wrote(
         f"{len(asked)} problems ({', '.join(TASKS)}), greedy, with the built-in reasoner; beside the question {budget} "
-        f"tokens per head stay, all others are evicted every {interval} tokens",
-        highlight=False,
+        f"tokens per head stay, all others are evicted every {interval} tokens"
     )
     runs = []
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("longest {task.fields[step]} tokens"), console=console) as progress:
+    with Progress(
+        *columns, TextColumn("longest {task.fields[step]} tokens"), console=console, disable=manner.quiet
+    ) as progress:
         for name, compression in compressions.items():
             bar = progress.add_task(name, total=len(asked), step=0)
             began = time.perf_counter()
@@ -118,8 +119,8 @@ def _run(budget: int, interval: int, output: Path) -> None:
     answer(network, tokenizer, prompts, compressions[METHODS[-1]], Sampling(0.0, 1.0, LONGEST), recorder=recorder)
     _save(asked, runs, recorder, output)
     console.print(_table(asked, runs))
-    console.print(_parting(asked, runs), highlight=False)
-    console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}", highlight=False)
+    console.print(_parting(asked, runs))
+    wrote(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
 
 
 def _problems() -> list[Asked]:

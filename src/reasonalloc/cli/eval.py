@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reasonalloc.cli.console import Progress, clear_errors, console, errors
-from reasonalloc.cli.options import Device, Dtype, prompt_of, whole_numbers
+from reasonalloc.cli.console import Calibrating, Loading, Progress, clear_errors, duration, say, wrote
+from reasonalloc.cli.options import Device, Dtype, Window, prompt_of, whole_numbers
 
 if TYPE_CHECKING:
     from reasonalloc.evaluation.store import Result, Store
@@ -59,6 +59,7 @@ def evaluate(
     ] = None,
     profile: Annotated[str | None, typer.Option(help="Demand profile (JSON), or 'auto'.")] = None,
     interval: Annotated[int, typer.Option(min=1, help="Decoded tokens between two compressions.")] = 128,
+    window: Window = None,
     protect_prompt: Annotated[bool, typer.Option(help="Keep the prompt, on top of the budget.")] = False,
     pin_prompt: Annotated[bool, typer.Option(help="Keep the prompt, inside the budget: up to 3/4 of it.")] = False,
     random_splits: Annotated[int, typer.Option(min=0, help="Random splits of each budget, as a control.")] = 0,
@@ -111,6 +112,7 @@ def evaluate(
                     "sampling": {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens},
                     "common": {
                         "interval": interval,
+                        **({"window": window} if window is not None else {}),
                         **({"profile": profile} if profile else {}),
                         **prompt_of(protect_prompt, pin_prompt),
                     },
@@ -125,7 +127,7 @@ def evaluate(
         if tensor_parallel and ray_workers:
             raise ValueError("--tensor-parallel works in torchrun's processes, --ray-workers start their own: choose")
         _run(store, wanted, device, None if shard is None else _shard(shard), ray_workers, ray_gpus, tensor_parallel)
-        console.print(f"{output}: done. `reasonalloc report {output}` says what was found", highlight=False)
+        wrote(f"{output}: done. `reasonalloc report {output}` says what was found")
 
 
 def _run(
@@ -154,15 +156,17 @@ def _run(
         if found.grader != FIDELITY:
             grader(found.grader)
             grader_version(found.grader)  # what is missing for grading is said now, not after hours
-    with errors.status(f"loading {study.model}"):
-        worker = Worker(study, "cpu" if ray_workers else device, tensor_parallel)  # the GPUs are the actors'
-    profile = store.profile() or worker.auto_profile(study)
+    with Loading(study.model) as loading:
+        where = "cpu" if ray_workers else device  # the GPUs are the actors'
+        worker = Worker(study, where, tensor_parallel, loading.progress, say)
+    with Calibrating() as shown:
+        profile = store.profile() or worker.auto_profile(study, shown.report, say)
     store.begin(study, worker.fingerprint, sets, profile)
     plan = store.plan()
     batches = plan if part is None else shard(plan, *part)
     watch = _Watch(store, batches, hidden=not worker.writes)
     if store.damaged:
-        errors.print(f"{store.damage()}: made anew", highlight=False, markup=False, soft_wrap=True)
+        say(f"{store.damage()}: made anew")
     with watch:
         if ray_workers:
             run_ray(study, store, plan, ray_workers, ray_gpus, watch.done, device)
@@ -227,7 +231,8 @@ class _Watch:
             units, finished = units + len(batch), finished + len(batch) - len(left)
             for unit in batch if not left else ():
                 self._grade(unit)
-        self.progress = Progress("answers", units, finished, self._said, hidden, clock)
+        self.longest = max((unit.sampling.max_new_tokens for batch in batches for unit in batch), default=0)
+        self.progress = Progress("answers", units, finished, self._said, hidden, clock, left=self._left)
 
     def __enter__(self) -> _Watch:
         self.progress.__enter__()
@@ -260,6 +265,13 @@ class _Watch:
             found = self.store.read(unit)
             if isinstance(found, Answer):
                 self.right[unit.cell.method].append(self.store.grade(unit, found).correct)
+
+    def _left(self) -> str:
+        """Before the first batch of this session ends: the time left if all answers are as long as they may be."""
+        if self.progress.done > self.progress.before or not self.within:
+            return ""
+        tokens = (self.progress.total - self.progress.done) * self.longest - self.within
+        return f"at most {duration(max(0, tokens) * self.progress.elapsed / self.within)} left at this pace"
 
     def _said(self) -> str:
         tokens = self.tokens + self.within

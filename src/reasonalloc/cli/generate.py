@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reasonalloc.cli.console import clear_errors, errors
-from reasonalloc.cli.options import Device, Dtype, prompt_of
+from reasonalloc.cli.console import Calibrating, Loading, clear_errors, say
+from reasonalloc.cli.options import Device, Dtype, Window, prompt_of
 
 if TYPE_CHECKING:
     from reasonalloc.policies.compression import Compression
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 def generate(
     model: Annotated[str, typer.Option("--model", "-m", help="Folder, .gguf file, hub id, or reasonalloc/reasoner.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; '-' reads standard input.")],
-    budget: Annotated[int | None, typer.Option("--budget", "-b", help="Tokens per KV head, on average.")] = None,
+    budget: Annotated[
+        int | None, typer.Option("--budget", "-b", help="Tokens per KV head, on average. All methods but full need it.")
+    ] = None,
     method: Annotated[str, typer.Option(help="See `reasonalloc methods`.")] = "reasonalloc",
     profile: Annotated[
         str | None, typer.Option(help="Demand profile (JSON), or 'auto': calibrate once and keep it.")
     ] = None,
     interval: Annotated[int, typer.Option(help="Decoded tokens between two compressions.")] = 128,
+    window: Window = None,
     protect_prompt: Annotated[bool, typer.Option(help="Keep the prompt, on top of the budget.")] = False,
     pin_prompt: Annotated[bool, typer.Option(help="Keep the prompt, inside the budget: up to 3/4 of it.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
@@ -46,6 +49,8 @@ def generate(
         from reasonalloc.policies.compression import Compression
 
         overrides: dict[str, Any] = {"interval": interval, "seed": seed, **prompt_of(protect_prompt, pin_prompt)}
+        if window is not None:
+            overrides["window"] = window
         if profile is not None:
             overrides["profile"] = profile
         compression = Compression.method(method, budget, **overrides)
@@ -81,10 +86,12 @@ def _answer(
     from reasonalloc.policies.compression import AUTO_PROFILE
 
     quiet()
-    with errors.status(f"loading {model}"):
-        network, tokenizer = load(model, dtype, device)
+    with Loading(model) as loading:
+        network, tokenizer = load(model, dtype, device, progress=loading.progress, say=say)
     if compression.profile == AUTO_PROFILE:
-        compression = compression.replace(profile=auto_profile(network.config, compression, network, tokenizer))
+        with Calibrating() as shown:
+            profile = auto_profile(network.config, compression, network, tokenizer, shown.report, say)
+        compression = compression.replace(profile=profile)
     recorder = Recorder() if record else None
     cache = Cache(network.config, compression, recorder=recorder)
     inputs = encode(tokenizer, [question], not raw, network.device)
@@ -103,8 +110,8 @@ def _answer(
     if not stream:
         print(tokenizer.decode(answer, skip_special_tokens=True))
     found = cache.stats()
-    errors.print(f"\n{len(answer)} tokens in {seconds:.1f} s ({len(answer) / seconds:.1f} tokens/s)", highlight=False)
-    errors.print("\n".join(str(found).splitlines()[:4]), highlight=False)
+    say(f"\n{len(answer)} tokens in {seconds:.1f} s ({len(answer) / seconds:.1f} tokens/s)")
+    say("\n".join(str(found).splitlines()[:4]))
     if stats is not None:
         write_atomically(stats, json.dumps(found.to_dict()).encode())
     if recorder is not None and record is not None:

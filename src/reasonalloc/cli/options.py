@@ -7,6 +7,9 @@ from typing import Annotated, Any
 import typer
 
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Window = Annotated[
+    int | None, typer.Option(min=0, help="Newest tokens that every head keeps; default: the scorer's own.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 
 

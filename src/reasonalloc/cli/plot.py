@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from reasonalloc.cli.console import clear_errors, console
+from reasonalloc.cli.console import clear_errors, wrote
 
-plot_app = typer.Typer(no_args_is_help=True, help="Draw what was recorded.")
+plot_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Draw what was recorded.")
 
 
 @plot_app.command("budgets")
@@ -24,4 +24,4 @@ def plot_budgets_command(
         from reasonalloc.evaluation.plots import plot_budgets
 
         plot_budgets(Recorder.load(record), output, sequence)
-        console.print(f"wrote {output}", highlight=False)
+        wrote(f"wrote {output}")

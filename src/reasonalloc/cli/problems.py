@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from reasonalloc.cli.console import clear_errors, console
+from reasonalloc.cli.console import clear_errors, wrote
 
 
 def problems(
@@ -33,4 +33,4 @@ def problems(
                 for seed, problem in enumerate(made)
             ]
         write_atomically(output, "".join(json.dumps(line) + "\n" for line in lines).encode())
-        console.print(f"wrote {len(lines)} problems to {output}", highlight=False)
+        wrote(f"wrote {len(lines)} problems to {output}")

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from reasonalloc.cli.console import clear_errors, console
+from reasonalloc.cli.console import clear_errors, console, wrote
 
 if TYPE_CHECKING:
     from reasonalloc.calibration.stability import Stability
     from reasonalloc.policies.allocation import DemandProfile
 
-profile_app = typer.Typer(no_args_is_help=True, help="Look at demand profiles, compare and merge them.")
+profile_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Look at demand profiles, compare and merge them."
+)
 
 Budget = Annotated[int, typer.Option("--budget", "-b", min=1, help="Mean tokens per head that budgets are shown for.")]
 Picture = Annotated[Path | None, typer.Option(help="Draw it, too (.png).")]
@@ -37,7 +39,7 @@ def show(profile: File, budget: Budget = 128, plot: Picture = None) -> None:
             plot_profile(found, bands, plot)
         print_profile(found, bands)
         if plot is not None:
-            console.print(f"wrote {plot}", highlight=False)
+            wrote(f"wrote {plot}")
 
 
 def print_profile(profile: DemandProfile, bands: Stability) -> None:
@@ -51,8 +53,7 @@ def print_profile(profile: DemandProfile, bands: Stability) -> None:
     tokens = sum(prompt.tokens for prompt in profile.prompts)
     name = profile.source.get("model") or profile.architecture.get("model_type") or "a model"
     table = Table(
-        title=f"{escape(str(name))}: {len(profile.prompts)} prompts, {tokens} tokens generated, "
-        f"{profile.rows} positions measured",
+        title=f"{name}: {len(profile.prompts)} prompts, {tokens} tokens generated, {profile.rows} positions measured",
     )
     for heading in ("layer", "demand", "± s.e.", "band", "heads", "budget", "band"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -71,42 +72,38 @@ def print_profile(profile: DemandProfile, bands: Stability) -> None:
         f"demand: tokens that hold {rho:.0%} of a position's attention, mean over positions and query heads; "
         f"heads: least and most of a query head; budget: tokens per head of layers='wave' at a mean of {budget}. "
         f"Bands: {bands.level:.0%}, by bootstrap over prompts.",
-        highlight=False,
     )
     skew, low, high = head_skew(profile, rho)
     between = f" [{low:.1f}, {high:.1f}]" if bands.prompts > 1 else ""
     console.print(
         f"inside a layer the neediest query head asks for {skew:.1f}{between} times as much as the least needy one "
         "(median over layers)",
-        highlight=False,
     )
     for scorer, grid in profile.grids.items():
         mean = profile.miss_curves(scorer).mean((1, 2))
         curve = "  ".join(f"{b}: {m:.1%}" for b, m in zip(grid.budgets, mean, strict=True))
         how = f"every {grid.interval} tokens" + (", the prompt protected" if grid.protect_prompt else "")
-        console.print(f"attention on tokens that {scorer} had evicted ({how}), by budget: {curve}", highlight=False)
+        console.print(f"attention on tokens that {scorer} had evicted ({how}), by budget: {curve}")
         if scorer in profile.prompts[0].losses:
             mean = profile.loss_curves(scorer).sum((1, 2))
             curve = "  ".join(f"{b}: {m:.3g}" for b, m in zip(grid.budgets, mean, strict=True))
             console.print(
                 f"nats per token lost when {scorer} holds all heads, by budget: {curve}",
-                highlight=False,
             )
             _print_losses(profile, scorer, budget)
         try:
             split = bootstrap_miss_curves(profile, scorer, budget)
         except ValueError as error:
-            console.print(f"  {error}", highlight=False)
+            console.print(f"  {error}")
         else:
             console.print(
                 f"  miss-curve budgets at {budget}: {split.budgets.min()} to {split.budgets.max()} tokens per KV head; "
                 f"{bands.level:.0%} bands {float(np.median(split.widths)):.0%} of the budget wide in the median, "
                 f"{float(split.widths.max()):.0%} at most",
-                highlight=False,
             )
     advice = bands.advice()
     if advice:
-        console.print(f"[yellow]note:[/] {advice}.", highlight=False)
+        console.print(Text.assemble(("note:", "yellow"), f" {advice}."))
 
 
 def _print_losses(profile: DemandProfile, scorer: str, budget: int) -> None:
@@ -121,12 +118,11 @@ def _print_losses(profile: DemandProfile, scorer: str, budget: int) -> None:
         budgets = policy.budgets(profile.shape, budget, window, profile)
         related, low, high = correlation(profile.layer_demand(profile.reference_rho), budgets.mean(1))
     except ValueError as error:
-        console.print(f"  {error}", highlight=False)
+        console.print(f"  {error}")
         return
     console.print(
         f"  loss-curve budgets at {budget}: {budgets.min()} to {budgets.max()} tokens per KV head; layers' shares "
         f"correlate with their demand by {related:.2f} [{low:.2f}, {high:.2f}]",
-        highlight=False,
     )
 
 
@@ -163,14 +159,14 @@ def study(profile: File, budget: Budget = 128, plot: Picture = None) -> None:
         for choice in choices:
             table.add_row(
                 f"{choice.exponent:g}",
-                escape(f"[{choice.lower:g}, {choice.upper:g}]"),
+                f"[{choice.lower:g}, {choice.upper:g}]",
                 f"{choice.budgets.min():.1f}",
                 f"{choice.budgets.max():.1f}",
                 f"{choice.moved:.1%}",
             )
         console.print(table)
         if plot is not None:
-            console.print(f"wrote {plot}", highlight=False)
+            wrote(f"wrote {plot}")
 
 
 @profile_app.command("compare")
@@ -208,7 +204,6 @@ def compare_command(
             "below; variance: share of the sum of squares; p: permutation test of the level's labels, one sided; "
             "least p: the smallest that so few members can give; -: relabelling would change nothing.\n"
             "Texts of different length differ, too: compare tasks at a --max-new-tokens that all texts reach.",
-            highlight=False,
         )
 
 
@@ -222,9 +217,9 @@ def merge_command(
         from reasonalloc.files import write_atomically
         from reasonalloc.policies.allocation import DemandProfile, merge
 
-        merged = merge([DemandProfile.load(path) for path in profiles])
+        merged = merge([DemandProfile.load(path) for path in profiles], [str(path) for path in profiles])
         write_atomically(output, merged.to_json())
-        console.print(f"wrote {output}: {len(merged.prompts)} prompts", highlight=False)
+        wrote(f"wrote {output}: {len(merged.prompts)} prompts")
 
 
 def _short_names(paths: list[Path]) -> list[str]:

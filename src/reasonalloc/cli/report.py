@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from reasonalloc.cli.console import clear_errors, console
+from reasonalloc.cli.console import clear_errors, console, wrote
 
 
 def report(
@@ -53,5 +53,5 @@ def report(
         if not findings.tasks():
             raise ValueError(f"{folder} has no problem yet that can be judged for all methods")
         paths = write_report(findings, output or folder / "report")
-        console.print(markdown(findings), highlight=False, markup=False, soft_wrap=True)
-        console.print(f"wrote {', '.join(map(str, paths))}", highlight=False, soft_wrap=True)
+        console.print(markdown(findings), soft_wrap=True)
+        wrote(f"wrote {', '.join(map(str, paths))}")

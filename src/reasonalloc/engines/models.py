@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,27 +31,25 @@ def model_shape(config: Any) -> ModelShape:
     """The attention shape of a supported model.
 
     Raises:
-        UnsupportedModelError: encoder-decoder, sliding-window, chunked, linear, latent (MLA) or soft-capped
-            attention, attention sinks, layers that share caches, or a quantised key/value cache.
-        ValueError: the model's attention implementation is set to another name.
+        UnsupportedModelError: encoder-decoder, sliding-window, chunked, linear, latent (MLA), soft-capped or cross
+            attention, attention sinks, layers that differ or share caches, or a quantised key/value cache.
     """
     text = decoder_config(config)
     reasons = [reason for reason in _reasons(config, text) if reason]
     if reasons:
-        raise UnsupportedModelError(
-            f"a ragged cache cannot serve this {text.model_type} model: {'; '.join(reasons)}. "
-            "Use transformers' own DynamicCache for it"
-        )
-    attention = getattr(text, "_attn_implementation", None)
-    if attention not in (None, ATTENTION_NAME):
-        raise ValueError(
-            f"the model uses attention implementation {attention!r}, which cannot read a ragged cache: load it with "
-            f"attn_implementation={ATTENTION_NAME!r} or call model.set_attn_implementation({ATTENTION_NAME!r}) first"
-        )
+        raise UnsupportedModelError(refusal(text.model_type, reasons))
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return ModelShape(text.num_hidden_layers, kv_heads, heads, head_dim)
+
+
+def refusal(model_type: str, reasons: Sequence[str]) -> str:
+    """What to say of a model that cannot be served."""
+    return (
+        f"a ragged cache cannot serve this {model_type} model: {'; '.join(reasons)}. "
+        "Use transformers' own DynamicCache for it"
+    )
 
 
 def architecture(config: Any) -> dict[str, Any]:
@@ -61,6 +60,10 @@ def architecture(config: Any) -> dict[str, Any]:
 
 
 def _reasons(config: Any, text: Any) -> list[str]:
+    if getattr(text, "is_heterogeneous", False):  # asking for a field of which each layer has its own would raise
+        return ["its layers have attention of different shapes"]
+    if not all(hasattr(text, name) for name in ("num_attention_heads", "num_hidden_layers", "hidden_size")):
+        return ["it is not one stack of layers with attention"]
     other = sorted(set(getattr(text, "layer_types", None) or ()) - FULL_ATTENTION)
     window = getattr(text, "sliding_window", None)
     windowed = (
@@ -76,9 +79,14 @@ def _reasons(config: Any, text: Any) -> list[str]:
         "its attention is latent (MLA)" if getattr(text, "kv_lora_rank", None) else "",
         "its attention logits are soft-capped" if getattr(text, "attn_logit_softcapping", None) else "",
         "its layers share key/value caches" if getattr(text, "num_kv_shared_layers", 0) else "",
+        "it has cross-attention layers" if _crosses(text) else "",
         "its attention has sinks" if text.model_type == "gpt_oss" else "",
         "its key/value cache is quantised" if kv_scheme is not None else "",
     ]
+
+
+def _crosses(text: Any) -> bool:
+    return bool(getattr(text, "cross_attention_layers", None) or getattr(text, "add_cross_attention", False))
 
 
 def check_states(key: torch.Tensor, kv_heads: int) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from reasonalloc.calibration.auto import auto_profile
-from reasonalloc.engines.transformers.loading import load, quiet, ranks
+from reasonalloc.calibration.calibrate import Progress
+from reasonalloc.engines.transformers.loading import load, quiet, ranks, to_stderr
 from reasonalloc.evaluation.answering import answer
 from reasonalloc.evaluation.fidelity import Reading, make_trace, read_alike
 from reasonalloc.evaluation.questions import FIDELITY
@@ -32,27 +33,40 @@ Keep = Callable[[Unit, Result], None]
 class Worker:
     """A loaded model that works on batches of a study; with ``tensor_parallel``, one rank's part of it.
 
+    ``progress`` and ``say`` are those of ``load``.
+
     Attributes:
         together: whether several ranks share the model.
         writes: whether this one keeps and shows what they find.
     """
 
-    def __init__(self, study: Study, device: str = "auto", tensor_parallel: bool = False) -> None:
+    def __init__(
+        self,
+        study: Study,
+        device: str = "auto",
+        tensor_parallel: bool = False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        say: Callable[[str], None] = to_stderr,
+    ) -> None:
         quiet()
-        self.model, self.tokenizer = load(study.model, study.dtype, device, tensor_parallel)
+        self.model, self.tokenizer = load(study.model, study.dtype, device, tensor_parallel, progress, say)
         self.together = ranks(self.model) > 1
         self.writes = not self.together or torch.distributed.get_rank() == 0
         self.fingerprint = fingerprint(self.model, self.tokenizer)
 
-    def auto_profile(self, study: Study) -> DemandProfile | None:
-        """What profile="auto" stands for; None if the study does not use it."""
+    def auto_profile(
+        self, study: Study, progress: Progress | None = None, say: Callable[[str], None] = to_stderr
+    ) -> DemandProfile | None:
+        """What profile="auto" stands for, see ``auto_profile``; None if the study does not use it."""
         found = [cell.compression for cell in study.cells if cell.compression.profile == AUTO_PROFILE]
         if found and self.together:
             raise ValueError(
                 "ranks of a tensor-parallel model cannot calibrate it: run `reasonalloc calibrate` on one machine "
                 "that holds it whole (device_map will do) and pass --profile FILE"
             )
-        return auto_profile(self.model.config, found[0], self.model, self.tokenizer) if found else None
+        if not found:
+            return None
+        return auto_profile(self.model.config, found[0], self.model, self.tokenizer, progress, say)
 
     def run(self, batch: Batch, keep: Keep, written: Written = lambda tokens: None) -> list[Result]:
         """Results of a batch, each kept as soon as it is there; sampling is seeded by the batch itself."""

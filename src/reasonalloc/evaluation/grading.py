@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from reasonalloc.evaluation.questions import MATH, RECALL
+from reasonalloc.mathematics.judging import JUDGE, LIMIT
 from reasonalloc.reasoner import read
 from reasonalloc.tasks import TASKS
 
-_VERSION = 2  # of the graders in this file
+_VERSION = 3  # of the graders in this file
 THOUGHT_ENDS = ("</think>", "<|end_of_thought|>", "[/THINK]")  # what reasoning models write before the answer
 
 
@@ -24,11 +25,13 @@ class Grade:
         extracted: the answer found in it; None if there is none that can be read.
         score: share of it that is right, in [0, 1].
         gradable: False where the reference itself cannot be read; such a problem says nothing about any method.
+        fault: why a text was not judged; None where it was.
     """
 
     extracted: str | None
     score: float
     gradable: bool = True
+    fault: str | None = None
 
     @property
     def correct(self) -> bool:
@@ -42,22 +45,29 @@ def after_thought(text: str) -> str:
 
 
 def grade_math(reference: str, text: str) -> Grade:
-    """By math-verify: the last boxed or final expression, equal to the reference as mathematics.
+    """By math-verify: the last box, or the final expression where there is none, equal to the reference as mathematics.
+
+    What cannot be judged in ``mathematics.judging.LIMIT`` seconds is not right, and the grade says so.
 
     Raises:
         ImportError: math-verify is missing.
     """
+    _math_verify()
+    verdict = JUDGE.ask(reference, after_thought(text))
+    if verdict is not None:
+        return Grade(**verdict)
+    too_long = f"not judged in {LIMIT:g} seconds or the memory there is"
+    if JUDGE.ask(reference, r"\boxed{1}") is None:  # nor is the simplest answer
+        return Grade(None, 0.0, gradable=False, fault=f"the reference was {too_long}")
+    return Grade(None, 0.0, fault=f"the answer was {too_long}")
+
+
+def _math_verify() -> str:
+    """Its version."""
     try:
-        from math_verify import parse, verify
-    except ImportError as error:
+        return version("math-verify")
+    except PackageNotFoundError as error:
         raise ImportError("grading mathematics needs math-verify: pip install 'reasonalloc[eval]'") from error
-    gold = parse(f"\\boxed{{{reference}}}")
-    if not gold:
-        return Grade(None, 0.0, gradable=False)
-    found = parse(after_thought(text))
-    if not found:
-        return Grade(None, 0.0)
-    return Grade(str(found[-1]), float(verify(gold, found)))
 
 
 def grade_recall(reference: str, text: str) -> Grade:
@@ -102,7 +112,4 @@ def grader_version(name: str) -> str:
     """
     if name != MATH:
         return f"reasonalloc {_VERSION}"
-    try:
-        return f"reasonalloc {_VERSION}, math-verify {version('math-verify')}"
-    except PackageNotFoundError as error:
-        raise ImportError("grading mathematics needs math-verify: pip install 'reasonalloc[eval]'") from error
+    return f"reasonalloc {_VERSION}, math-verify {_math_verify()}"

@@ -190,17 +190,17 @@ class Compression:
 
         Args:
             name: "full", "rkv", "reasonalloc", ...
-            budget: tokens per head; required by all methods but "full", which ignores it.
+            budget: tokens per head; required by all methods but "full", which takes none.
             overrides: any field of ``Compression``, in place of the method's own choice.
 
         Raises:
-            ValueError: unknown name (the nearest one is suggested), or no budget.
+            ValueError: unknown name (the nearest one is suggested), no budget, or one for "full".
         """
         if not isinstance(name, str) or name not in METHODS:
             raise unknown_name("method", name, list(METHODS))
-        if name == "full":
-            budget = None
-        elif budget is None:
+        if name == "full" and budget is not None:
+            raise ValueError(f"method 'full' keeps every token and takes no budget, got {shown(budget)}: leave it out")
+        if name != "full" and budget is None:
             raise ValueError(f"method {name!r} needs a budget: tokens per key/value head, for instance 256")
         return cls._of(Asked({"budget": budget, **overrides}, name))
 

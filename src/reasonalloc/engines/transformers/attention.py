@@ -2,7 +2,7 @@
 
 The cache's ``update`` returns the new keys tagged with the layer that they belong to; the attention function sees
 the tag and hands the work to that layer. Untagged keys (no cache, or somebody else's cache) go to stock sdpa, so
-the implementation can stay set for good.
+the implementation can stay set for good; not where ``generate`` was given our cache, and the model left it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from reasonalloc.engines.models import ATTENTION_NAME, UnsupportedModelError
+from reasonalloc.engines.transformers.presence import check_presence
 
 if TYPE_CHECKING:
     from reasonalloc.engines.transformers.cache import RaggedLayer
@@ -53,6 +54,8 @@ def attention_forward(
     """Attention as transformers wants it: ``[batch, heads, queries, dim]`` to ``[batch, queries, heads, dim]``."""
     layer: RaggedLayer | None = getattr(key, _TAG, None)
     if layer is None:
+        if not torch.compiler.is_compiling():
+            check_presence(module)
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -20,6 +20,7 @@ from reasonalloc.engines.models import ATTENTION_NAME, UnsupportedModelError, ar
 from reasonalloc.engines.transformers.attention import ordinary_tensors, tag
 from reasonalloc.engines.transformers.continuation import Continuation, Origin, no_new_tokens
 from reasonalloc.engines.transformers.graph import GraphUse
+from reasonalloc.engines.transformers.support import check_model
 from reasonalloc.policies.allocation import HEAD_ALLOCATORS, LAYER_ALLOCATORS
 from reasonalloc.policies.compression import AUTO_PROFILE, Compression
 from reasonalloc.policies.registry import profile_source
@@ -247,7 +248,7 @@ class Cache(cache_utils.Cache):
                 memory; eight elsewhere; all of them for dynamic layers on CUDA, so that memory stays where it is.
 
         Raises:
-            UnsupportedModelError: the model's attention is not supported, see ``engines.models.model_shape``.
+            UnsupportedModelError: the model is not supported, see ``engines.models.model_shape`` and ``support``.
             ValueError: there is no such backend, the model uses another attention implementation, the profile is of
                 another model, or the ranks cannot share the heads or a policy that gives every head its own budget.
         """
@@ -256,6 +257,7 @@ class Cache(cache_utils.Cache):
         if probe is not None and compression.budget is not None:
             raise ValueError(f"a probe watches a full cache: budget must be None, got {compression.budget}")
         whole = model_shape(config)
+        check_model(config)
         self.shape = whole.split(tensor_parallel)
         if compression.profile == AUTO_PROFILE:
             source = profile_source(AUTO_PROFILE)
@@ -295,7 +297,8 @@ class Cache(cache_utils.Cache):
             raise RuntimeError(
                 "the model's attention does not read the ragged cache, or was interrupted before it did: load the "
                 f"model with attn_implementation={ATTENTION_NAME!r}, or call "
-                f"model.set_attn_implementation({ATTENTION_NAME!r}), and reset() on the cache"
+                f"model.set_attn_implementation({ATTENTION_NAME!r}), and reset() on the cache; a model for which that "
+                "changes nothing does not use transformers' attention interface and cannot be served"
             )
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 

@@ -152,12 +152,13 @@ class Continuation:
             return None
         if mask.dtype != torch.bool:
             raise ValueError(
-                f"a ragged cache reads boolean attention masks only, got {mask.dtype}; pass a 2-D padding mask"
+                f"a ragged cache reads boolean attention masks only, got {mask.dtype}; pass a 2-D padding mask (if "
+                "you did, the model makes masks of its own and cannot be served)"
             )
         if mask.ndim != 4 or mask.shape[1] != 1:
             raise ValueError(
                 f"a ragged cache reads one attention mask for all heads, got shape {tuple(mask.shape)}; pass a 2-D "
-                "padding mask"
+                "padding mask (if you did, the model makes masks of its own and cannot be served)"
             )
         if columns == 1 and seen:  # decoding; one wait for the device
             shown, wanted = mask[:, 0, -1], self._visible(seen + 1)

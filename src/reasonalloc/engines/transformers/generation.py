@@ -17,6 +17,7 @@ from reasonalloc.engines.transformers.cache import Cache
 from reasonalloc.engines.transformers.continuation import GENERATE
 from reasonalloc.engines.transformers.graph import GraphUse, StepGraph, problem
 from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
+from reasonalloc.engines.transformers.presence import left_behind
 
 OnStep = Callable[[Tensor, Tensor], None]  # rows, tokens
 _PER_STEP = (
@@ -59,6 +60,7 @@ def decoding_loop(
 
     Raises:
         ValueError: per-step outputs were asked for, beams, or a cache that is not ``reasonalloc.Cache``.
+        UnsupportedModelError: the model does not go on with the cache that it was given.
         RuntimeError: the scores to draw from are not numbers.
     """
     streamer = _streamer()
@@ -230,7 +232,8 @@ class _Steps:
 
     def prefill(self, ids: Int[Tensor, "rows columns"], generation_config: Any) -> Float[Tensor, "rows vocabulary"]:
         """Read the prompts: scores of what comes first."""
-        return self._after(self._model._prefill(ids, generation_config, self._arguments), ids.device)
+        seen = self._cache.get_seq_length()
+        return self._after(self._model._prefill(ids, generation_config, self._arguments), ids.device, seen)
 
     def next(self, ids: Int[Tensor, "rows columns"]) -> Float[Tensor, "rows vocabulary"]:
         """Decode the newest tokens: scores of what comes next."""
@@ -239,7 +242,8 @@ class _Steps:
             inputs = self._inputs(ids)
             self._record(inputs)
             if self._graph is None:
-                return self._after(self._model(**inputs, return_dict=True), ids.device)
+                seen = self._cache.get_seq_length()
+                return self._after(self._model(**inputs, return_dict=True), ids.device, seen)
         assert self._graph is not None
         self._graph.ids.copy_(ids[:, -1:])
         self._cache.replay(self._graph.replay, self._graph.memory, self._graph.ids)
@@ -256,7 +260,10 @@ class _Steps:
         self._cache.batch_select_indices(keep)
         self._arguments = {name: _select(value, keep, held) for name, value in self._arguments.items()}
 
-    def _after(self, outputs: Any, device: torch.device) -> Float[Tensor, "rows vocabulary"]:
+    def _after(self, outputs: Any, device: torch.device, seen: int) -> Float[Tensor, "rows vocabulary"]:
+        """A pass is done, before which the cache had seen so many tokens. Not every model returns its cache."""
+        if outputs.get(CACHE_ARGUMENT, self._cache) is not self._cache or self._cache.get_seq_length() == seen:
+            raise left_behind(self._model, seen)
         self._arguments = self._model._update_model_kwargs_for_generation(outputs, self._arguments)
         return _scores(outputs.logits[:, -1], device)
 

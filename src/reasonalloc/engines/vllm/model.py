@@ -38,7 +38,7 @@ class ServedModel:
         _refuse(vllm_config)
         compression, ranks = settings.compression, vllm_config.parallel_config.tensor_parallel_size
         config = vllm_config.model_config.hf_text_config
-        whole = _shape(config)
+        whole = model_shape(config)
         if compression.demand_profile is not None:
             compression.demand_profile.check(whole, architecture(config))
         shape = whole.split(ranks)
@@ -65,14 +65,6 @@ def layer_number(name: str) -> int:
     if found is None:
         raise UnsupportedModelError(f"cannot tell which layer {name!r} is: its name should contain layers.NUMBER")
     return int(found[1])
-
-
-def _shape(config: Any) -> ModelShape:
-    attention, config._attn_implementation = getattr(config, "_attn_implementation", None), None
-    try:
-        return model_shape(config)
-    finally:
-        config._attn_implementation = attention
 
 
 def _refuse(vllm_config: Any) -> None:

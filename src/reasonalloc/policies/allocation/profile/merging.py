@@ -10,8 +10,12 @@ import numpy as np
 from reasonalloc.policies.allocation.profile.demand_profile import DemandProfile, differences
 
 
-def merge(profiles: Sequence[DemandProfile]) -> DemandProfile:
+def merge(profiles: Sequence[DemandProfile], names: Sequence[str] | None = None) -> DemandProfile:
     """One profile of all prompts: to the last digit what measuring them together would have given.
+
+    Args:
+        profiles: of one model, measured alike, on different prompts.
+        names: of the profiles, in messages: their files, for instance.
 
     Raises:
         ValueError: nothing to merge, different models or settings (every difference is named), or a prompt that
@@ -19,13 +23,25 @@ def merge(profiles: Sequence[DemandProfile]) -> DemandProfile:
     """
     if not profiles:
         raise ValueError("there is no profile to merge")
-    first = profiles[0]
-    for other in profiles[1:]:
-        other.check(first.shape, first.architecture)
-        own, theirs = _measured_with(first), _measured_with(other)
-        different = differences(own, theirs, "one", "other")
+    if names is None:
+        names = ["one", *["other"] * (len(profiles) - 1)]
+    first, holder = profiles[0], dict[str, str]()
+    for name, other in zip(names, profiles, strict=True):
+        try:
+            other.check(first.shape, first.architecture)
+        except ValueError as error:
+            raise ValueError(f"{names[0]} and {name} cannot be merged: {error}") from error
+        different = differences(_measured_with(first), _measured_with(other), names[0], name)
         if different:
             raise ValueError(f"profiles measured differently cannot be merged ({different})")
+        for prompt in other.prompts:
+            if prompt.hash in holder:
+                twice = sum(p.hash in holder for p in other.prompts)
+                raise ValueError(
+                    f"prompts counted twice: {twice} of the {len(other.prompts)} prompts of {name} are in others "
+                    f"already, {prompt.hash[:12]}... in {holder[prompt.hash]}: leave one of the two out"
+                )
+        holder.update({prompt.hash: name for prompt in other.prompts})
     histograms = [profile.histogram for profile in profiles if profile.histogram is not None]
     return DemandProfile(
         first.shape,

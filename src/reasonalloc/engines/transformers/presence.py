@@ -1,0 +1,62 @@
+"""Whether ``generate`` goes on with the cache that it was given. A model may make another one, and never says so."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+from torch.nn import Module
+from transformers import LogitsProcessor
+
+from reasonalloc.engines.models import UnsupportedModelError
+from reasonalloc.engines.transformers.continuation import GENERATE
+
+_NAMES = ("cache", "past_key_values")  # of a model's argument, since 5.24 and before
+
+
+def check_presence(module: Module) -> None:
+    """Called where an attention is not given keys of a ragged cache: that must be right.
+
+    Looks among the functions that are at work, as ``continuation.Origin`` does: the model that ``generate`` runs must
+    have been given the cache that ``generate`` was. Only a model's first layer asks, so this is done once a pass, and
+    never in a pass with a ragged cache.
+
+    Args:
+        module: the attention.
+
+    Raises:
+        UnsupportedModelError: it was given another one, or none.
+    """
+    if getattr(module, "layer_idx", None) != 0:
+        return
+    frame: FrameType | None = sys._getframe(1)
+    model: FrameType | None = None  # the outermost that takes a cache
+    while frame is not None:
+        code = frame.f_code
+        if code is GENERATE:
+            if model is not None:
+                _compare(_cache(frame.f_locals.get("model_kwargs", {})), model.f_locals)
+            return
+        if code.co_name == "forward" and any(name in code.co_varnames for name in _NAMES):
+            model = frame
+        elif code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), LogitsProcessor):
+            return  # a model that helps to choose tokens (guidance) has a cache of its own
+        frame = frame.f_back
+
+
+def _compare(given: Any, passed: dict[str, Any]) -> None:
+    if hasattr(given, "ragged") and _cache(passed) is not given:
+        raise left_behind(passed.get("self"), given.get_seq_length())
+
+
+def _cache(arguments: dict[str, Any]) -> Any:
+    return next((arguments[name] for name in _NAMES if arguments.get(name) is not None), None)
+
+
+def left_behind(model: Any, seen: int) -> UnsupportedModelError:
+    """The error of a model that goes on without the cache that it was given, which has seen so many tokens."""
+    return UnsupportedModelError(
+        f"{type(model).__name__} goes on without the cache that it was given, after {seen} tokens: write shorter texts "
+        "(max_new_tokens), or use transformers' own DynamicCache for it"
+    )
