@@ -21,7 +21,7 @@ from reasonalloc.evaluation.answering import Answer, Sampling, answer
 from reasonalloc.evaluation.executors import Worker, fingerprint, run_local, shard
 from reasonalloc.evaluation.fidelity import Reading
 from reasonalloc.evaluation.findings import ACCURACY, KL, MARGIN, NLL, collect
-from reasonalloc.evaluation.grading import after_thought, grade_recall, grader
+from reasonalloc.evaluation.grading import Grade, after_thought, grade_recall, grader
 from reasonalloc.evaluation.questions import load_questions, load_texts
 from reasonalloc.evaluation.recall import recall_question
 from reasonalloc.evaluation.report import (
@@ -996,6 +996,12 @@ def test_grades_are_made_anew_by_another_grader(model, tmp_path, monkeypatch):
         assert json.loads(path.read_text()) == kept
     path.write_text(json.dumps({**kept, "score": 0.5}))
     assert store.grade(unit, store.read(unit)).score == 1.0, "damaged"
+    path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("reasonalloc.evaluation.store.grader", lambda name: lambda *texts: Grade(None, 0.0, fault="slow"))
+        assert store.grade(unit, store.read(unit)).fault == "slow"
+    assert not path.exists()
+    assert store.grade(unit, store.read(unit)).score == 1.0, "judged at the next time"
 
 
 def test_whether_the_two_levels_of_a_split_add_up(model, tmp_path):

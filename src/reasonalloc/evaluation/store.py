@@ -162,7 +162,10 @@ class Store:
         return self._load(unit)
 
     def grade(self, unit: Unit, answer: Answer) -> Grade:
-        """The grade of a unit's answer: made once by each version of the grader, and kept where that is possible."""
+        """The grade of a unit's answer: made once by each version of the grader, and kept where that is possible.
+
+        Not one that could not be made (``Grade.fault``): a slower machine than usual may have been the cause.
+        """
         path = self._path("grades", unit.key)
         about = {"grader": grader_version(unit.grader), "answer": digest(answer.text)}
         with suppress(OSError, ValueError):  # none yet, or damaged: it is made anew
@@ -171,6 +174,8 @@ class Store:
             if CHECKSUM in stored and {name: kept.pop(name, None) for name in about} == about:
                 return built(Grade, kept)
         grade = grader(unit.grader)(unit.question.reference, answer.text)
+        if grade.fault is not None:
+            return grade
         content = json.dumps(sealed({**about, **asdict(grade)}), ensure_ascii=False).encode()
         with suppress(OSError):  # a read-only folder can be reported on, too
             write_atomically(path, content, lasting=False)
