@@ -62,15 +62,26 @@ def test_a_budget_that_nothing_exceeds_changes_nothing(tmp_path, chunk):
     assert all(same), f"{same.count(False)} of {len(same)} differ"
 
 
-@pytest.mark.parametrize("method", ["rkv", "reasonalloc-head", "reasonalloc", "h2o"])
-def test_what_is_kept_equals_the_transformers_adapter(tmp_path, method):
-    """One prompt, 400 greedy tokens, budget 64: the same positions stay in every layer and head."""
+@pytest.mark.parametrize(
+    ("method", "pin"),
+    [
+        ("rkv", False),
+        ("reasonalloc-head", False),
+        ("reasonalloc", False),
+        ("h2o", False),
+        ("rkv", True),
+        ("reasonalloc", True),
+    ],
+)
+def test_what_is_kept_equals_the_transformers_adapter(tmp_path, method, pin):
+    """One prompt, 400 greedy tokens, budget 64: the same positions stay in every layer and head, pinned ones, too."""
     import reasonalloc as ra
 
     profile = Path(MODEL, "demand_profile.json")  # layers of different sizes
     if method == "reasonalloc" and not profile.exists():
         pytest.skip(f"no {profile}")
     changes = {"interval": 32, **({"profile": str(profile)} if method == "reasonalloc" else {})}
+    changes |= {"prompt": "pin", "pin_share": 0.5} if pin else {}
     asked = {"method": method, "budget": 64, **changes}
     [prompt] = prompts(1, 150, 150, seed=1)
     ours = run(tmp_path, asked, prompts=[prompt], tokens=400, watch=True)
