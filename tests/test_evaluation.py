@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -1025,6 +1026,8 @@ def test_whether_the_two_levels_of_a_split_add_up(model, tmp_path):
     assert pinned.beyond.mean == pytest.approx(0)
     assert pinned.adds_up
     assert "At budget 24, reasonalloc changes +10.0 [" in markdown(findings)
+    some = replace(findings, cells=tuple(cell for cell in findings.cells if cell.method != "reasonalloc-head"))
+    assert [found.both.method for found in some.interactions("maps:6")] == ["reasonalloc, p"]
 
 
 def test_a_report_of_controls_alone(model, tmp_path):

@@ -247,6 +247,8 @@ class Findings:
                 continue
             for budget in self.study.budgets:
                 cells = [cell for name in names for cell in self.of(task, budget) if cell.method == name]
+                if len(cells) < len(names):  # nothing is known of one of them yet
+                    continue
                 both, none, layers, heads = paired(cells, metric)
                 if both.size > 1:
                     beyond = mean_value(both - layers - heads + none)
