@@ -48,7 +48,10 @@ class HeadAllocator(ABC):
 
         Args:
             layer: index of the layer.
-            shape, budget, window, profile: as for ``LayerAllocator.allocate``.
+            shape: the model's attention shape.
+            budget: tokens per key/value head, averaged over the model; includes the window.
+            window: newest tokens that every head keeps.
+            profile: the model's demand profile, or None.
         """
         return self
 
@@ -62,7 +65,10 @@ class HeadAllocator(ABC):
 
         Args:
             layers: indices of the layers, at least one.
-            shape, budget, window, profile: as for ``LayerAllocator.allocate``.
+            shape: the model's attention shape.
+            budget: tokens per key/value head, averaged over the model; includes the window.
+            window: newest tokens that every head keeps.
+            profile: the model's demand profile, or None.
         """
         own = tuple(self.for_layer(layer, shape, budget, window, profile) for layer in layers)
         return own[0] if all(allocator is own[0] for allocator in own) else LayeredHeads(own)
@@ -120,7 +126,12 @@ def check_layers(batch: int, layers: int) -> None:
 
 
 HEAD_ALLOCATORS: Registry[HeadAllocator] = Registry("head allocator", "reasonalloc.heads", HeadAllocator)
+"""Every known head allocator by name: ``HEAD_ALLOCATORS.names()``, ``HEAD_ALLOCATORS.create("threshold")``."""
 register_head_allocator = HEAD_ALLOCATORS.register
+"""Class decorator that enters a ``HeadAllocator`` under a name: ``@register_head_allocator("mine")``.
+
+Raises ``ValueError`` for a name that another class has, and for a class that is no ``HeadAllocator``.
+"""
 
 
 def pooled_counts(

@@ -45,7 +45,12 @@ class LayerAllocator(ABC):
 
 
 LAYER_ALLOCATORS: Registry[LayerAllocator] = Registry("layer allocator", "reasonalloc.layers", LayerAllocator)
+"""Every known layer allocator by name: ``LAYER_ALLOCATORS.names()``, ``LAYER_ALLOCATORS.create("wave")``."""
 register_layer_allocator = LAYER_ALLOCATORS.register
+"""Class decorator that enters a ``LayerAllocator`` under a name: ``@register_layer_allocator("mine")``.
+
+Raises ``ValueError`` for a name that another class has, and for a class that is no ``LayerAllocator``.
+"""
 
 
 class ReadsProfile(Protocol):
