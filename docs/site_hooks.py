@@ -23,7 +23,7 @@ LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")  # of other pages: no a
 
 def on_files(files: Files, config: Any) -> Files:
     """Add every repository file that a page links to, and those that these link to."""
-    waiting = [file for file in files.documentation_pages()]
+    waiting = list(files.documentation_pages())
     while waiting:
         page = waiting.pop()
         for target in _outside(page.src_uri, page.content_string):
