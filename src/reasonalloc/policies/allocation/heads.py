@@ -25,14 +25,25 @@ from reasonalloc.policies.registry import Registry
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """Budgets per head, and the pooled threshold that they came from where there is one."""
+    """Budgets per head, and the pooled threshold that they came from where there is one.
+
+    Attributes:
+        budgets: ``[batch, heads]`` int64, tokens that each head keeps, summing to the layer's total.
+        threshold: ``[batch]``, the least score that counted as demand; None for allocators without one.
+    """
 
     budgets: Int[Tensor, "batch heads"]
     threshold: Float[Tensor, "batch"] | None = None
 
 
 class HeadAllocator(ABC):
-    """Splits a layer's tokens over its heads. Implementations are frozen dataclasses of their settings."""
+    """Splits a layer's tokens over its heads. Implementations are frozen dataclasses of their settings.
+
+    Class attributes:
+
+    Attributes:
+        needs_profile: whether a cache without a demand profile is refused.
+    """
 
     needs_profile: bool = False
 
@@ -84,11 +95,15 @@ class HeadAllocator(ABC):
         """Split ``total`` over the heads of each sequence.
 
         Args:
-            scores: utility of each token, see the module's text.
+            scores: utility of each token, higher is better, on one scale for all heads of the layer. Tokens of the
+                window have +inf, absent ones -inf.
             lengths: tokens that each head holds; no head is given more than it holds.
             total: the layer's budget per sequence; ``lengths.sum(-1) > total`` is assumed.
             least: tokens that every head keeps whatever their score, of those that it holds: the window, and the pinned
                 ones of a prompt, whose number differs by sequence.
+
+        Returns:
+            Budgets that sum to ``total`` in every sequence.
         """
 
 
@@ -187,6 +202,14 @@ class ThresholdHeads(HeadAllocator):
     A head's raw demand is the number of its tokens among the layer's ``total`` best scores (the window counts:
     a budget includes it); R(.) with exponent beta and bounds [lower, upper] x mean makes budgets of the demands.
     Ours: the floor never falls under the window, and no head is given more tokens than it holds.
+
+    Attributes:
+        exponent: the paper's beta, the power of R(.).
+        lower: least share of a head, as a multiple of the mean, in [0, 1].
+        upper: largest share, likewise, at least 1.
+
+    Raises:
+        ValueError: a setting out of range, when constructed.
     """
 
     exponent: float = 0.5
@@ -221,6 +244,12 @@ class AdaKVHeads(HeadAllocator):
     """AdaKV (arXiv 2407.11550): a head's share of the layer's top scores, blended with an equal safeguard share.
 
     Deviation: the original rounds each head by itself and misses the total; ours is exact.
+
+    Attributes:
+        safeguard: the equal share's part, in [0, 1].
+
+    Raises:
+        ValueError: a safeguard out of range, when constructed.
     """
 
     safeguard: float = 0.2

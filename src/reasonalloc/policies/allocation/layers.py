@@ -21,7 +21,13 @@ from reasonalloc.policies.registry import Registry
 
 
 class LayerAllocator(ABC):
-    """Splits the whole cache's tokens over layers. Implementations are frozen dataclasses of their settings."""
+    """Splits the whole cache's tokens over layers. Implementations are frozen dataclasses of their settings.
+
+    Class attributes:
+
+    Attributes:
+        needs_profile: whether a cache without a demand profile is refused.
+    """
 
     needs_profile: bool = False
 
@@ -41,6 +47,9 @@ class LayerAllocator(ABC):
             budget: tokens per key/value head, averaged over the model; includes the window.
             window: recent tokens that every head keeps: no layer gets less than ``kv_heads * window``.
             profile: the model's demand profile, or None.
+
+        Returns:
+            ``[layers]``, int64, on the CPU.
         """
 
 
@@ -113,6 +122,12 @@ class PyramidLayers(LayerAllocator):
 
     Deviation: the schedule's floor divisions overspend by up to some percent; here the schedule only gives the
     proportions, and the totals are exact.
+
+    Attributes:
+        beta: the last layer has about 1/beta of the mean beside the window, the first nearly twice the mean.
+
+    Raises:
+        ValueError: beta below 1, when constructed.
     """
 
     beta: int = 20
@@ -143,6 +158,15 @@ class WaveLayers(LayerAllocator):
     """ReasonAlloc's offline preallocation (section 3 there): R(.) on the model's measured demand profile.
 
     The lower bound never falls under the window [ours]: a layer must be able to keep its recent tokens.
+
+    Attributes:
+        rho: share of attention whose demand is read from the profile, in (0, 1]; it must have been measured.
+        exponent: the paper's gamma, the power of R(.).
+        lower: least share of a layer, as a multiple of the mean, in [0, 1].
+        upper: largest share, likewise, at least 1.
+
+    Raises:
+        ValueError: a setting out of range, when constructed; no profile or another rho, when a cache is made.
     """
 
     rho: float = PAPER_RHO
@@ -176,8 +200,15 @@ class DynamicLayers(LayerAllocator):
     of the round before; the first round is uniform.
 
     Attributes:
+        rho: share of attention whose demand is measured, in (0, 1].
         decay: weight of the past in the moving average, in [0, 1).
         queries: recent queries that the demand is measured on.
+        exponent: the paper's gamma, the power of R(.).
+        lower: least share of a layer, as a multiple of the mean, in [0, 1].
+        upper: largest share, likewise, at least 1.
+
+    Raises:
+        ValueError: a setting out of range, when constructed.
     """
 
     rho: float = PAPER_RHO
