@@ -39,7 +39,7 @@ class LossCurveLayers(LossCurveBudgets, OfflineLayers):
     """Layer totals by the loss curves of their heads [ours]: the sums of what ``LossCurveHeads`` gives.
 
     Attributes:
-        floor: least tokens of a head, as a share of the mean budget, in [0, 1]; never below the window and one token more.
+        floor: least tokens of a head, as a share of the mean budget, in [0, 1]; never below the window and one more.
         scorer: whose curves; "" takes the compression's own.
 
     Raises:

@@ -57,7 +57,7 @@ class MissCurveLayers(MissCurveBudgets, OfflineLayers):
     """Layer totals by the miss curves of their heads [ours]: the sums of what ``MissCurveHeads`` gives.
 
     Attributes:
-        floor: least tokens of a head, as a share of the mean budget, in [0, 1]; never below the window and one token more.
+        floor: least tokens of a head, as a share of the mean budget, in [0, 1]; never below the window and one more.
         scorer: whose curves; "" takes the compression's own.
         sensitivity_exponent: weigh each head's curve by its loss sensitivity to this power; 0: not at all.
 

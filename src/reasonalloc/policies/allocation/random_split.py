@@ -59,7 +59,7 @@ class RandomLayers(RandomBudgets, OfflineLayers):
     """Layer totals of a random split, the control of an evaluation: the sums of what ``RandomHeads`` gives.
 
     Attributes:
-        floor: least tokens of a head, as a share of the mean budget, in [0, 1]; never below the window and one token more.
+        floor: least tokens of a head, as a share of the mean budget, in [0, 1]; never below the window and one more.
         split_seed: of the draw; layers and heads of one split take the same.
         spread: standard deviation of the logarithm, of layers and of heads within a layer.
 

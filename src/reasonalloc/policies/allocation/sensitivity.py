@@ -65,7 +65,7 @@ class SensitivityLayers(SensitivityBudgets, OfflineLayers):
     Above the floor, tokens are in proportion to the sensitivity to a power.
 
     Attributes:
-        floor: least tokens of a head, as a share of the mean budget, in [0, 1]; never below the window and one token more.
+        floor: least tokens of a head, as a share of the mean budget, in [0, 1]; never below the window and one more.
         exponent: that power; 0.5 takes the square root.
 
     Raises:
