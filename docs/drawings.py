@@ -138,17 +138,13 @@ def interval(problem: Problem) -> None:
     figure, axes = drawing(7.2, 2.6)
     axes.plot(steps, steps, color=INK, linestyle=":", label="full cache")
     axes.plot(steps, lines.mean((1, 2)), color=BLUE, linewidth=2, label="mean over all heads")
-    last = lines[-1]
-    for name, (layer, head), colour in (
-        ("the largest head", np.unravel_index(last.argmax(), last.shape), GREEN),
-        ("the smallest head", np.unravel_index(last.argmin(), last.shape), RED),
-    ):
-        axes.plot(steps, lines[:, layer, head], color=colour, linewidth=1, label=name)
+    layer, head = np.unravel_index(lines[-1].argmin(), lines[-1].shape)
+    axes.plot(steps, lines[:, layer, head], color=GREEN, linewidth=1, label="the head that keeps least")
     level(axes, BUDGET, steps[0], steps[-1], "budget")
     level(axes, BUDGET + INTERVAL, steps[0], steps[-1], "budget + interval")
     axes.set(xlabel="tokens of the text so far", ylabel="tokens held", ylim=(0, 230))
     axes.set_xlim(steps[0], steps[-1] + 75)
-    axes.legend(ncols=2, loc="upper right")
+    axes.legend(loc="upper right")
     save(figure, "interval")
 
 
@@ -266,12 +262,12 @@ def demand(problem: Problem) -> None:
         )
         axes.plot([count, count], [0, 0.93], color=colour, linestyle=":", linewidth=1.2)
     axes.axhline(0.93, color=ORANGE, linestyle="--", linewidth=1.2)
-    axes.text(rows.shape[-1], 0.91, "rho = 0.93", color=ORANGE, ha="right", va="top")
+    axes.text(1.03, 0.91, "rho = 0.93", color=ORANGE, va="top")
     axes.set(xlabel="tokens, the most attended first", ylabel="share of attention", ylim=(0, 1.03), xscale="log")
     axes.set_xlim(1, rows.shape[-1])
     axes.set_xticks([1, 3, 10, 30, 100, 300], ["1", "3", "10", "30", "100", "300"])
     axes.minorticks_off()
-    axes.legend(loc="lower right")
+    axes.legend(loc="center", bbox_to_anchor=(0.62, 0.5))
     save(figure, "demand")
 
 

@@ -39,8 +39,6 @@ class HeadSplit:
 class HeadAllocator(ABC):
     """Splits a layer's tokens over its heads. Implementations are frozen dataclasses of their settings.
 
-    Class attributes:
-
     Attributes:
         needs_profile: whether a cache without a demand profile is refused.
     """

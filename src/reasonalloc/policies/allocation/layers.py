@@ -23,8 +23,6 @@ from reasonalloc.policies.registry import Registry
 class LayerAllocator(ABC):
     """Splits the whole cache's tokens over layers. Implementations are frozen dataclasses of their settings.
 
-    Class attributes:
-
     Attributes:
         needs_profile: whether a cache without a demand profile is refused.
     """
