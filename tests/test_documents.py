@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import reasonalloc as ra
 from reasonalloc.cli.app import app
+from reasonalloc.engines.vllm.settings import settings
 
 MODEL_FOLDER = str(ROOT / "src/reasonalloc/reasoner/model")
 
@@ -182,6 +183,13 @@ def test_calibrations_run(user):
         done = CliRunner().invoke(app, [*words, "--limit", "1", "--max-new-tokens", "96"])
         assert done.exit_code == 0, (words, done.output)
         os.unlink(target.name)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "REASONALLOC='" in text(page)])
+def test_served_settings_are_read(page, user, monkeypatch):
+    for value in re.findall(r"REASONALLOC='([^']*)'", text(page)):
+        monkeypatch.setenv("REASONALLOC", value)
+        assert settings() is not None
 
 
 # ---- links ----
