@@ -262,12 +262,12 @@ def demand(problem: Problem) -> None:
         )
         axes.plot([count, count], [0, 0.93], color=colour, linestyle=":", linewidth=1.2)
     axes.axhline(0.93, color=ORANGE, linestyle="--", linewidth=1.2)
-    axes.text(1.03, 0.91, "rho = 0.93", color=ORANGE, va="top")
+    axes.text(30, 0.91, "rho = 0.93", color=ORANGE, va="top")
     axes.set(xlabel="tokens, the most attended first", ylabel="share of attention", ylim=(0, 1.03), xscale="log")
     axes.set_xlim(1, rows.shape[-1])
     axes.set_xticks([1, 3, 10, 30, 100, 300], ["1", "3", "10", "30", "100", "300"])
     axes.minorticks_off()
-    axes.legend(loc="center", bbox_to_anchor=(0.62, 0.5))
+    axes.legend(loc="center", bbox_to_anchor=(0.33, 0.6))
     save(figure, "demand")
 
 
