@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reasonalloc.cli.console import Calibrating, Loading, clear_errors, say
-from reasonalloc.cli.options import Device, Dtype, Window, prompt_of
+from reasonalloc.cli.options import KEEPING, Device, Dtype, Window, given, prompt_of
 
 if TYPE_CHECKING:
     from reasonalloc.policies.compression import Compression
 
 
 def generate(
+    context: typer.Context,
     model: Annotated[str, typer.Option("--model", "-m", help="Folder, .gguf file, hub id, or reasonalloc/reasoner.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; '-' reads standard input.")],
     budget: Annotated[
@@ -42,7 +43,10 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Answer one prompt inside a bounded KV cache."""
+    """Answer one prompt inside a bounded KV cache.
+
+    Without an option that says what to keep, a model's generation_config.json decides, if it has a field "reasonalloc".
+    """
     with clear_errors():
         if record is not None and record.suffix not in (".json", ".npz"):
             raise ValueError(f"--record is saved as .json or .npz, got {record.name!r}")
@@ -53,12 +57,28 @@ def generate(
             overrides["window"] = window
         if profile is not None:
             overrides["profile"] = profile
-        compression = Compression.method(method, budget, **overrides)
+        options = {*given(context)}
+        asked = None if KEEPING & options else _asked(model)
+        if asked is not None and "seed" in options:
+            asked = asked.replace(seed=seed)
+        compression = asked or Compression.method(method, budget, **overrides)
         question = sys.stdin.read() if prompt == "-" else prompt
         generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         if temperature:
             generation.update(temperature=temperature, top_p=top_p)
         _answer(model, question, compression, generation, seed, raw, stream, record, stats, dtype, device)
+
+
+def _asked(model: str) -> Compression | None:
+    """What the model's own folder asks for."""
+    from reasonalloc.engines.transformers.asked import compression_of_name, where
+
+    found = compression_of_name(model)
+    if found is None:
+        return None
+    field, compression = found
+    say(f"{where(model)}: {json.dumps(field)}")
+    return compression
 
 
 def _answer(
