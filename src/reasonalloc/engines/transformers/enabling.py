@@ -37,6 +37,8 @@ def enable(model: Model, compression: Compression | None = None) -> Model:
     for something else: ``generate(..., cache=...)`` with any cache, ``compression=...``, or fields of a
     ``Compression`` with ``method``, as ``generate(..., method="rkv", budget=128)``; each replaces all of the default.
 
+    An assistant of another model (``assistant_model=``) keeps transformers' own cache while it guesses.
+
     The model's attention implementation is set to "reasonalloc", which is sdpa for every other cache. Only this model
     object is changed: its attribute ``generate``, as transformers itself does for models with code of their own.
 
@@ -134,7 +136,9 @@ def _chosen(
     arguments: dict[str, Any],
     default: Callable[[], Compression],
 ) -> Compression | None:
-    """What a call's cache keeps; None where the call brings its own. What says so is taken out of its arguments.
+    """What a call's cache keeps; None where the call brings its own, or makes guesses in assisted decoding.
+
+    What says so is taken out of its arguments.
 
     Raises:
         ValueError: said twice.
@@ -156,7 +160,9 @@ def _chosen(
     if fields:
         return compression_of(fields, "this call of generate")
     passed = _passed(inputs, arguments)
-    if written is None and not getattr(passed, "is_assistant", False):  # an assistant is passed the other model's
+    if getattr(passed, "is_assistant", False):  # its guesses are taken back, its settings are the other model's
+        return None
+    if written is None:
         written = getattr(passed, FIELD, None)
         written = None if written == field_of(model) else written  # a copy of the model's own
     return default() if written is None else compression_asked(written, model.config)
