@@ -144,7 +144,7 @@ def test_threads_have_a_cache_each(plain):
 def test_a_call_may_ask_for_something_else(plain, folder):
     ids, mask = prompts((40, 33))
     model = ra.enable(load(folder))
-    other = ra.Compression.method("h2o", 30, interval=8)
+    other = ra.Compression.method("h2o", 30, interval=4)
     want = with_cache(plain, ids, mask, other)
     fields = {"method": "h2o", "budget": 30, "interval": 4}
     config = GenerationConfig(**GREEDY, reasonalloc=fields)
