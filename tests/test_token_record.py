@@ -52,11 +52,12 @@ def recorded(recorder: Recorder, seen: list[int]) -> list[list[list[set[int]]]]:
     """The positions that the record says are held now."""
     assert recorder.tokens is not None
     let_go = recorder.tokens.let_go
-    late = [np.arange(let_go.shape[-1], count) for count in seen]  # came after the last round
-    return [
-        [[{*np.flatnonzero(head[:count] == HELD), *late[i]} for head in row] for i, (row, count) in enumerate(zip(layer, seen, strict=True))]
-        for layer in let_go
-    ]  # fmt: skip
+
+    def of_row(layer: int, row: int) -> list[set[int]]:
+        late = range(let_go.shape[-1], seen[row])  # came after the last round
+        return [{*np.flatnonzero(head[: seen[row]] == HELD), *late} for head in let_go[layer, row]]
+
+    return [[of_row(layer, row) for row in range(len(seen))] for layer in range(len(let_go))]
 
 
 def run(
@@ -137,7 +138,8 @@ def test_the_record_counts_as_the_routings_do() -> None:
 def test_scores_are_ranks_in_percent() -> None:
     """Two heads of one layer: the best is 100, the worst 0, what is not ranked has none; means over heads."""
     record = TokenRecord()
-    record.begin(7, 1, 1, 2)
+    record.open(1, 2)
+    record.begin(7, 1)
     row, infinity = np.array([0]), np.inf
     positions = np.array([[[0, 1, 2, 3, 9], [0, 2, 3, 4, 9]]])
     scores = np.array([[[0.5, 0.1, 0.9, infinity, -infinity], [3.0, 2.0, 1.0, 0.0, infinity]]])
@@ -151,7 +153,8 @@ def test_scores_are_ranks_in_percent() -> None:
 def test_ties_are_ranked_as_selection_ranks_them() -> None:
     """Of equal scores the earlier stored token wins."""
     record = TokenRecord()
-    record.begin(7, 1, 1, 1)
+    record.open(1, 1)
+    record.begin(7, 1)
     positions = np.arange(3)[None, None]
     record.score(np.array([0]), positions, np.zeros((1, 1, 3)))
     record.note(np.array([0]), np.array([0]), np.array([3]), positions[None], np.array([[[3]]]))
@@ -413,7 +416,10 @@ def test_packed_arrays_come_back(kind: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"shape": [2, 3]}, {"shape": [2, 3, 5]}, {"shape": [1 << 40]}, {"kind": "object"}, {"deflated": "AAAA"}, {"shape": [-1]}],
+    [
+        {"shape": [2, 3]}, {"shape": [2, 3, 5]}, {"shape": [1 << 40]}, {"shape": [-1]}, {"kind": "object"},
+        {"deflated": "AAAA"},
+    ],
 )  # fmt: skip
 def test_packed_arrays_that_are_damaged_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="a packed array"):

@@ -145,7 +145,7 @@ class RaggedCache:
         self._keep_pools(list(pools))
         totals = self.totals
         if self.recorder is not None:
-            self.recorder.follow(table.land)
+            self.recorder.follow(table.land, self.shape.layers, self.shape.kv_heads)
         self.round = None if totals is None else Round(self.compression, table, totals, numbers, self.recorder)
         self._schedule = Schedule(table, self.compression.interval, self.round, self.probe)
         self.step = Step(None, (), table.layers)

@@ -122,11 +122,14 @@ class Recorder:
         self._under_way()
         return self._routings
 
-    def follow(self, land: Callable[[], None]) -> None:
-        """From now on a cache adds routings, the last ones perhaps only when it is asked to by ``land``."""
+    def follow(self, land: Callable[[], None], layers: int, heads: int) -> None:
+        """From now on a cache adds routings, the last ones perhaps only when it is asked to by ``land``.
+
+        It has so many layers, and so many heads in each.
+        """
         self._under_way = land
         if self.tokens is not None:
-            self.tokens.end()
+            self.tokens.open(layers, heads)
 
     def select(self, rows: Sequence[int], count: int) -> None:
         """A cache keeps these of its ``count`` rows.

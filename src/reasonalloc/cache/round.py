@@ -184,7 +184,7 @@ class Round:
         device = parts[0].pool.keys.device
         tokens = None if self.recorder is None else self.recorder.tokens
         if tokens is not None:
-            tokens.begin(step, self.table.rows, self.totals.shape.layers, self.table.heads)
+            tokens.begin(step, self.table.rows)
         with torch.autocast(device.type, enabled=False):
             ranked, wrong, demands = self._score(parts, totals, scaling)
             candidates = _side_by_side(ranked)

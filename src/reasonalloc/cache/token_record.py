@@ -83,9 +83,11 @@ class TokenRecord:
 
     # ---- what a cache tells ----
 
-    def end(self) -> None:
-        """The cache is emptied, or another one comes: what is recorded is a whole generation."""
+    def open(self, layers: int, heads: int) -> None:
+        """A cache of so many layers and heads begins, or begins anew: what was recorded is a whole generation."""
         self._is_over = bool(self.steps) or self._present is not None
+        if not self._is_over:
+            self._let_go = np.empty((layers, 0, heads, 0), dtype=np.int32)
 
     def select(self, rows: Sequence[int], count: int) -> None:
         """Of ``count`` rows these are kept.
@@ -101,7 +103,7 @@ class TokenRecord:
         present = self._rows(count)
         self._present = [present[row] for row in rows]
 
-    def begin(self, step: int, rows: int, layers: int, heads: int) -> None:
+    def begin(self, step: int, rows: int) -> None:
         """A round of ``rows`` rows begins.
 
         Raises:
@@ -113,7 +115,7 @@ class TokenRecord:
             )
         self._rows(rows)
         if not self.steps:
-            self._let_go = np.empty((layers, self._batch, heads, 0), dtype=np.int32)
+            self._let_go = np.empty((len(self._let_go), self._batch, self._let_go.shape[2], 0), dtype=np.int32)
         if not self.steps or step > self.steps[-1]:
             self._settle()
             self.steps.append(step)
@@ -168,6 +170,11 @@ class TokenRecord:
         self.seen += [seen.tolist()] * len(layers)
 
     # ---- what is read ----
+
+    def row_of(self, routing: int, sequence: int) -> int | None:
+        """Which row a sequence was in a routing of the recorder; None: it was not in it."""
+        rows = self.rows[routing]
+        return rows.index(sequence) if sequence in rows else None
 
     @property
     def let_go(self) -> Ints:
