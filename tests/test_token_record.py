@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recorded_run import run
 from reference import method_of, prompts, tiny_model, tiny_profile, word_tokenizer
 
 import reasonalloc as ra
@@ -18,7 +19,7 @@ from reasonalloc.cache.packed import pack, unpack
 from reasonalloc.cache.token_record import HELD, NO_SCORE, Text, TokenRecord
 from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
 
-INTERVAL, BUDGET, STEPS = 8, 24, 45
+BUDGET, INTERVAL = 24, 8
 METHODS = {
     "reasonalloc": {"profile": tiny_profile()},
     "dynamic layers": {"method": "reasonalloc", "layers": "dynamic"},
@@ -60,25 +61,6 @@ def recorded(recorder: Recorder, seen: list[int]) -> list[list[list[set[int]]]]:
     return [[of_row(layer, row) for row in range(len(seen))] for layer in range(len(let_go))]
 
 
-def run(
-    compression: ra.Compression, lengths: list[int], recorder: Recorder, look: Any = None, **options: Any
-) -> tuple[ra.Cache, torch.Tensor, torch.Tensor]:
-    """Read prompts of these lengths and then ``STEPS`` more tokens, one by one; ``look(cache)`` after every pass."""
-    model = tiny_model()
-    cache = ra.Cache(model.config, compression, attention="rows", recorder=recorder, **options)
-    ids, mask = prompts(lengths)
-    more = torch.randint(2, 97, (len(lengths), STEPS), generator=torch.Generator().manual_seed(3))
-    text, whole = torch.cat([ids, more], 1), torch.cat([mask, torch.ones_like(more)], 1)
-    with torch.no_grad():
-        for end in (ids.shape[1], *range(ids.shape[1] + 1, text.shape[1] + 1)):
-            begin = cache.get_seq_length()
-            positions = (whole[:, :end].cumsum(1) - 1).clamp(min=0)[:, begin:end]
-            model(text[:, begin:end], attention_mask=whole[:, :end], position_ids=positions, **{CACHE_ARGUMENT: cache})
-            if look is not None:
-                look(cache)
-    return cache, text, mask
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_the_record_holds_what_the_cache_holds(name: str) -> None:
     """In a padded batch, after every round; layers have budgets of their own and so evict at other times."""
@@ -95,7 +77,7 @@ def test_the_record_holds_what_the_cache_holds(name: str) -> None:
     assert (recorder.tokens.let_go != HELD).any(-1).all(1).any()
 
 
-@pytest.mark.parametrize("layers_at_once", [1, 2, 3])
+@pytest.mark.parametrize("layers_at_once", [2, 3])
 def test_it_does_not_matter_how_layers_are_grouped(layers_at_once: int) -> None:
     recorders = [Recorder(tokens=True), Recorder(tokens=True)]
     for recorder, options in zip(recorders, ({}, {"layers_at_once": layers_at_once}), strict=True):
@@ -120,7 +102,7 @@ def test_layers_that_route_at_other_rounds() -> None:
     run(ra.Compression(budget=40, profile=profile, interval=8), [20], recorder, look)
     assert recorder.tokens is not None
     assert recorder.tokens.steps == recorder.arrays()["step"].tolist()
-    first = [min(layer[layer != HELD], default=0) for layer in recorder.tokens.let_go]
+    first = [min(layer[layer != HELD], default=-1) for layer in recorder.tokens.let_go]
     assert len(set(first)) == 3
 
 
@@ -132,7 +114,7 @@ def test_the_record_counts_as_the_routings_do() -> None:
     for routing, rows, seen in zip(recorder.routings, tokens.rows, tokens.seen, strict=True):
         for i, (sequence, count) in enumerate(zip(rows, seen, strict=True)):
             when = tokens.let_go[routing.layer, sequence, :, :count]
-            assert ((when == HELD) | (when > routing.step)).sum(-1).tolist() == routing.kept[i]
+            assert ((when == HELD) | (when > tokens.steps.index(routing.step))).sum(-1).tolist() == routing.kept[i]
 
 
 def test_scores_are_ranks_in_percent() -> None:
@@ -165,7 +147,7 @@ def test_evicted_tokens_were_the_worst() -> None:
     """One layer, one head: what stays ranks above what goes, but for the newest, which are not ranked."""
     model = tiny_model(num_hidden_layers=1, num_key_value_heads=1, num_attention_heads=1)
     recorder = Recorder(tokens=True)
-    cache = ra.Cache(model.config, ra.Compression.method("rkv", 24, interval=8), recorder=recorder)
+    cache = ra.Cache(model.config, ra.Compression.method("rkv", 24, interval=8), attention="rows", recorder=recorder)
     with torch.no_grad():
         model(prompts([60])[0], **{CACHE_ARGUMENT: cache})
     tokens = recorder.tokens
@@ -229,7 +211,7 @@ def test_sequences_that_leave_keep_their_record() -> None:
 
 def test_beams_are_refused() -> None:
     model, recorder = tiny_model(), Recorder(tokens=True)
-    cache = ra.Cache(model.config, compression_of("reasonalloc"), recorder=recorder)
+    cache = ra.Cache(model.config, compression_of("reasonalloc"), attention="rows", recorder=recorder)
     ids, mask = prompts([40])
     with pytest.raises(ValueError, match=r"\(beams\): generate without beams, or record with Recorder\(\)"):
         model.generate(ids, attention_mask=mask, num_beams=3, max_new_tokens=20, **{CACHE_ARGUMENT: cache})
@@ -263,7 +245,7 @@ def test_a_copied_cache_records_for_itself() -> None:
 def test_assisted_decoding_is_recorded() -> None:
     """Tokens that were taken back have left no trace."""
     model, recorder = tiny_model(), Recorder(tokens=True)
-    cache = ra.Cache(model.config, compression_of("reasonalloc"), recorder=recorder)
+    cache = ra.Cache(model.config, compression_of("reasonalloc"), attention="rows", recorder=recorder)
     ids, mask = prompts([40])
     model.generate(
         ids, attention_mask=mask, prompt_lookup_num_tokens=3, max_new_tokens=40, do_sample=False,
@@ -367,7 +349,7 @@ def test_a_changed_json_is_noticed(tmp_path: Path, whole: Recorder) -> None:
         {"texts": [{"ids": [1], "pieces": ["a"], "prompt": 0}] * 2},
         {"texts": [{"ids": [1], "pieces": [2], "prompt": 0}] * 2},
         {"texts": [7]},
-        {"let_go": pack(np.zeros((3, 2, 3, 4), np.int32))},
+        {"let_go": pack(np.zeros((3, 2, 3, 4), np.uint8))},
         {"scores": pack(np.zeros((1, 2, 4), np.uint8))},
         {"let_go": None},
         {"colour": "blue"},
@@ -406,7 +388,7 @@ def test_a_damaged_npz_with_tokens_says_so(tmp_path: Path, whole: Recorder) -> N
     assert refused > 30
 
 
-@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "int32"])
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32"])
 def test_packed_arrays_come_back(kind: str) -> None:
     array = np.arange(24, dtype=kind).reshape(2, 3, 4)
     found = unpack(json.loads(json.dumps(pack(array))))

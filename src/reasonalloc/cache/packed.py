@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 _MOST = 1 << 32  # bytes of an array; more is a damaged file
-_KINDS = ("uint8", "uint16", "uint32", "int32")
+_KINDS = ("uint8", "uint16", "uint32")
 
 
 def pack(array: npt.NDArray[Any]) -> dict[str, Any]:
     """An array as a JSON object: its kind, its shape, and its bytes (little-endian, zlib, base64).
 
     Raises:
-        ValueError: another kind than 8, 16 or 32 bit unsigned or 32 bit signed.
+        ValueError: another kind than 8, 16 or 32 bit unsigned.
     """
     if array.dtype.name not in _KINDS:
         raise ValueError(f"arrays are packed as {', '.join(_KINDS)}, got {array.dtype.name}")
@@ -26,7 +26,7 @@ def pack(array: npt.NDArray[Any]) -> dict[str, Any]:
     return {
         "kind": array.dtype.name,
         "shape": list(array.shape),
-        "deflated": base64.b64encode(zlib.compress(content, 9)).decode(),
+        "deflated": base64.b64encode(zlib.compress(content)).decode(),
     }
 
 

@@ -240,16 +240,13 @@ class Recorder:
             entries = [{**vars(r), "threshold": _json_floats(r.threshold)} for r in self.routings]
             data = {"schema": SCHEMA, "layers": self.layers, "about": self.about, "routings": entries}
             if self.tokens is not None:
-                data["tokens"] = {
-                    **self.tokens.document(),
-                    "let_go": pack(self.tokens.let_go),
-                    "scores": pack(self.tokens.scores),
-                }
+                arrays = {name: pack(array) for name, array in self.tokens.arrays().items()}
+                data["tokens"] = {**self.tokens.document(), **arrays}
             write_atomically(path, json.dumps(sealed(data), allow_nan=False).encode())
         elif path.suffix == ".npz":
             buffer = io.BytesIO()
-            arrays = {} if self._no_arrays() else self.arrays()
-            np.savez_compressed(buffer, **arrays, **_columns(self))  # type: ignore[arg-type]
+            found = {} if self._no_arrays() else self.arrays()
+            np.savez_compressed(buffer, **found, **_columns(self))  # type: ignore[arg-type]
             write_atomically(path, buffer.getvalue())
         else:
             raise ValueError(f"a record is saved as .json or .npz, got {path.name!r}")
@@ -400,7 +397,7 @@ def _columns(recorder: Recorder) -> Arrays:
         columns[f"routings_{name}"] = ints([x for r in routings for row in getattr(r, name) for x in row])
     if recorder.tokens is not None:
         columns["tokens_document"] = _bytes(json.dumps(recorder.tokens.document()))
-        columns["tokens_let_go"], columns["tokens_scores"] = recorder.tokens.let_go, recorder.tokens.scores
+        columns |= {f"tokens_{name}": array for name, array in recorder.tokens.arrays().items()}
     return columns
 
 

@@ -164,7 +164,7 @@ class TokenRecord:
         layer, row, head, _ = is_token.nonzero()
         stays[layer, row, head, positions[is_token]] = True
         has_come = np.arange(when.shape[-1]) < seen[:, None, None]
-        when[has_come & ~stays & (when == HELD)] = self.steps[-1]
+        when[has_come & ~stays & (when == HELD)] = len(self.steps) - 1
         self._let_go[of] = when
         self.rows += [sequences.tolist()] * len(layers)
         self.seen += [seen.tolist()] * len(layers)
@@ -178,7 +178,7 @@ class TokenRecord:
 
     @property
     def let_go(self) -> Ints:
-        """``[layers, sequences, heads, tokens]`` int32: the step of the round that evicted the token, or ``HELD``.
+        """``[layers, sequences, heads, tokens]`` int32: which of ``steps`` evicted the token (from 0), or ``HELD``.
 
         Tokens up to the last that came before the last round; where a sequence is shorter, ``HELD``.
         """
@@ -224,9 +224,14 @@ class TokenRecord:
         """Everything but the two arrays, as JSON."""
         return {"rows": self.rows, "seen": self.seen, "steps": self.steps, "texts": [vars(text) for text in self.texts]}
 
+    def arrays(self) -> dict[str, Ints]:
+        """The two arrays as files hold them; ``let_go`` plus one, in as few bytes as it fits in."""
+        let_go = self.let_go + 1
+        return {"let_go": let_go.astype(np.min_scalar_type(int(let_go.max(initial=0)))), "scores": self.scores}
+
     @classmethod
     def of(cls, document: Any, let_go: Ints, scores: Ints) -> TokenRecord:
-        """What ``document`` and the two arrays were made of.
+        """What ``document`` and ``arrays`` were made of.
 
         Raises:
             ValueError: they do not fit together.
@@ -237,7 +242,7 @@ class TokenRecord:
         record = cls()
         record.rows, record.seen, record.steps = document["rows"], document["seen"], document["steps"]
         _check(record.rows, record.seen, record.steps, let_go, scores)
-        record._let_go, record._scores = let_go, list(scores)
+        record._let_go, record._scores = let_go.astype(np.int32) - 1, list(scores)
         record._is_over = True
         record.set_texts(_text(entry) for entry in document["texts"]) if document["texts"] else None
         return record
@@ -282,11 +287,11 @@ def _check(rows: Any, seen: Any, steps: Any, let_go: Ints, scores: Ints) -> None
     )
     if not tables or [len(x) for x in rows] != [len(x) for x in seen]:
         raise ValueError("the rows of its tokens do not fit together")
-    if let_go.ndim != 4 or scores.ndim != 3 or let_go.dtype != np.int32 or scores.dtype != np.uint8:
+    if let_go.ndim != 4 or scores.ndim != 3 or let_go.dtype.kind != "u" or scores.dtype != np.uint8:
         raise ValueError("the arrays of its tokens are of the wrong kind")
     if scores.shape != (len(steps), *let_go.shape[1::2]) or steps != sorted(set(steps)):
         raise ValueError("the arrays of its tokens do not fit together")
     if any(x >= let_go.shape[1] for y in rows for x in y) or any(x > let_go.shape[3] for y in seen for x in y):
         raise ValueError("its tokens are of more sequences, or longer ones, than its arrays")
-    if not np.isin(let_go, np.array([HELD, *steps])).all() or ((scores > 100) & (scores != NO_SCORE)).any():
+    if let_go.max(initial=0) > len(steps) or ((scores > 100) & (scores != NO_SCORE)).any():
         raise ValueError("its tokens have numbers that cannot be")

@@ -14,7 +14,6 @@ from reasonalloc.pages.history import Ints, Tokens, load, tokens_of
 
 _BEYOND = 80  # tokens shown behind the place where the texts part
 _LISTED = 6  # tokens that a summary names
-MANY = 0.25  # share of all heads by which one cache must hold a token more often than the other to be marked
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,10 @@ class Comparison:
         """Whether the texts do not part."""
         return all(len(side.text.ids) == self.common for side in self.sides)
 
-    def more(self, side: int) -> list[int]:
-        """Positions that this side held in more heads than the other by ``MANY``; the largest difference first."""
+    def kept(self, side: int) -> list[int]:
+        """Positions that at least half of this side's heads held, and fewer of the other's; in the text's order."""
         own, other = (x.holders / x.heads for x in (self.sides[side], self.sides[1 - side]))
-        found = np.flatnonzero(own - other >= MANY)
-        return [int(i) for i in found[np.argsort((other - own)[found], kind="stable")]]
+        return [int(i) for i in np.flatnonzero((own >= 0.5) & (other < 0.5))]
 
     def sources(self, side: int) -> list[int]:
         """Positions at which the token that this side wrote next had stood before: it may have been read there."""
@@ -86,7 +84,7 @@ class Comparison:
             lines.append(
                 f"  {side.name}: {side.forgotten} tokens held by no head; a token was held by {mean:.0%} of the heads"
             )
-            lines.append(self._listed(f"held in far more heads by {side.name}", self.more(i)))
+            lines.append(self._listed(f"kept by most heads of {side.name} alone", self.kept(i)))
         for i, side in enumerate(self.sides):
             if len(side.text.ids) > self.common:
                 word = side.text.pieces[self.common].strip()
@@ -95,13 +93,13 @@ class Comparison:
 
     def _listed(self, what: str, positions: list[int]) -> str:
         """Tokens and how many heads of each side held them."""
-        (first, second), pieces = self.sides, self.sides[0].text.pieces
-        named = ", ".join(
-            f"{pieces[at].strip()!r} at {at} ({first.holders[at]}/{first.heads} and {second.holders[at]}/{second.heads})"
-            for at in positions[:_LISTED]
-        )
+        pieces = self.sides[0].text.pieces
+
+        def named(at: int) -> str:
+            return f"{pieces[at].strip()!r} at {at} ({' and '.join(f'{x.holders[at]}/{x.heads}' for x in self.sides)})"
+
         more = f", and {len(positions) - _LISTED} more" if len(positions) > _LISTED else ""
-        return f"  {what}: {named or 'none'}{more}"
+        return f"  {what}: {', '.join(map(named, positions[:_LISTED])) or 'none'}{more}"
 
 
 def compare(
@@ -203,7 +201,7 @@ def _write(path: str | Path, result: Comparison) -> None:
                 "length": len(side.text.ids),
                 "heads": side.heads,
                 "round": side.round,
-                "more": result.more(i),
+                "kept": result.kept(i),
                 "sources": result.sources(i),
             }
             for i, side in enumerate(result.sides)

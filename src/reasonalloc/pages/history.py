@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reasonalloc.cache.recorder import Recorder, Routing
-from reasonalloc.cache.token_record import HELD, Text
+from reasonalloc.cache.token_record import Text
 
 Ints = npt.NDArray[Any]
 
@@ -125,8 +125,10 @@ def tokens_of(recorder: Recorder, sequence: int) -> Tokens:
     _check_sequence(sequence, record.let_go.shape[1] or len(record.texts) or 1)
     steps = np.array(sorted(seen), dtype=np.int64)
     let_go = record.let_go[:, sequence] if record.steps else np.zeros((*record.let_go.shape[::2], 0), np.int64)
-    numbered = np.where(let_go == HELD, len(steps), np.searchsorted(steps, let_go))
-    scores = record.scores[np.isin(record.steps, steps)][:, sequence] if record.steps else np.zeros((0, 0), np.uint8)
+    is_own = np.isin(record.steps, steps)
+    own_number = np.append(is_own.cumsum() - is_own, len(steps))  # of each round of the batch; HELD is the last one
+    numbered = own_number[let_go]
+    scores = record.scores[is_own][:, sequence] if record.steps else np.zeros((0, 0), np.uint8)
     text = record.texts[sequence] if record.texts else None
     return Tokens(np.array([seen[step] for step in steps.tolist()], np.int64), numbered, scores, text)
 

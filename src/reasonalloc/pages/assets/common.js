@@ -5,7 +5,7 @@ async function unpack(entry) {
   const bytes = Uint8Array.from(atob(entry.deflated), (letter) => letter.charCodeAt(0));
   const inflated = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   const content = await new Response(inflated).arrayBuffer();
-  const kinds = { uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, int32: Int32Array };
+  const kinds = { uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array };
   const numbers = new kinds[entry.kind](content);
   numbers.shape = entry.shape;
   return numbers;
@@ -99,6 +99,9 @@ function writeText(parent, pieces, prompt) {
   return spans;
 }
 
+// A token's colour: its root tells few heads from fewer.
+const tone = (share) => Math.sqrt(share);
+
 function paint(span, share) {
   span.style.background = colour(share);
   span.style.color = inkOn(share);
@@ -109,5 +112,5 @@ function unpaint(span) {
 }
 
 const quoted = (piece) => `\u201c${piece.trim() || JSON.stringify(piece).slice(1, -1)}\u201d`;
-const percent = (share) => `${Math.round(100 * share)} %`;
+const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
 const many = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;

@@ -11,7 +11,7 @@ function describe(token, side) {
 
 function drawTexts() {
   data.sides.forEach((side, i) => {
-    const only = new Set(side.more);
+    const kept = new Set(side.kept);
     spans[i].forEach((span, token) => {
       unpaint(span);
       if (token >= data.common) {
@@ -19,8 +19,8 @@ function drawTexts() {
       } else if (!countOf(i, token)) {
         span.className = "lost";
       } else {
-        paint(span, countOf(i, token) / side.heads);
-        span.className = only.has(token) ? "only" : "";
+        paint(span, tone(countOf(i, token) / side.heads));
+        span.className = kept.has(token) ? "kept" : "";
       }
     });
   });
@@ -54,8 +54,8 @@ function writeSide(side, i) {
   element(`next${i}`).textContent = written === undefined ? `${side.name} ends here`
     : `${side.name} writes ${quoted(written)} next, which ${side.sources.length ? "had stood" : "had not stood before"}`;
   list(element(`sources${i}`), side.sources);
-  element(`more${i}`).textContent = `Held by far more heads in ${side.name}: ${many(side.more.length, "token")}`;
-  list(element(`list${i}`), side.more);
+  element(`kept${i}`).textContent = `Kept by most heads of ${side.name} alone: ${many(side.kept.length, "token")}`;
+  list(element(`list${i}`), side.kept);
 }
 
 // Scroll a text so that a token stands at this share of its height.

@@ -1,7 +1,8 @@
 // What the page shows, and where it stands: a round, one head or all of them, the token under the pointer.
 let data, rounds, layers, heads, tokens, perHead, gone, born, held, spans = [];
 let round = 0, chosen = null, pointed = null, playing = null;
-const WIDTH = 330, LEFT = 34, BOTTOM = 30;
+const WIDTH = 330, LEFT = 48, TOP = 6, BOTTOM = 30;
+const OWN = 0.55; // the colour of what the chosen head holds
 
 // Arrays count from 1, and 0 stands for a layer that has not routed yet.
 const at = (numbers, r, layer, head) => numbers[(r * layers + layer) * heads + head] - 1;
@@ -44,8 +45,9 @@ const isHeld = (layer, head, token) => gone[(layer * heads + head) * perHead + t
 
 // ---- the two maps ----
 
-const rowHeight = () => Math.max(9, Math.min(30, Math.floor(400 / layers)));
-const cellWidth = () => Math.max(5, Math.min(44, Math.floor((WIDTH - LEFT) / heads)));
+const rowHeight = () => Math.max(4, Math.min(30, Math.floor(270 / layers)));
+const cellWidth = () => Math.max(5, Math.min(44, Math.floor((WIDTH + 14 - LEFT) / heads)));
+const columnWidth = () => (WIDTH + 14 - LEFT) / rounds;
 let most = 1, mostMean = 1, means = [];
 
 function measure() {
@@ -66,17 +68,17 @@ function labelLayers(pen) {
   pen.textBaseline = "middle";
   const every = Math.ceil(14 / rowHeight());
   for (let layer = 0; layer < layers; layer += every) {
-    pen.fillText(`${layer ? "" : "layer "}${layer}`, LEFT + 8, (layer + 0.5) * rowHeight());
+    pen.fillText(`${layer ? "" : "layer "}${layer}`, LEFT - 6, TOP + (layer + 0.5) * rowHeight());
   }
 }
 
 function drawHeads() {
-  const width = cellWidth(), height = rowHeight(), left = LEFT + 14;
-  const pen = sized(element("heads"), left + heads * width + 4, layers * height + BOTTOM);
+  const width = cellWidth(), height = rowHeight(), left = LEFT;
+  const pen = sized(element("heads"), left + heads * width + 4, TOP + layers * height + BOTTOM);
   labelLayers(pen);
   for (let layer = 0; layer < layers; layer++) {
     for (let head = 0; head < heads; head++) {
-      const kept = at(data.kept, round, layer, head), x = left + head * width, y = layer * height;
+      const kept = at(data.kept, round, layer, head), x = left + head * width, y = TOP + layer * height;
       pen.fillStyle = kept < 0 ? styleValue("--none") : colour(kept / most);
       pen.fillRect(x, y, width - 1, height - 1);
       if (pointed !== null && pointed < data.seen[round] && isHeld(layer, head, pointed)) {
@@ -101,41 +103,43 @@ function drawHeads() {
   pen.textAlign = "center";
   pen.textBaseline = "top";
   const every = Math.ceil(20 / width);
-  for (let head = 0; head < heads; head += every) pen.fillText(head, left + (head + 0.5) * width, layers * height + 3);
-  pen.fillText("head", left + (heads * width) / 2, layers * height + 16);
+  for (let head = 0; head < heads; head += every) pen.fillText(head, left + (head + 0.5) * width, TOP + layers * height + 3);
+  pen.fillText("head", left + (heads * width) / 2, TOP + layers * height + 16);
 }
 
 function drawLayers() {
-  const height = rowHeight(), left = LEFT + 14, width = (WIDTH - LEFT) / rounds;
-  const pen = sized(element("layers"), left + rounds * width + 4, layers * height + BOTTOM);
+  const height = rowHeight(), left = LEFT, width = columnWidth();
+  const pen = sized(element("layers"), left + rounds * width + 4, TOP + layers * height + BOTTOM);
   labelLayers(pen);
   for (let r = 0; r < rounds; r++) {
     for (let layer = 0; layer < layers; layer++) {
       const mean = means[r * layers + layer];
       pen.fillStyle = mean < 0 ? styleValue("--none") : colour(mean / mostMean);
-      pen.fillRect(left + r * width, layer * height, Math.ceil(width) - (width > 6 ? 1 : 0), height - 1);
+      pen.fillRect(left + r * width, TOP + layer * height, Math.ceil(width) - (width > 6 ? 1 : 0), height - 1);
     }
   }
   pen.strokeStyle = styleValue("--lost");
-  pen.lineWidth = 2;
-  pen.strokeRect(left + round * width, -1, Math.max(width - 1, 2), layers * height + 1);
+  pen.lineWidth = 1.5;
+  pen.strokeRect(left + round * width - 1, TOP - 2, Math.max(width + 1, 3), layers * height + 3);
   pen.fillStyle = styleValue("--soft");
   pen.textBaseline = "top";
   pen.textAlign = "left";
-  pen.fillText(data.seen[0], left, layers * height + 3);
+  pen.fillText(data.seen[0], left, TOP + layers * height + 3);
   pen.textAlign = "right";
-  if (rounds > 1) pen.fillText(data.seen[rounds - 1], left + rounds * width, layers * height + 3);
+  if (rounds > 1) pen.fillText(data.seen[rounds - 1], left + rounds * width, TOP + layers * height + 3);
   pen.textAlign = "center";
-  pen.fillText("tokens read", left + (rounds * width) / 2, layers * height + 16);
+  pen.fillText("tokens read", left + (rounds * width) / 2, TOP + layers * height + 16);
 }
 
+const layerAt = (event) => Math.floor((event.offsetY - TOP) / rowHeight());
+
 function cellAt(event) {
-  const head = Math.floor((event.offsetX - LEFT - 14) / cellWidth()), layer = Math.floor(event.offsetY / rowHeight());
+  const head = Math.floor((event.offsetX - LEFT) / cellWidth()), layer = layerAt(event);
   return head >= 0 && head < heads && layer >= 0 && layer < layers ? [layer, head] : null;
 }
 
 function roundAt(event) {
-  const r = Math.floor((event.offsetX - LEFT - 14) / ((WIDTH - LEFT) / rounds));
+  const r = Math.floor((event.offsetX - LEFT) / columnWidth());
   return r >= 0 && r < rounds ? r : null;
 }
 
@@ -180,8 +184,9 @@ function drawText() {
   const all = layers * heads;
   spans.forEach((span, token) => {
     const isRead = token < data.seen[round];
-    const share = chosen ? (isRead && isHeld(...chosen, token) ? 0.6 : 0) : holders(token) / all;
-    span.className = !isRead ? "later" : share ? "" : "lost";
+    const count = isRead ? holders(token) : 0;
+    const share = chosen ? (count && isHeld(...chosen, token) ? OWN : 0) : tone(count / all);
+    span.className = !isRead ? "later" : !count ? "lost" : share ? "" : "gone";
     if (isRead && share) paint(span, share);
     else unpaint(span);
   });
@@ -211,6 +216,9 @@ function show() {
   element("summary").textContent = parts.join(" ");
   element("textTitle").textContent = !data.recordsTokens || !chosen
     ? "Text" : `Text as layer ${chosen[0]}, head ${chosen[1]} holds it`;
+  element("shares").hidden = Boolean(chosen);
+  for (const part of document.querySelectorAll(".ofHead")) part.hidden = !chosen;
+  paint(element("own"), OWN);
   drawHeads();
   drawLayers();
   drawText();
@@ -281,8 +289,8 @@ function listen() {
   });
   time.addEventListener("click", (event) => { const r = roundAt(event); if (r !== null) go(r); });
   time.addEventListener("mousemove", (event) => {
-    const r = roundAt(event), layer = Math.floor(event.offsetY / rowHeight());
-    if (r === null || layer >= layers) return hideHint();
+    const r = roundAt(event), layer = layerAt(event);
+    if (r === null || layer < 0 || layer >= layers) return hideHint();
     const mean = means[r * layers + layer];
     const what = mean < 0 ? "nothing evicted yet" : `held: ${mean.toFixed(1)} tokens a head`;
     showHint(`layer ${layer}, round ${r + 1} (${many(data.seen[r], "token")} read)\n${what}`, event);
@@ -306,7 +314,7 @@ function writeWords() {
   element("about").textContent = [data.about, `${many(layers, "layer")} of ${many(heads, "head")}`].filter(Boolean).join(" \u00b7 ");
   element("most").textContent = `${most} tokens`;
   element("mostMean").textContent = `${Math.round(mostMean)} tokens a head`;
-  element("all").textContent = many(layers * heads, "head");
+  element("all").textContent = `${many(layers * heads, "head")} (middle: ${Math.round(layers * heads / 4)})`;
   element("unrouted").hidden = !data.kept.includes(0);
   element("round").max = rounds - 1;
   if (!data.recordsTokens) {
