@@ -38,7 +38,10 @@ def generate(
     seed: Annotated[int, typer.Option(help="For sampling and for scorers that draw.")] = 0,
     raw: Annotated[bool, typer.Option(help="Do not use the model's chat template.")] = False,
     stream: Annotated[bool, typer.Option(help="Print the text as it comes.")] = False,
-    record: Annotated[Path | None, typer.Option(help="Save every routing (.json or .npz).")] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Save what was kept and what was evicted, with the text, for `view` (.json or .npz)."),
+    ] = None,
     stats: Annotated[Path | None, typer.Option(help="Save the cache's statistics (JSON).")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -112,7 +115,7 @@ def _answer(
         with Calibrating() as shown:
             profile = auto_profile(network.config, compression, network, tokenizer, shown.report, say)
         compression = compression.replace(profile=profile)
-    recorder = Recorder() if record else None
+    recorder = Recorder(tokens=True) if record else None
     cache = Cache(network.config, compression, recorder=recorder)
     inputs = encode(tokenizer, [question], not raw, network.device)
     torch.manual_seed(seed)
@@ -135,4 +138,5 @@ def _answer(
     if stats is not None:
         write_atomically(stats, json.dumps(found.to_dict()).encode())
     if recorder is not None and record is not None:
+        recorder.set_text(tokenizer, out, inputs["attention_mask"])
         recorder.save(record)
