@@ -1,7 +1,9 @@
 """A fresh cache for every call: enabled models, fields of generation_config.json, custom_generate, pipelines."""
 
 import copy
+import inspect
 import json
+import pickle
 import shutil
 import threading
 from pathlib import Path
@@ -98,6 +100,7 @@ def test_the_field_of_a_config_that_came_from_the_models_is_read_from_its_file(f
     model = load(folder)
     assert not hasattr(model.generation_config, "reasonalloc")
     assert ra.enable(model).generate.compression == SMALL
+    assert model.generation_config.reasonalloc == ASKED
 
 
 @pytest.mark.parametrize(
@@ -222,6 +225,11 @@ def test_enabling_sets_the_attention_and_refuses_first():
         ra.enable(tiny_model())
     with pytest.raises(TypeError, match="expected a reasonalloc"):
         ra.enable(tiny_model(), 64)
+    for nothing in (tiny_model().model, "a/path"):
+        with pytest.raises(TypeError, match="expected a model that generates"):
+            ra.enable(nothing, SMALL)
+        with pytest.raises(TypeError, match="expected a model that generates"):
+            ra.generate(nothing, budget=24)
 
 
 def test_a_copy_of_an_enabled_model_runs_itself(plain):
@@ -234,6 +242,9 @@ def test_a_copy_of_an_enabled_model_runs_itself(plain):
         for changed in (other, upside_down):
             changed.lm_head.weight.mul_(-1)
     assert torch.equal(other.generate(ids, attention_mask=mask, **GREEDY), with_cache(upside_down, ids, mask))
+    loaded = pickle.loads(pickle.dumps(other))
+    assert loaded.generate.model is loaded
+    assert torch.equal(loaded.generate(ids, attention_mask=mask, **GREEDY), with_cache(upside_down, ids, mask))
     again = ra.enable(model, ra.Compression.method("full"))
     assert torch.equal(again.generate(ids, attention_mask=mask, **GREEDY), full(plain, ids, mask))
 
@@ -299,6 +310,12 @@ def test_no_value_of_a_field_ends_in_anything_but_a_sentence(field):
             compression_of({"method": "rkv", "budget": 24, field: value}, "here")
         except ValueError as error:
             assert str(error).startswith("here")  # noqa: PT017
+
+
+def test_no_field_is_called_as_an_argument_of_generate(plain):
+    taken = {*vars(GenerationConfig()), *inspect.signature(plain.forward).parameters}
+    taken |= {*inspect.signature(type(plain).generate).parameters, *inspect.signature(ra.decoding_loop).parameters}
+    assert not taken & {*FIELDS, "reasonalloc", "compression", "loop"}
 
 
 def test_the_same_fields_mean_the_same_to_vllm(plain, monkeypatch, folder):

@@ -54,10 +54,13 @@ def enable(model: Model, compression: Compression | None = None) -> Model:
         UnsupportedModelError: a ragged cache cannot serve the model.
         ValueError: nothing says how much to keep, or it is said wrongly (the message names file and field), or the
             profile is of another model.
+        TypeError: it is no model that generates.
     """
+    _check_generates(model)
     field = None
     if compression is None:
         compression, field = _of_model(model)
+        setattr(model.generation_config, FIELD, field)  # type: ignore[attr-defined]  # where transformers dropped it
     compression = _fresh(model, compression).compression  # whatever is wrong shows now; "auto" is calibrated once
     held = vars(model).get("generate")
     inner = held.inner if isinstance(held, Enabled) else held or partial(type(model).generate, model)  # type: ignore[attr-defined]
@@ -85,7 +88,9 @@ def generate(
         UnsupportedModelError: a ragged cache cannot serve the model.
         ValueError: nothing says how much to keep, or two things do; another loop; or arguments that go without a
             cache, or with another one.
+        TypeError: it is no model that generates.
     """
+    _check_generates(model)
     if loop not in get_args(Loop):
         raise ValueError(f"loop must be one of {', '.join(get_args(Loop))}, got {shown(loop)}")
     if loop == "reasonalloc":
@@ -119,6 +124,14 @@ class Enabled:
         if self.field is not None and field_of(self.model) != self.field:  # changed since
             return _of_model(self.model)[0]
         return self.compression
+
+
+def _check_generates(model: Any) -> None:
+    if not hasattr(type(model), "generate"):
+        raise TypeError(
+            f"expected a model that generates, as AutoModelForCausalLM.from_pretrained loads it, got "
+            f"{type(model).__name__}"
+        )
 
 
 def _of_model(model: Any) -> tuple[Compression, Any]:
