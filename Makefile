@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: venv demo test test-slow test-vllm docs check format bench gpu clean
+.PHONY: venv demo test test-slow notebook test-vllm docs check format bench gpu clean
 
 venv: $(STAMP)
 
@@ -20,6 +20,10 @@ test: venv
 
 test-slow: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# Runs examples/quickstart.ipynb, cell by cell, without Jupyter: half a minute.
+notebook: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_notebook.py
 
 # vLLM has an environment of its own. The model is the built-in reasoner, or the folder that REASONALLOC_TEST_MODEL names.
 test-vllm: .venv-vllm/.installed

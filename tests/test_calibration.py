@@ -609,15 +609,17 @@ def test_wrong_use_of_curves():
         ra.Cache(tiny_model().config, missalloc.replace(scorer="h2o"))
 
 
+@pytest.mark.parametrize("prompt", ["compete", "protect"])
 @pytest.mark.parametrize("scorer", ["rkv", "snapkv", "h2o", "streaming", "tova", "knorm"])
-def test_simulated_eviction_is_that_of_a_real_cache(scorer):
+def test_simulated_eviction_is_that_of_a_real_cache(scorer, prompt):
     """Keys and queries of layer 0 depend on the tokens alone, so there a real cache must keep the very same tokens."""
     model, shape = tiny_model(dtype=torch.float64), ra.ModelShape(3, 3, 6, 16)
     ids = torch.randperm(95, generator=torch.Generator().manual_seed(2))[None] + 2  # no word twice: no ties
-    probe = DemandProbe(shape, ProbeSettings((0.93,), 0, {scorer: MissGrid((20, 30), 16)}, block=8))
+    grid = MissGrid((20, 30), 16, protect_prompt=prompt == "protect")
+    probe = DemandProbe(shape, ProbeSettings((0.93,), 0, {scorer: grid}, block=8))
     caches = [ra.Cache(model.config, ra.Compression(None, interval=8), probe=probe)]
     for budget in (20, 30):
-        uniform = ra.Compression(budget, scorer, "uniform", "uniform", interval=16)
+        uniform = ra.Compression(budget, scorer, "uniform", "uniform", interval=16, prompt=prompt)
         caches.append(ra.Cache(model.config, uniform))
     with torch.no_grad():
         for cache in caches:

@@ -21,6 +21,7 @@ ORDER = [
     ("cache.spans",),
     ("cache.attention",),
     ("cache",),
+    ("pages",),
     ("engines",),
     ("engines.transformers", "engines.vllm"),
     ("calibration", "reasoner"),
@@ -29,7 +30,7 @@ ORDER = [
     ("__init__", "__main__"),
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
-ARRAYS = ("kernels", "policies", "cache", "engines", "calibration", "reasoner", "evaluation", "cli")
+ARRAYS = ("kernels", "policies", "cache", "pages", "engines", "calibration", "reasoner", "evaluation", "cli")
 MODELS = ("engines.transformers", "calibration", "reasoner", "evaluation", "cli")
 LIBRARIES = {  # which parts may import what is not Python's own
     "torch": ARRAYS,

@@ -18,6 +18,11 @@ if TYPE_CHECKING:  # the names of _NAMES, for type checkers and editors
     from reasonalloc.engines.models import UnsupportedModelError as UnsupportedModelError
     from reasonalloc.engines.transformers import Cache as Cache
     from reasonalloc.engines.transformers import decoding_loop as decoding_loop
+    from reasonalloc.engines.transformers.enabling import enable as enable
+    from reasonalloc.engines.transformers.enabling import generate as generate
+    from reasonalloc.pages import Comparison as Comparison
+    from reasonalloc.pages import compare as compare
+    from reasonalloc.pages import view as view
     from reasonalloc.policies.allocation import HEAD_ALLOCATORS as HEAD_ALLOCATORS
     from reasonalloc.policies.allocation import LAYER_ALLOCATORS as LAYER_ALLOCATORS
     from reasonalloc.policies.allocation import AdaKVHeads as AdaKVHeads
@@ -70,6 +75,8 @@ _NAMES = {  # where each public name lives
     "reasonalloc.calibration.calibrate": ("calibrate",),
     "reasonalloc.engines.models": ("UnsupportedModelError",),
     "reasonalloc.engines.transformers": ("Cache", "decoding_loop"),
+    "reasonalloc.engines.transformers.enabling": ("enable", "generate"),
+    "reasonalloc.pages": ("Comparison", "compare", "view"),
     "reasonalloc.policies.allocation": (
         "HEAD_ALLOCATORS",
         "LAYER_ALLOCATORS",

@@ -145,7 +145,7 @@ class RaggedCache:
         self._keep_pools(list(pools))
         totals = self.totals
         if self.recorder is not None:
-            self.recorder.follow(table.land)
+            self.recorder.follow(table.land, self.shape.layers, self.shape.kv_heads)
         self.round = None if totals is None else Round(self.compression, table, totals, numbers, self.recorder)
         self._schedule = Schedule(table, self.compression.interval, self.round, self.probe)
         self.step = Step(None, (), table.layers)
@@ -192,12 +192,15 @@ class RaggedCache:
 
         Raises:
             IndexError: there is no such row.
+            ValueError: tokens are recorded, and rows are repeated or change places.
         """
         if list(rows) == list(range(self.table.rows)):
             return
         wrong = [row for row in rows if not 0 <= row < self.table.rows]
         if wrong:
             raise IndexError(f"the cache holds {self.table.rows} sequences, there is no sequence {wrong[0]}")
+        if self.recorder is not None:
+            self.recorder.select(rows, self.table.rows)
         self.rollback(0)
         self.step.done -= 1  # until it is done, an interruption shows
         self._decode = self.step.decode = None  # it reads the old numbers, and holds the old memory

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from reprlib import repr as _brief
@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from reasonalloc.files import parse_json, write_atomically
+from reasonalloc.cache.packed import pack, unpack
+from reasonalloc.cache.token_record import Text, TokenRecord
+from reasonalloc.files import parse_json, sealed, unsealed, write_atomically
 
 SCHEMA = 1
 _TABLES = ("budgets", "kept", "held")  # a routing's numbers per sequence and head
@@ -22,6 +24,7 @@ _MOST_LAYERS = 1000  # of a record; arrays have a place for each, whether it rou
 _NOT_YET = -1  # stands in the arrays where a layer has not routed yet
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+_Content = tuple[int, str, list["Routing"], TokenRecord | None]  # layers, about, routings, tokens
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,28 @@ def _nothing() -> None:
 class Recorder:
     """Collects the routings of one generation: give it to a cache, and save it when the generation is done.
 
+        recorder = Recorder(tokens=True)
+        cache = Cache(model.config, compression, recorder=recorder)
+        out = model.generate(**inputs, cache=cache)
+        recorder.set_text(tokenizer, out, inputs["attention_mask"])
+        recorder.save("routing.json")
+
+    Args:
+        tokens: record also when each head let go of each token. Each round then waits for the device, and takes some
+            milliseconds more.
+
     Attributes:
         layers: layers of the model whose cache writes here; 0 if no cache has said so yet.
+        about: the method and its settings, in words; empty if no cache has said so yet.
+        tokens: the record of tokens; None if it was not asked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: bool = False) -> None:
         self._routings: list[Routing] = []
         self._under_way: Callable[[], None] = _nothing
         self.layers = 0
+        self.about = ""
+        self.tokens = TokenRecord() if tokens else None
 
     @property
     def routings(self) -> list[Routing]:
@@ -105,13 +122,49 @@ class Recorder:
         self._under_way()
         return self._routings
 
-    def follow(self, land: Callable[[], None]) -> None:
-        """From now on a cache adds routings, the last ones perhaps only when it is asked to by ``land``."""
+    def follow(self, land: Callable[[], None], layers: int, heads: int) -> None:
+        """From now on a cache adds routings, the last ones perhaps only when it is asked to by ``land``.
+
+        It has so many layers, and so many heads in each.
+        """
         self._under_way = land
+        if self.tokens is not None:
+            self.tokens.open(layers, heads)
+
+    def select(self, rows: Sequence[int], count: int) -> None:
+        """A cache keeps these of its ``count`` rows.
+
+        Raises:
+            ValueError: tokens are recorded, and rows are repeated or change places.
+        """
+        if self.tokens is not None:
+            self.tokens.select(rows, count)
+
+    def set_text(self, tokenizer: Any, ids: Any, attention_mask: Any) -> None:
+        """Give the recorded tokens their text. A second call replaces the first one's.
+
+        Args:
+            tokenizer: the model's; ``tokenizer.decode(ids)`` is called.
+            ids: ``[batch, columns]``, what ``generate`` returned: the prompt, padded on the left, and the answer.
+            attention_mask: ``[batch, prompt columns]``, of the prompt: 0 where it is padding.
+
+        Raises:
+            ValueError: the recorder does not record tokens, or the text is not what the cache has seen.
+        """
+        if self.tokens is None:
+            raise ValueError("this recorder does not record tokens: make it with Recorder(tokens=True)")
+        self._under_way()
+        texts = []
+        for row, mask in zip(_lists(ids), _lists(attention_mask), strict=True):
+            prompt = [token for token, real in zip(row, mask, strict=False) if real]
+            texts.append(Text.of(tokenizer, prompt + row[len(mask) :], len(prompt)))
+        self.tokens.set_texts(texts)
 
     @staticmethod
-    def attach(recorder: object, layers: int) -> Recorder | None:
+    def attach(recorder: object, layers: int, about: str = "") -> Recorder | None:
         """What a cache of ``layers`` layers calls with the ``recorder`` it was given; returns it.
+
+        ``about``: the method and its settings, in words.
 
         Raises:
             TypeError: neither a ``Recorder`` nor None.
@@ -121,7 +174,7 @@ class Recorder:
         if not isinstance(recorder, Recorder):
             what = f"the class {recorder.__name__}" if isinstance(recorder, type) else repr(recorder)
             raise TypeError(f"recorder must be None or a recorder, made with reasonalloc.Recorder(), got {what}")
-        recorder.layers = layers
+        recorder.layers, recorder.about = layers, about
         return recorder
 
     def add(self, routing: Routing) -> None:
@@ -176,7 +229,8 @@ class Recorder:
         """Write the record, atomically, as ``.json`` or ``.npz``; ``load`` reads either back whole.
 
         The npz is read without pickle. It holds ``arrays()``, unless that raises, and one column over all routings for
-        each of their numbers (``routings_step``, ..., batches and heads one after another).
+        each of their numbers (``routings_step``, ..., batches and heads one after another). What is recorded of tokens
+        and their text goes along.
 
         Raises:
             ValueError: another suffix.
@@ -184,12 +238,15 @@ class Recorder:
         path = Path(path)
         if path.suffix == ".json":
             entries = [{**vars(r), "threshold": _json_floats(r.threshold)} for r in self.routings]
-            data = {"schema": SCHEMA, "layers": self.layers, "routings": entries}
-            write_atomically(path, json.dumps(data, allow_nan=False).encode())
+            data = {"schema": SCHEMA, "layers": self.layers, "about": self.about, "routings": entries}
+            if self.tokens is not None:
+                arrays = {name: pack(array) for name, array in self.tokens.arrays().items()}
+                data["tokens"] = {**self.tokens.document(), **arrays}
+            write_atomically(path, json.dumps(sealed(data), allow_nan=False).encode())
         elif path.suffix == ".npz":
             buffer = io.BytesIO()
-            arrays = {} if self._no_arrays() else self.arrays()
-            np.savez_compressed(buffer, **arrays, **_columns(self))  # type: ignore[arg-type]
+            found = {} if self._no_arrays() else self.arrays()
+            np.savez_compressed(buffer, **found, **_columns(self))  # type: ignore[arg-type]
             write_atomically(path, buffer.getvalue())
         else:
             raise ValueError(f"a record is saved as .json or .npz, got {path.name!r}")
@@ -208,10 +265,13 @@ class Recorder:
         content = path.read_bytes()
         recorder = cls()
         try:
-            layers, recorder._routings = _from_npz(content) if content.startswith(b"PK") else _from_json(content)
+            found = _from_npz(content) if content.startswith(b"PK") else _from_json(content)
+            layers, recorder.about, recorder._routings, recorder.tokens = found
             if not _whole([layers]) or max(layers, *(r.layer + 1 for r in recorder._routings), 0) > _MOST_LAYERS:
                 raise ValueError(f"layers must be whole numbers of at least 0 and at most {_MOST_LAYERS}, got {layers}")
             recorder.layers = layers
+            if recorder.tokens is not None:
+                _check_tokens(recorder.tokens, recorder._routings)
         except Exception as error:  # zipfile, zlib, numpy and json have dozens of errors for damaged bytes
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{path} is not a record of routings, or damaged: {reason}") from error
@@ -234,6 +294,23 @@ class Recorder:
         return None
 
 
+def _lists(numbers: Any) -> list[list[int]]:
+    """Rows of a tensor, an array or lists."""
+    rows: list[list[int]] = numbers.tolist() if hasattr(numbers, "tolist") else [list(row) for row in numbers]
+    return rows
+
+
+def _check_tokens(tokens: TokenRecord, routings: list[Routing]) -> None:
+    """Raise ``ValueError`` where a record of tokens is not one of these routings."""
+    if [len(rows) for rows in tokens.rows] != [len(r.total) for r in routings]:
+        raise ValueError("its tokens are not those of its routings")
+    if sorted({r.step for r in routings}) != tokens.steps:
+        raise ValueError("its tokens are of other rounds than its routings")
+    shape = tokens.let_go.shape
+    if any(r.layer >= shape[0] or r.shape[1] != shape[2] for r in routings):
+        raise ValueError("its tokens are of other layers or heads than its routings")
+
+
 def _whole(values: object) -> bool:
     return isinstance(values, list) and all(type(x) is int and 0 <= x < 2**63 for x in values)
 
@@ -245,12 +322,29 @@ def _json_floats(values: list[float] | None) -> list[float | str] | None:
     return None if values is None else [x if math.isfinite(x) else str(x) for x in values]
 
 
-def _from_json(content: bytes) -> tuple[int, list[Routing]]:
+def _from_json(content: bytes) -> _Content:
     data = parse_json(content)
     if not isinstance(data, dict) or not isinstance(data.get("routings"), list):
         raise ValueError("an object with a list of routings is needed")
     _check_schema(data.get("schema"))
-    return data.get("layers", 0), [_routing(i, entry) for i, entry in enumerate(data["routings"])]
+    data = unsealed(data)
+    routings = [_routing(i, entry) for i, entry in enumerate(data["routings"])]
+    return data.get("layers", 0), _words(data.get("about", "")), routings, _tokens(data.get("tokens"))
+
+
+def _tokens(entry: Any) -> TokenRecord | None:
+    if entry is None:
+        return None
+    if not isinstance(entry, dict):
+        raise ValueError(f"tokens must be an object, found {type(entry).__name__}")
+    document = {name: value for name, value in entry.items() if name not in ("let_go", "scores")}
+    return TokenRecord.of(document, unpack(entry.get("let_go")), unpack(entry.get("scores")))
+
+
+def _words(about: Any) -> str:
+    if not isinstance(about, str):
+        raise ValueError(f"about must be a string, found {type(about).__name__}")
+    return about
 
 
 def _routing(i: int, entry: Any) -> Routing:
@@ -270,6 +364,17 @@ def _check_schema(schema: Any) -> None:
 # ---- npz: the routings' numbers one after another ----
 
 
+def _bytes(text: str) -> np.ndarray[Any, Any]:
+    """A text as an array: its bytes in UTF-8."""
+    return np.frombuffer(text.encode(), dtype=np.uint8)
+
+
+def _string(array: np.ndarray[Any, Any]) -> str:
+    if array.dtype != np.uint8:
+        raise ValueError("a text of it is not made of bytes")
+    return array.tobytes().decode()
+
+
 def _columns(recorder: Recorder) -> Arrays:
     routings = recorder.routings
 
@@ -279,6 +384,7 @@ def _columns(recorder: Recorder) -> Arrays:
     columns = {
         "schema": np.array(SCHEMA),
         "layers": np.array(recorder.layers),
+        "about": _bytes(recorder.about),
         "routings_step": ints([r.step for r in routings]),
         "routings_layer": ints([r.layer for r in routings]),
         "routings_batch": ints([r.shape[0] for r in routings]),
@@ -289,10 +395,13 @@ def _columns(recorder: Recorder) -> Arrays:
     }
     for name in _TABLES:
         columns[f"routings_{name}"] = ints([x for r in routings for row in getattr(r, name) for x in row])
+    if recorder.tokens is not None:
+        columns["tokens_document"] = _bytes(json.dumps(recorder.tokens.document()))
+        columns |= {f"tokens_{name}": array for name, array in recorder.tokens.arrays().items()}
     return columns
 
 
-def _from_npz(content: bytes) -> tuple[int, list[Routing]]:
+def _from_npz(content: bytes) -> _Content:
     _check_sizes(content)
     with np.load(io.BytesIO(content), allow_pickle=False) as data:
         if "schema" not in data:
@@ -301,6 +410,10 @@ def _from_npz(content: bytes) -> tuple[int, list[Routing]]:
         layers = data["layers"].tolist()
         columns = {name: data[f"routings_{name}"] for name in ("step", "layer", "batch", "heads", "has_threshold")}
         flat = {name: _Column(name, data[f"routings_{name}"]) for name in ("total", "threshold", *_TABLES)}
+        about, tokens = _string(data["about"]) if "about" in data else "", None
+        if "tokens_document" in data:
+            document = parse_json(_string(data["tokens_document"]))
+            tokens = TokenRecord.of(document, data["tokens_let_go"], data["tokens_scores"])
     if len({column.shape for column in columns.values()}) > 1 or columns["step"].ndim != 1:
         raise ValueError("its columns differ in length")
     routings = []
@@ -311,7 +424,7 @@ def _from_npz(content: bytes) -> tuple[int, list[Routing]]:
         routings.append(Routing(step, layer, total, **tables, threshold=threshold))
     for column in flat.values():
         column.end()
-    return layers, routings
+    return layers, about, routings, tokens
 
 
 def _check_sizes(content: bytes) -> None:

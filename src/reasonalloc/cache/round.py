@@ -31,6 +31,7 @@ from reasonalloc.cache.queries import Queries
 from reasonalloc.cache.recorder import Recorder, Routing
 from reasonalloc.cache.selection import Candidates, kept_of, pin, rank, route_heads, select
 from reasonalloc.cache.table import HostInts, Table, on_device
+from reasonalloc.cache.token_record import TokenRecord
 from reasonalloc.cache.totals import LayerTotals
 from reasonalloc.policies.allocation import HeadAllocator, attention_demand
 from reasonalloc.policies.compression import Compression
@@ -174,12 +175,16 @@ class Round:
 
         Raises:
             TypeError: the scorer returned no tensor.
-            ValueError: the scorer returned scores of the wrong shape, or NaN.
+            ValueError: the scorer returned scores of the wrong shape, or NaN; or the recorder of tokens holds another
+                generation.
         """
         rows = parts[0].rows
         layers = np.concatenate([part.pool.layers for part in parts])
         totals = self.totals.of(self.numbers[layers], rows)
         device = parts[0].pool.keys.device
+        tokens = None if self.recorder is None else self.recorder.tokens
+        if tokens is not None:
+            tokens.begin(step, self.table.rows)
         with torch.autocast(device.type, enabled=False):
             ranked, wrong, demands = self._score(parts, totals, scaling)
             candidates = _side_by_side(ranked)
@@ -194,7 +199,11 @@ class Round:
         numbers = [x.flatten().to(torch.float64) for x in (wrong, stays, split.budgets, threshold, *demands)]
         if device.type == "cpu":
             self._refuse_nan(wrong.numpy()[0])  # before anything is forgotten
+        if tokens is not None:
+            _record_scores(tokens, parts, candidates)
         self._move(parts, candidates, split.budgets, stays, totals)
+        if tokens is not None:
+            _record_survivors(tokens, parts, self.numbers)
         pools = [part.pool for part in parts]
         for pool in pools:
             self.table.young[pool.layers[:, None], rows] = 0
@@ -383,6 +392,26 @@ def _with_queries(seen: Observation, queries: Queries | None) -> Observation:
     if queries is None:
         return seen
     return Observation(**{**vars(seen), "queries": queries.states, "real_queries": queries.real})
+
+
+def _record_scores(tokens: TokenRecord, parts: Sequence[Held], candidates: Candidates) -> None:
+    """What a recorder of tokens is told before survivors move. Waits for the device."""
+    first = 0
+    for part in parts:
+        held = part.tokens(0, len(part.pool.layers))
+        scores = candidates.part(slice(first, first + len(held.lengths)), held.width).scores
+        first += len(held.lengths)
+        tokens.score(part.rows, held.positions.cpu().numpy(), scores.cpu().numpy())
+
+
+def _record_survivors(tokens: TokenRecord, parts: Sequence[Held], numbers: HostInts) -> None:
+    """What a recorder of tokens is told when they have moved: where the cache itself says that they are."""
+    for part in parts:
+        pool, rows = part.pool, part.rows
+        lengths = pool.device.read("lengths", pool.section, rows).cpu().numpy()
+        positions = pool.positions_of(rows, int(lengths.max(initial=0))).cpu().numpy()
+        positions = positions.reshape(*lengths.shape, -1)
+        tokens.note(rows, numbers[pool.layers], pool.table.seen[rows], positions, lengths)
 
 
 def _side_by_side(ranked: list[Candidates]) -> Candidates:

@@ -83,7 +83,7 @@ class MissSimulation:
     def _start(self, tokens: LayerTokens) -> None:
         device = tokens.lengths.device
         self._rows = torch.arange(len(tokens.lengths), device=device)
-        prompts = tokens.lengths[:, 0].to(torch.int64)
+        prompts = tokens.lengths[:, 0].to(torch.int64, copy=True)  # the cache counts on in its own
         self._protected = prompts if self.grid.protect_prompt else torch.zeros_like(prompts)
         self._generator = torch.Generator(device=device)
         self._generator.manual_seed(self.layer)

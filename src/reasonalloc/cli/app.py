@@ -1,4 +1,4 @@
-"""The command line: ``reasonalloc generate | calibrate | profile | eval | report | problems | methods | plot | demo``.
+"""The command line: ``reasonalloc COMMAND``, see ``reasonalloc --help``.
 
 One command, one file. A command imports what it needs when it runs, so that its help is there at once.
 """
@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from reasonalloc.cli.calibrate import calibrate
+from reasonalloc.cli.compare import compare
 from reasonalloc.cli.console import manner
 from reasonalloc.cli.demo import demo
 from reasonalloc.cli.eval import evaluate
@@ -22,6 +23,7 @@ from reasonalloc.cli.plot import plot_app
 from reasonalloc.cli.problems import problems
 from reasonalloc.cli.profile import profile_app
 from reasonalloc.cli.report import report
+from reasonalloc.cli.view import view
 
 # Plain help: rich's tables cut the names of options at 80 columns. Errors end in `clear_errors`.
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -54,6 +56,8 @@ app.command()(report)
 app.command()(problems)
 app.command()(generate)
 app.command()(methods)
+app.command()(view)
+app.command()(compare)
 app.command()(demo)
 app.add_typer(plot_app, name="plot")
 app.add_typer(profile_app, name="profile")

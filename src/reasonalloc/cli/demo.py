@@ -114,13 +114,15 @@ def _run(budget: int, interval: int, output: Path) -> None:
                 for item, found in zip(asked, answers, strict=True)
             ]
             runs.append(Run(name, answers, grades, time.perf_counter() - began))
-    recorder = Recorder()  # of one problem: sequences leave the batch above as they finish
+    recorder = Recorder(tokens=True)  # of one problem: sequences leave the batch above as they finish
     prompts = [asked[-1].question.prompt]
     answer(network, tokenizer, prompts, compressions[METHODS[-1]], Sampling(0.0, 1.0, LONGEST), recorder=recorder)
     _save(asked, runs, recorder, output)
     console.print(_table(asked, runs))
     console.print(_parting(asked, runs))
     wrote(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+    if recorder.routings:
+        wrote(f"open {output / 'view.html'} in a browser: what the heads kept of the last problem, what they forgot")
 
 
 def _problems() -> list[Asked]:
@@ -219,6 +221,7 @@ def _first_difference(text: list[str], full: list[str]) -> int:
 
 def _save(asked: list[Asked], runs: list[Run], recorder: Recorder, output: Path) -> None:
     from reasonalloc.files import write_atomically
+    from reasonalloc.pages.view import view
 
     texts = [
         {
@@ -236,6 +239,7 @@ def _save(asked: list[Asked], runs: list[Run], recorder: Recorder, output: Path)
     write_atomically(output / "figures.json", json.dumps(figures, indent=1).encode())
     if recorder.routings:
         recorder.save(output / "routing.json")
+        view(recorder, output / "view.html", title=f"{METHODS[-1]}, {asked[-1].task}, problem {asked[-1].question.id}")
         with suppress(ImportError):  # the picture is an extra
             from reasonalloc.evaluation.plots import plot_budgets
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reasonalloc.cli.console import Calibrating, Loading, Progress, clear_errors, duration, say, wrote
-from reasonalloc.cli.options import Device, Dtype, Window, prompt_of, whole_numbers
+from reasonalloc.cli.options import KEEPING, Device, Dtype, Window, given, prompt_of, whole_numbers
 
 if TYPE_CHECKING:
     from reasonalloc.evaluation.store import Result, Store
@@ -105,8 +106,7 @@ def evaluate(
                 {
                     "model": model,
                     "tasks": tasks,
-                    "variants": [name.strip() for name in methods.split(",")],
-                    "budgets": whole_numbers(budgets, "--budgets"),
+                    **_caches(context, model, methods, budgets),
                     "baseline": baseline,
                     "samples": samples,
                     "sampling": {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens},
@@ -181,10 +181,32 @@ _WITH_STUDY = {*_ANYWHERE, "study", "model", "data"}
 
 def _refuse(context: typer.Context, allowed: set[str]) -> None:
     """Options beside a study that would change nothing are an error."""
-    given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
-    wrong = [f"--{name.replace('_', '-')}" for name in given if name not in allowed]
+    wrong = [f"--{name.replace('_', '-')}" for name in given(context) if name not in allowed]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} would have no effect: the study says all that decides the results")
+
+
+def _caches(context: typer.Context, model: str, methods: str, budgets: str) -> dict[str, Any]:
+    """A study's methods and budgets; without an option that says which, what the model's own folder asks for."""
+    if not {*KEEPING, "methods", "budgets"} & {*given(context)}:
+        from reasonalloc.engines.transformers.asked import compression_of_name, where
+        from reasonalloc.evaluation.study import FULL
+        from reasonalloc.policies.written import DEFAULT_METHOD
+
+        found = compression_of_name(model)
+        if found is not None:
+            field, compression = found
+            say(f"{where(model)}: {json.dumps(field)}")
+            method = field.get("method", DEFAULT_METHOD)
+            if method == FULL:
+                return {"variants": [FULL], "budgets": []}
+            changes = {name: value for name, value in field.items() if name not in ("method", "budget")}
+            own = {"name": method, "method": method, "changes": changes}
+            return {"variants": [FULL, own], "budgets": [compression.budget]}
+    return {
+        "variants": [name.strip() for name in methods.split(",")],
+        "budgets": whole_numbers(budgets, "--budgets"),
+    }
 
 
 def _tasks(

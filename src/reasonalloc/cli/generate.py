@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reasonalloc.cli.console import Calibrating, Loading, clear_errors, say
-from reasonalloc.cli.options import Device, Dtype, Window, prompt_of
+from reasonalloc.cli.options import KEEPING, Device, Dtype, Window, given, prompt_of
 
 if TYPE_CHECKING:
     from reasonalloc.policies.compression import Compression
 
 
 def generate(
+    context: typer.Context,
     model: Annotated[str, typer.Option("--model", "-m", help="Folder, .gguf file, hub id, or reasonalloc/reasoner.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; '-' reads standard input.")],
     budget: Annotated[
@@ -37,12 +38,18 @@ def generate(
     seed: Annotated[int, typer.Option(help="For sampling and for scorers that draw.")] = 0,
     raw: Annotated[bool, typer.Option(help="Do not use the model's chat template.")] = False,
     stream: Annotated[bool, typer.Option(help="Print the text as it comes.")] = False,
-    record: Annotated[Path | None, typer.Option(help="Save every routing (.json or .npz).")] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Save what was kept and what was evicted, with the text, for `view` (.json or .npz)."),
+    ] = None,
     stats: Annotated[Path | None, typer.Option(help="Save the cache's statistics (JSON).")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Answer one prompt inside a bounded KV cache."""
+    """Answer one prompt inside a bounded KV cache.
+
+    Without an option that says what to keep, a model's generation_config.json decides, if it has a field "reasonalloc".
+    """
     with clear_errors():
         if record is not None and record.suffix not in (".json", ".npz"):
             raise ValueError(f"--record is saved as .json or .npz, got {record.name!r}")
@@ -53,12 +60,28 @@ def generate(
             overrides["window"] = window
         if profile is not None:
             overrides["profile"] = profile
-        compression = Compression.method(method, budget, **overrides)
+        options = {*given(context)}
+        asked = None if KEEPING & options else _asked(model)
+        if asked is not None and "seed" in options:
+            asked = asked.replace(seed=seed)
+        compression = asked or Compression.method(method, budget, **overrides)
         question = sys.stdin.read() if prompt == "-" else prompt
         generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         if temperature:
             generation.update(temperature=temperature, top_p=top_p)
         _answer(model, question, compression, generation, seed, raw, stream, record, stats, dtype, device)
+
+
+def _asked(model: str) -> Compression | None:
+    """What the model's own folder asks for."""
+    from reasonalloc.engines.transformers.asked import compression_of_name, where
+
+    found = compression_of_name(model)
+    if found is None:
+        return None
+    field, compression = found
+    say(f"{where(model)}: {json.dumps(field)}")
+    return compression
 
 
 def _answer(
@@ -92,7 +115,7 @@ def _answer(
         with Calibrating() as shown:
             profile = auto_profile(network.config, compression, network, tokenizer, shown.report, say)
         compression = compression.replace(profile=profile)
-    recorder = Recorder() if record else None
+    recorder = Recorder(tokens=True) if record else None
     cache = Cache(network.config, compression, recorder=recorder)
     inputs = encode(tokenizer, [question], not raw, network.device)
     torch.manual_seed(seed)
@@ -115,4 +138,5 @@ def _answer(
     if stats is not None:
         write_atomically(stats, json.dumps(found.to_dict()).encode())
     if recorder is not None and record is not None:
+        recorder.set_text(tokenizer, out, inputs["attention_mask"])
         recorder.save(record)

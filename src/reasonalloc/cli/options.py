@@ -12,6 +12,13 @@ Window = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 
+KEEPING = {"budget", "method", "profile", "interval", "window", "protect_prompt", "pin_prompt"}  # what caches keep
+
+
+def given(context: typer.Context) -> list[str]:
+    """Options that the command line names, as the command's parameters are called."""
+    return [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+
 
 def whole_numbers(text: str, option: str) -> list[int]:
     """Whole numbers with commas between them. Raises ``ValueError`` naming the option."""

@@ -88,7 +88,7 @@ def answer(
         compression: the cache.
         sampling: how tokens are chosen.
         seed: of torch's random numbers, for sampling.
-        recorder: gets every routing, if given.
+        recorder: gets every routing, if given; and the text, if it records tokens.
         on_step: called at every step, see ``decoding_loop``.
     """
     inputs = encode(tokenizer, prompts, True, model.device)
@@ -110,6 +110,8 @@ def answer(
         on_step=watch,
         generation_config=sampling.config(model, tokenizer),
     )
+    if recorder is not None and recorder.tokens is not None:
+        recorder.set_text(tokenizer, out, inputs["attention_mask"])
     written = out[:, inputs["input_ids"].shape[1] :].tolist()
     found = zip(written, footprint.kept, footprint.kv_bytes, footprint.evicted, strict=True)
     return [

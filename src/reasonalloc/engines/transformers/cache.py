@@ -272,7 +272,7 @@ class Cache(cache_utils.Cache):
             self.shape,
             attention=attention,
             layers_at_once=layers_at_once,
-            recorder=Recorder.attach(recorder, self.shape.layers),
+            recorder=Recorder.attach(recorder, self.shape.layers, _in_words(compression)),
             probe=probe,
         )
         self._pass = _Pass(self.ragged)
@@ -346,16 +346,7 @@ class Cache(cache_utils.Cache):
 
     def stats(self) -> GenerationStats:
         """Bytes, kept tokens per layer and head, evictions, and what recorded steps take."""
-        compression = self.compression
-        method = (
-            {"scorer": "none", "layers": "full", "heads": "full"}
-            if compression.budget is None
-            else {
-                "scorer": SCORERS.name_of(compression.token_scorer),
-                "layers": LAYER_ALLOCATORS.name_of(compression.layer_allocator),
-                "heads": HEAD_ALLOCATORS.name_of(compression.head_allocator),
-            }
-        )
+        method = _policies(self.compression)
         use = self.graph_use
         return GenerationStats(
             **vars(collect(self.ragged, method)),
@@ -363,6 +354,26 @@ class Cache(cache_utils.Cache):
             graph_bytes=use.nbytes,
             graph_seconds=use.seconds,
         )
+
+
+def _policies(compression: Compression) -> dict[str, str]:
+    """The names of a compression's policies."""
+    if compression.budget is None:
+        return {"scorer": "none", "layers": "full", "heads": "full"}
+    return {
+        "scorer": SCORERS.name_of(compression.token_scorer),
+        "layers": LAYER_ALLOCATORS.name_of(compression.layer_allocator),
+        "heads": HEAD_ALLOCATORS.name_of(compression.head_allocator),
+    }
+
+
+def _in_words(compression: Compression) -> str:
+    """A compression as a record tells it: its policies, its budget, and how the prompt is kept."""
+    if compression.budget is None:
+        return "full cache"
+    prompt = "" if compression.prompt == "compete" else f", prompt {compression.prompt}"
+    parts = ", ".join(f"{name} {value}" for name, value in _policies(compression).items())
+    return f"{parts}, budget {compression.budget}, interval {compression.interval}{prompt}"
 
 
 def kv_bytes(cache: Any) -> int:

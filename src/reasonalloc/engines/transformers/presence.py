@@ -11,8 +11,9 @@ from transformers import LogitsProcessor
 
 from reasonalloc.engines.models import UnsupportedModelError
 from reasonalloc.engines.transformers.continuation import GENERATE
+from reasonalloc.engines.transformers.names import CACHE_NAMES, FIELD
 
-_NAMES = ("cache", "past_key_values")  # of a model's argument, since 5.24 and before
+_NAMES = CACHE_NAMES[:2]  # of a model's argument, since 5.24 and before
 
 
 def check_presence(module: Module) -> None:
@@ -25,8 +26,12 @@ def check_presence(module: Module) -> None:
     Args:
         module: the attention.
 
+    A compression that the model's generation_config asks for is nothing that ``generate`` knows of. It is refused here
+    where no cache was passed, rather than left without effect.
+
     Raises:
         UnsupportedModelError: it was given another one, or none.
+        ValueError: a compression is asked for, and the model was not enabled.
     """
     if getattr(module, "layer_idx", None) != 0:
         return
@@ -37,6 +42,7 @@ def check_presence(module: Module) -> None:
         if code is GENERATE:
             if model is not None:
                 _compare(_cache(frame.f_locals.get("model_kwargs", {})), model.f_locals)
+                _check_asked(frame.f_locals)
             return
         if code.co_name == "forward" and any(name in code.co_varnames for name in _NAMES):
             model = frame
@@ -48,6 +54,17 @@ def check_presence(module: Module) -> None:
 def _compare(given: Any, passed: dict[str, Any]) -> None:
     if hasattr(given, "ragged") and _cache(passed) is not given:
         raise left_behind(passed.get("self"), given.get_seq_length())
+
+
+def _check_asked(call: dict[str, Any]) -> None:
+    config: Any = call.get("generation_config")
+    if getattr(config, FIELD, None) is None or config.is_assistant:  # an assistant is passed the other model's
+        return
+    if not any(call.get("kwargs", {}).get(name) is not None for name in CACHE_NAMES):
+        raise ValueError(
+            f"generation_config asks for a compression in its field {FIELD!r}, and this call of generate has no cache: "
+            "call ra.enable(model) once, which makes one for every call, or pass a cache, or set the field to None"
+        )
 
 
 def _cache(arguments: dict[str, Any]) -> Any:

@@ -20,21 +20,30 @@ _RESTARTING = {"phi3", "phimoe", "phi4_multimodal"}
 _LENGTH = "original_max_position_embeddings"
 
 
-def check_model(config: Any) -> None:
-    """Refuse a model that would not read a ragged cache, or leave it.
+def check_kind(config: Any) -> None:
+    """Refuse a model that would not read a ragged cache, or leave it, whatever its attention implementation.
 
     Args:
         config: ``model.config``. Models that are not transformers' own are let through.
 
     Raises:
         UnsupportedModelError: it is such a model.
-        ValueError: its attention implementation is set to another name.
     """
     text = decoder_config(config)
     reasons = [reason for reason in (_by_class(config) or _by_class(text), _by_type(text), _restarts(text)) if reason]
     if reasons:
         raise UnsupportedModelError(refusal(text.model_type, reasons))
-    attention = getattr(text, "_attn_implementation", None)
+
+
+def check_model(config: Any) -> None:
+    """The same, and refuse a model whose attention implementation does not read one.
+
+    Raises:
+        UnsupportedModelError: as ``check_kind``.
+        ValueError: its attention implementation is set to another name.
+    """
+    check_kind(config)
+    attention = getattr(decoder_config(config), "_attn_implementation", None)
     if attention not in (None, ATTENTION_NAME):
         raise ValueError(
             f"the model uses attention implementation {attention!r}, which cannot read a ragged cache: load it with "

@@ -10,9 +10,9 @@ from typing import Any
 from reasonalloc.files import parse_json
 from reasonalloc.policies.allocation import DynamicLayers
 from reasonalloc.policies.compression import AUTO_PROFILE, Compression
+from reasonalloc.policies.written import EXAMPLE, compression_of
 
 VARIABLE = "REASONALLOC"
-EXAMPLE = """'{"method": "reasonalloc", "budget": 1024, "profile": "wave.json"}'"""
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,11 @@ def _parse(text: str) -> Settings | None:
     try:
         asked: Any = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{VARIABLE} must be JSON, for instance {EXAMPLE}: {error}") from error
+        raise ValueError(f"{VARIABLE} must be JSON, for instance '{EXAMPLE}': {error}") from error
     if not isinstance(asked, dict):
-        raise ValueError(f"{VARIABLE} must be a JSON object, for instance {EXAMPLE}, got {text}")
-    method, routing = asked.pop("method", "reasonalloc"), asked.pop("routing", "rank")
-    try:
-        chosen = Compression.method(method, **asked)
-    except TypeError as error:
-        raise ValueError(f"{VARIABLE} has a field that no Compression has: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{VARIABLE}: {error}") from error
-    return Settings(chosen, routing)
+        raise ValueError(f"{VARIABLE} must be a JSON object, for instance '{EXAMPLE}', got {text}")
+    routing = asked.pop("routing", "rank")
+    return Settings(compression_of(asked, VARIABLE), routing)
 
 
 def _check(chosen: Compression) -> None:

@@ -1,0 +1,346 @@
+// What the page shows, and where it stands: a round, one head or all of them, the token under the pointer.
+let data, rounds, layers, heads, tokens, perHead, gone, born, held, spans = [];
+let round = 0, chosen = null, pointed = null, playing = null;
+const WIDTH = 330, LEFT = 48, TOP = 6, BOTTOM = 30;
+const OWN = 0.55; // the colour of what the chosen head holds
+
+// Arrays count from 1, and 0 stands for a layer that has not routed yet.
+const at = (numbers, r, layer, head) => numbers[(r * layers + layer) * heads + head] - 1;
+
+function prepare() {
+  [rounds, layers, heads] = data.kept.shape;
+  perHead = data.recordsTokens ? data.lived.shape[2] : 0;
+  tokens = data.pieces ? data.pieces.length : perHead;
+  if (!data.recordsTokens) return;
+  // gone[head * perHead + token]: the round that evicted the token; as many as there are rounds: it never was.
+  const never = data.lived.BYTES_PER_ELEMENT === 1 ? 255 : 65535;
+  born = new Uint32Array(perHead);
+  for (let token = 0, r = 0; token < perHead; token++) {
+    while (data.seen[r] <= token) r++;
+    born[token] = r;
+  }
+  gone = new Uint16Array(layers * heads * perHead);
+  // held[r * perHead + token]: how many heads hold the token after round r.
+  held = new Uint16Array(rounds * perHead);
+  const ends = new Uint16Array((rounds + 1) * perHead);
+  for (let head = 0; head < layers * heads; head++) {
+    for (let token = 0; token < perHead; token++) {
+      const i = head * perHead + token;
+      gone[i] = data.lived[i] === never ? rounds : born[token] + data.lived[i];
+      ends[gone[i] * perHead + token]++;
+    }
+  }
+  for (let token = 0; token < perHead; token++) {
+    let left = layers * heads;
+    for (let r = 0; r < rounds; r++) {
+      left -= ends[r * perHead + token];
+      held[r * perHead + token] = left;
+    }
+  }
+}
+
+const routed = (r, layer) => at(data.budgets, r, layer, 0) >= 0;
+const holders = (token) => (token < perHead ? held[round * perHead + token] : layers * heads);
+const isHeld = (layer, head, token) => gone[(layer * heads + head) * perHead + token] > round;
+
+// ---- the two maps ----
+
+const rowHeight = () => Math.max(4, Math.min(30, Math.floor(270 / layers)));
+const cellWidth = () => Math.max(5, Math.min(44, Math.floor((WIDTH + 14 - LEFT) / heads)));
+const columnWidth = () => (WIDTH + 14 - LEFT) / rounds;
+let most = 1, mostMean = 1, means = [];
+
+function measure() {
+  for (const kept of data.kept) most = Math.max(most, kept - 1);
+  for (let r = 0; r < rounds; r++) {
+    for (let layer = 0; layer < layers; layer++) {
+      let sum = 0;
+      for (let head = 0; head < heads; head++) sum += at(data.kept, r, layer, head);
+      means.push(sum / heads);
+      mostMean = Math.max(mostMean, sum / heads);
+    }
+  }
+}
+
+function labelLayers(pen) {
+  pen.fillStyle = styleValue("--soft");
+  pen.textAlign = "right";
+  pen.textBaseline = "middle";
+  const every = Math.ceil(14 / rowHeight());
+  for (let layer = 0; layer < layers; layer += every) {
+    pen.fillText(`${layer ? "" : "layer "}${layer}`, LEFT - 6, TOP + (layer + 0.5) * rowHeight());
+  }
+}
+
+function drawHeads() {
+  const width = cellWidth(), height = rowHeight(), left = LEFT;
+  const pen = sized(element("heads"), left + heads * width + 4, TOP + layers * height + BOTTOM);
+  labelLayers(pen);
+  for (let layer = 0; layer < layers; layer++) {
+    for (let head = 0; head < heads; head++) {
+      const kept = at(data.kept, round, layer, head), x = left + head * width, y = TOP + layer * height;
+      pen.fillStyle = kept < 0 ? styleValue("--none") : colour(kept / most);
+      pen.fillRect(x, y, width - 1, height - 1);
+      if (pointed !== null && pointed < data.seen[round] && isHeld(layer, head, pointed)) {
+        pen.fillStyle = kept < 0 ? styleValue("--ink") : inkOn(kept / most);
+        pen.beginPath();
+        pen.arc(x + width / 2 - 0.5, y + height / 2 - 0.5, Math.min(width, height) / 6 + 0.8, 0, 7);
+        pen.fill();
+      } else if (pointed === null && width >= 30 && height >= 14 && kept >= 0) {
+        pen.fillStyle = inkOn(kept / most);
+        pen.textAlign = "center";
+        pen.textBaseline = "middle";
+        pen.fillText(kept, x + width / 2, y + height / 2);
+      }
+      if (chosen && chosen[0] === layer && chosen[1] === head) {
+        pen.strokeStyle = styleValue("--lost");
+        pen.lineWidth = 2;
+        pen.strokeRect(x, y, width - 1, height - 1);
+      }
+    }
+  }
+  pen.fillStyle = styleValue("--soft");
+  pen.textAlign = "center";
+  pen.textBaseline = "top";
+  const every = Math.ceil(20 / width);
+  for (let head = 0; head < heads; head += every) pen.fillText(head, left + (head + 0.5) * width, TOP + layers * height + 3);
+  pen.fillText("head", left + (heads * width) / 2, TOP + layers * height + 16);
+}
+
+function drawLayers() {
+  const height = rowHeight(), left = LEFT, width = columnWidth();
+  const pen = sized(element("layers"), left + rounds * width + 4, TOP + layers * height + BOTTOM);
+  labelLayers(pen);
+  for (let r = 0; r < rounds; r++) {
+    for (let layer = 0; layer < layers; layer++) {
+      const mean = means[r * layers + layer];
+      pen.fillStyle = mean < 0 ? styleValue("--none") : colour(mean / mostMean);
+      pen.fillRect(left + r * width, TOP + layer * height, Math.ceil(width) - (width > 6 ? 1 : 0), height - 1);
+    }
+  }
+  pen.strokeStyle = styleValue("--lost");
+  pen.lineWidth = 1.5;
+  pen.strokeRect(left + round * width - 1, TOP - 2, Math.max(width + 1, 3), layers * height + 3);
+  pen.fillStyle = styleValue("--soft");
+  pen.textBaseline = "top";
+  pen.textAlign = "left";
+  pen.fillText(data.seen[0], left, TOP + layers * height + 3);
+  pen.textAlign = "right";
+  if (rounds > 1) pen.fillText(data.seen[rounds - 1], left + rounds * width, TOP + layers * height + 3);
+  pen.textAlign = "center";
+  pen.fillText("tokens read", left + (rounds * width) / 2, TOP + layers * height + 16);
+}
+
+const layerAt = (event) => Math.floor((event.offsetY - TOP) / rowHeight());
+
+function cellAt(event) {
+  const head = Math.floor((event.offsetX - LEFT) / cellWidth()), layer = layerAt(event);
+  return head >= 0 && head < heads && layer >= 0 && layer < layers ? [layer, head] : null;
+}
+
+function roundAt(event) {
+  const r = Math.floor((event.offsetX - LEFT) / columnWidth());
+  return r >= 0 && r < rounds ? r : null;
+}
+
+function describeHead([layer, head]) {
+  const lines = [`layer ${layer}, head ${head}`];
+  const kept = at(data.kept, round, layer, head), threshold = data.threshold[round][layer];
+  if (routed(round, layer)) {
+    lines.push(`budget: ${at(data.budgets, round, layer, head)} tokens`);
+    lines.push(`held: ${kept} after the round`, `held before its last eviction: ${at(data.before, round, layer, head)}`);
+    if (threshold !== null) lines.push(`score that a token of the layer needed: ${threshold}`);
+  } else {
+    lines.push("nothing evicted yet", kept < 0 ? "held: all tokens read" : `held: ${kept}`);
+  }
+  return lines.join("\n");
+}
+
+// ---- the text ----
+
+function describeToken(token) {
+  const name = data.pieces ? quoted(data.pieces[token]) : "token";
+  const lines = [`${name} at position ${token}${data.pieces && token < data.prompt ? " (prompt)" : ""}`];
+  if (token >= data.seen[round]) return [...lines, "not read yet at this round"].join("\n");
+  const all = layers * heads, count = holders(token);
+  lines.push(`held by ${count} of ${all} heads (${percent(count / all)})`);
+  if (chosen) lines.push(`layer ${chosen[0]}, head ${chosen[1]}: ${fate(token)}`);
+  const score = data.scores[round * perHead + token];
+  lines.push(score === 255 ? "score: not ranked in this round" : `score: ${score} % (0: the worst of its head, 100: the best)`);
+  if (!count) {
+    let r = 0;
+    while (held[r * perHead + token]) r++;
+    lines.push(`the last head let go of it in round ${r + 1}`);
+  }
+  return lines.join("\n");
+}
+
+function fate(token) {
+  const r = gone[(chosen[0] * heads + chosen[1]) * perHead + token];
+  return r >= rounds ? "held to the end" : `evicted in round ${r + 1}`;
+}
+
+function drawText() {
+  const all = layers * heads;
+  spans.forEach((span, token) => {
+    const isRead = token < data.seen[round];
+    const count = isRead ? holders(token) : 0;
+    const share = chosen ? (count && isHeld(...chosen, token) ? OWN : 0) : tone(count / all);
+    span.className = !isRead ? "later" : !count ? "lost" : share ? "" : "gone";
+    if (isRead && share) paint(span, share);
+    else unpaint(span);
+  });
+}
+
+// ---- the state of the page ----
+
+function show() {
+  element("round").value = round;
+  element("round").setAttribute("aria-valuetext", `round ${round + 1} of ${rounds}`);
+  element("where").textContent = `round ${round + 1} of ${rounds} \u00b7 ${many(data.seen[round], "token")} read`;
+  const kept = means.slice(round * layers, (round + 1) * layers).map((mean) => (mean < 0 ? data.seen[round] : mean));
+  const mean = kept.reduce((sum, one) => sum + one, 0) / layers;
+  const parts = [`A head holds ${Math.round(mean)} of ${many(data.seen[round], "token")} on average (${percent(mean / data.seen[round])}).`];
+  if (data.recordsTokens) {
+    let lost = 0, few = 0;
+    for (let token = 0; token < data.seen[round]; token++) {
+      lost += !holders(token);
+      few += 2 * holders(token) < layers * heads;
+    }
+    parts.push(`Fewer than half of the heads hold ${few} of them (${percent(few / data.seen[round])}), and no head ${lost}.`);
+  }
+  if (chosen) {
+    const own = at(data.kept, round, ...chosen);
+    parts.push(`Layer ${chosen[0]}, head ${chosen[1]} holds ${own < 0 ? "all of them" : own}.`);
+  }
+  element("summary").textContent = parts.join(" ");
+  element("textTitle").textContent = !data.recordsTokens || !chosen
+    ? "Text" : `Text as layer ${chosen[0]}, head ${chosen[1]} holds it`;
+  element("shares").hidden = Boolean(chosen);
+  for (const part of document.querySelectorAll(".ofHead")) part.hidden = !chosen;
+  paint(element("own"), OWN);
+  drawHeads();
+  drawLayers();
+  drawText();
+}
+
+// The address says where the page stands, so that a link leads there: #round=30&head=3.1 (rounds from 1).
+function readAddress() {
+  const parts = new URLSearchParams(location.hash.slice(1));
+  const wanted = Number(parts.get("round"));
+  if (wanted) round = Math.min(Math.max(Math.round(wanted), 1), rounds) - 1;
+  const [layer, head] = (parts.get("head") || "").split(".").map(Number);
+  chosen = layer >= 0 && layer < layers && head >= 0 && head < heads ? [layer, head] : null;
+}
+
+function writeAddress() {
+  const head = chosen ? `&head=${chosen.join(".")}` : "";
+  history.replaceState(null, "", `#round=${round + 1}${head}`);
+}
+
+function go(to) {
+  round = Math.min(Math.max(to, 0), rounds - 1);
+  writeAddress();
+  show();
+}
+
+function choose(cell) {
+  chosen = cell && chosen && cell[0] === chosen[0] && cell[1] === chosen[1] ? null : cell;
+  writeAddress();
+  show();
+}
+
+function stop() {
+  clearInterval(playing);
+  playing = null;
+  element("play").textContent = "Play";
+}
+
+function play() {
+  if (playing) return stop();
+  if (round === rounds - 1) go(0);
+  element("play").textContent = "Pause";
+  playing = setInterval(() => (round < rounds - 1 ? go(round + 1) : stop()), Math.max(120, Math.min(600, 12000 / rounds)));
+}
+
+function point(token) {
+  if (token === pointed) return;
+  pointed = token;
+  drawHeads();
+}
+
+function listen() {
+  element("round").addEventListener("input", (event) => go(Number(event.target.value)));
+  element("play").addEventListener("click", play);
+  const map = element("heads"), time = element("layers"), text = element("text");
+  map.addEventListener("click", (event) => { const cell = cellAt(event); if (cell) choose(cell); });
+  map.addEventListener("mousemove", (event) => {
+    const cell = cellAt(event);
+    if (cell) showHint(describeHead(cell), event);
+    else hideHint();
+  });
+  map.addEventListener("keydown", (event) => {
+    const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const [layer, head] = chosen || [0, -step[1]];
+    chosen = null;
+    choose([(layer + step[0] + layers) % layers, (head + step[1] + heads) % heads]);
+  });
+  time.addEventListener("click", (event) => { const r = roundAt(event); if (r !== null) go(r); });
+  time.addEventListener("mousemove", (event) => {
+    const r = roundAt(event), layer = layerAt(event);
+    if (r === null || layer < 0 || layer >= layers) return hideHint();
+    const mean = means[r * layers + layer];
+    const what = mean < 0 ? "nothing evicted yet" : `held: ${mean.toFixed(1)} tokens a head`;
+    showHint(`layer ${layer}, round ${r + 1} (${many(data.seen[r], "token")} read)\n${what}`, event);
+  });
+  text.addEventListener("mousemove", (event) => {
+    const token = event.target.dataset.at;
+    if (token === undefined) { hideHint(); return point(null); }
+    showHint(describeToken(Number(token)), event);
+    point(Number(token));
+  });
+  text.addEventListener("mouseleave", () => point(null));
+  for (const one of [map, time, text]) one.addEventListener("mouseleave", hideHint);
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") choose(null); });
+  window.addEventListener("hashchange", () => { readAddress(); show(); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readScale(); drawLegends(); show(); });
+}
+
+function writeWords() {
+  if (data.title) element("title").textContent = `Look at a cache: ${data.title}`;
+  document.title = element("title").textContent;
+  element("about").textContent = [data.about, `${many(layers, "layer")} of ${many(heads, "head")}`].filter(Boolean).join(" \u00b7 ");
+  element("most").textContent = `${most} tokens`;
+  element("mostMean").textContent = `${Math.round(mostMean)} tokens a head`;
+  element("all").textContent = `${many(layers * heads, "head")} (middle: ${Math.round(layers * heads / 4)})`;
+  element("unrouted").hidden = !data.kept.includes(0);
+  element("round").max = rounds - 1;
+  if (!data.recordsTokens) {
+    element("textLegend").hidden = true;
+    element("textNote").textContent = "This record does not say which tokens were evicted. To see the text, record with "
+      + "Recorder(tokens=True), or with `reasonalloc generate --record`.";
+    return;
+  }
+  if (!data.pieces) element("textNote").textContent = "This record has no text, so tokens are shown by their position: "
+    + "call recorder.set_text(tokenizer, ids, attention_mask) before saving.";
+  const pieces = data.pieces || Array.from({ length: perHead }, (_, i) => `${i} `);
+  spans = writeText(element("text"), pieces, data.prompt);
+}
+
+async function start() {
+  data = await readData();
+  prepare();
+  measure();
+  readScale();
+  round = rounds - 1;
+  readAddress();
+  writeWords();
+  drawLegends();
+  listen();
+  show();
+  document.body.dataset.ready = "yes";
+}
+
+start();
