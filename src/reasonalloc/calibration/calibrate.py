@@ -6,7 +6,6 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -139,7 +138,7 @@ def _source(model: Any) -> dict[str, Any]:
         "model": model_name(model.config),
         "revision": getattr(model.config, "_commit_hash", None),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "library": version("reasonalloc"),
+        "library": __version__,
     }
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import sys
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -22,6 +21,7 @@ from reasonalloc.cli.plot import plot_app
 from reasonalloc.cli.problems import problems
 from reasonalloc.cli.profile import profile_app
 from reasonalloc.cli.report import report
+from reasonalloc.version import __version__
 
 # Plain help: rich's tables cut the names of options at 80 columns. Errors end in `clear_errors`.
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -29,7 +29,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"reasonalloc {version('reasonalloc')}")
+        print(f"reasonalloc {__version__}")
         raise typer.Exit
 
 
