@@ -26,6 +26,7 @@ from reasonalloc.files import write_atomically
 from reasonalloc.policies.allocation import DemandProfile, PromptDemand, merge
 from reasonalloc.policies.allocation.profile import differences
 from reasonalloc.policies.compression import Compression
+from reasonalloc.version import __version__
 
 Progress = Callable[[str, int, int], None]  # what, how much of it is done, of how much at most
 PROMPTS, WRITING, LOSS, SENSITIVITY = "prompts", "writing", "loss curves", "sensitivity"

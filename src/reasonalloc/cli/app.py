@@ -48,12 +48,12 @@ def run(
             stream.reconfigure(errors="replace")
 
 
+app.command()(demo)
+app.command()(generate)
+app.command()(methods)
 app.command()(calibrate)
+app.add_typer(profile_app, name="profile")
 app.command("eval")(evaluate)
 app.command()(report)
 app.command()(problems)
-app.command()(generate)
-app.command()(methods)
-app.command()(demo)
 app.add_typer(plot_app, name="plot")
-app.add_typer(profile_app, name="profile")
