@@ -1,14 +1,15 @@
 # Two commands set everything up on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
-BIN := .venv/bin
-STAMP := .venv/.installed
+VENV := .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
 
-.PHONY: venv demo test test-slow notebook test-vllm docs check format bench gpu clean
+.PHONY: venv demo test test-slow notebook test-vllm docs matrix check release-check format bench gpu clean
 
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
@@ -16,7 +17,7 @@ demo: venv
 	$(BIN)/reasonalloc demo
 
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 test-slow: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
@@ -47,6 +48,19 @@ docs: .venv/.docs
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
+# Every Python from 3.10 to 3.13 that is on the path or installed by pyenv; what is not here is named. TESTS="tests/test_cli.py"
+matrix:
+	.ci/matrix $(TESTS)
+
+# All that can be tried of a release before it is uploaded; leaves what would be in dist/.
+release-check: venv
+	@test -z "$$(git status --porcelain)" || { echo "commit first: a release is made of what git holds"; exit 1; }
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'twine>=6'
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pytest -m slow tests/test_release.py
+
 check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,4 +80,4 @@ gpu:
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(OPTIONS)
 
 clean:
-	rm -rf .venv site demo-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-3.* dist site demo-output .pytest_cache .mypy_cache .ruff_cache

@@ -96,17 +96,17 @@ def test_generate_equals_the_library(model_folder):
     assert result.stdout.split() == [f"w{i}" if i > 1 else i for i in out.tolist() if i > 1]
 
 
-def test_help_needs_neither_torch_nor_transformers():
-    every = [(), *commands()]
-    assert ("eval",) in every
-    assert ("profile", "show") in every
+def test_what_must_be_there_at_once_needs_neither_torch_nor_transformers():
+    every = [(*words, "--help") for words in [(), *commands()]] + [("--version",), ("methods",)]
+    assert ("eval", "--help") in every
+    assert ("profile", "show", "--help") in every
     code = f"""
 import sys
 from typer.testing import CliRunner
 from reasonalloc.cli import app
 for words in {every}:
-    done = CliRunner().invoke(app, [*words, "--help"])
-    assert done.exit_code == 0 and "Usage" in done.stdout, words
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and done.stdout, words
 print(*sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -495,6 +495,9 @@ def test_help_at_80_columns_has_every_name_in_full(words):
     assert names <= set(shown.replace(",", " ").split())
     assert "…" not in shown
     assert not set("│╭╰") & set(shown)
+    _, _, listed = shown.partition("Commands:\n")
+    assert not [line for line in listed.splitlines() if line.endswith("...")], "the first sentence is too long"
+    assert [option.name for option in command.params if option.help is None] == []
 
 
 def test_methods_at_80_columns():

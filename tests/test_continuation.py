@@ -1,6 +1,7 @@
 """What a cache that holds a text does with the next one: it goes on with it, or says that it cannot."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -273,11 +274,12 @@ def test_assisted_decoding_in_both_turns(model, way):
     message = "hands over again some of the 56 tokens .*: pass the new tokens alone, .* 66 columns; .*reset"
     with pytest.raises(ValueError, match=message):
         model.generate(whole, **options)
-    if not NEWEST:  # before, transformers cut the mask
-        with pytest.raises(ValueError, match=HIDES):
-            model.generate(whole[:, 56:], **options)
+    try:
+        got = model.generate(whole[:, 56:], **options)
+    except ValueError as refused:  # older versions of transformers cut the mask
+        if NEWEST or not re.search(HIDES, str(refused)):
+            raise
         return
-    got = model.generate(whole[:, 56:], **options)
     assert torch.equal(got[:, -40:], model.generate(whole, attention_mask=whole_mask, **GREEDY)[:, -40:])
 
 

@@ -12,7 +12,7 @@ TOP = "reasonalloc"
 ROOT = Path(reasonalloc.__file__).parent
 # Each part may import itself and the parts before it, neither its neighbours nor those behind. The longest name counts.
 ORDER = [
-    ("files",),
+    ("files", "version"),
     ("kernels",),
     ("policies",),
     ("tasks",),

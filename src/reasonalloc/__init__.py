@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from reasonalloc.engines.registration import register_attention
+from reasonalloc.version import __version__ as __version__
 
 if TYPE_CHECKING:  # the names of _NAMES, for type checkers and editors
     from reasonalloc.cache.recorder import Recorder as Recorder
@@ -65,8 +66,6 @@ if TYPE_CHECKING:  # the names of _NAMES, for type checkers and editors
     from reasonalloc.policies.scoring import VaSE as VaSE
     from reasonalloc.policies.scoring import register_scorer as register_scorer
     from reasonalloc.policies.scoring.tokens import LayerTokens as LayerTokens
-
-__version__ = "0.1.0"
 
 _NAMES = {  # where each public name lives
     "reasonalloc.cache.recorder": ("Recorder",),

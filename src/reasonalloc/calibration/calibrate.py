@@ -6,7 +6,6 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from reasonalloc.files import write_atomically
 from reasonalloc.policies.allocation import DemandProfile, PromptDemand, merge
 from reasonalloc.policies.allocation.profile import differences
 from reasonalloc.policies.compression import Compression
+from reasonalloc.version import __version__
 
 Progress = Callable[[str, int, int], None]  # what, how much of it is done, of how much at most
 PROMPTS, WRITING, LOSS, SENSITIVITY = "prompts", "writing", "loss curves", "sensitivity"
@@ -139,7 +139,7 @@ def _source(model: Any) -> dict[str, Any]:
         "model": model_name(model.config),
         "revision": getattr(model.config, "_commit_hash", None),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "library": version("reasonalloc"),
+        "library": __version__,
     }
 
 

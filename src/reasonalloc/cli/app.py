@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import sys
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -24,6 +23,7 @@ from reasonalloc.cli.problems import problems
 from reasonalloc.cli.profile import profile_app
 from reasonalloc.cli.report import report
 from reasonalloc.cli.view import view
+from reasonalloc.version import __version__
 
 # Plain help: rich's tables cut the names of options at 80 columns. Errors end in `clear_errors`.
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -31,7 +31,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"reasonalloc {version('reasonalloc')}")
+        print(f"reasonalloc {__version__}")
         raise typer.Exit
 
 
@@ -50,14 +50,14 @@ def run(
             stream.reconfigure(errors="replace")
 
 
+app.command()(demo)
+app.command()(generate)
+app.command()(methods)
 app.command()(calibrate)
+app.add_typer(profile_app, name="profile")
 app.command("eval")(evaluate)
 app.command()(report)
 app.command()(problems)
-app.command()(generate)
-app.command()(methods)
 app.command()(view)
 app.command()(compare)
-app.command()(demo)
 app.add_typer(plot_app, name="plot")
-app.add_typer(profile_app, name="profile")

@@ -9,19 +9,21 @@ from typing import Annotated
 import typer
 
 from reasonalloc.cli.console import Calibrating, Loading, clear_errors, say, wrote
-from reasonalloc.cli.options import Device, Dtype, whole_numbers
+from reasonalloc.cli.options import Device, Dtype, Temperature, TopP, whole_numbers
 from reasonalloc.cli.profile import print_profile
 
 
 def calibrate(
-    model: Annotated[str, typer.Option("--model", "-m", help="Local folder, .gguf file, or hub id.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder, .gguf file, hub id, or reasonalloc/reasoner.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The profile (.json).")],
     name: Annotated[str | None, typer.Option(help="The model's name in the profile; default: its path or id.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Your own questions (.jsonl); default: 8 built-in ones.")] = None,
     field: Annotated[str, typer.Option(help="Field of the question in that file.")] = "prompt",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest chain of thought.")] = 1024,
-    miss: Annotated[list[str] | None, typer.Option(help="Also miss curves of this scorer (may be repeated).")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
+    miss: Annotated[
+        list[str] | None, typer.Option(help="Also miss curves of this scorer, for missalloc (may be repeated).")
+    ] = None,
     loss: Annotated[
         list[str] | None,
         typer.Option(help="Also miss and loss curves of this scorer, for lossalloc (may be repeated)."),
@@ -30,27 +32,29 @@ def calibrate(
     sensitivity: Annotated[
         bool,
         typer.Option(
-            "--sensitivity", help="Also each KV head's loss sensitivity (reads every answer layers x heads / 2 times)."
+            "--sensitivity",
+            help="Also each KV head's loss sensitivity, for sensitivity (reads all answers layers x heads / 2 times).",
         ),
     ] = False,
     miss_budgets: Annotated[
-        str, typer.Option(help="Budgets of the miss curves, ascending, by commas.")
+        str, typer.Option(help="Budgets of the miss curves, ascending, with commas.")
     ] = "16,24,32,48,64,96,128,192,256,384,512",
     interval: Annotated[int, typer.Option(min=1, help="Decoded tokens between two simulated compressions.")] = 128,
     protect_prompt: Annotated[
         bool, typer.Option("--protect-prompt", help="Simulate with the prompt kept on top of the budget.")
     ] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.6,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.95,
+    seed: Annotated[int, typer.Option(help="Of random numbers in sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 4,
     force: Annotated[bool, typer.Option("--force", help="Replace the output file if it exists.")] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Measure a model's demand profile while it answers some questions.
+    """Measure where a model needs its memory: a demand profile.
 
-    An interrupted calibration goes on where it was: run the same command again.
+    The model answers some questions, and how many tokens each head attends to is counted. An interrupted calibration
+    goes on where it was: run the same command again.
     """
     with clear_errors():
         from reasonalloc.calibration import CalibrationSettings, built_in_prompts, read_prompts

@@ -63,13 +63,16 @@ class Run:
 
 
 def demo(
-    budget: Annotated[int, typer.Option("--budget", "-b", help="Tokens per KV head, beside the question.")] = 80,
+    budget: Annotated[int, typer.Option("--budget", "-b", help="Tokens per KV head, on top of the question.")] = 80,
     interval: Annotated[int, typer.Option(min=1, help="Decoded tokens between two compressions.")] = 32,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for texts, record and picture.")] = Path(
         "demo-output"
     ),
 ) -> None:
-    """24 problems for the built-in reasoner with the full cache, R-KV, PyramidKV's layers and ReasonAlloc."""
+    """See it work: the built-in reasoner thinks in four caches.
+
+    It solves 24 problems with the full cache, R-KV, PyramidKV's layers and ReasonAlloc.
+    """
     with clear_errors():
         _run(budget, interval, output)
 

@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reasonalloc.cli.console import Calibrating, Loading, Progress, clear_errors, duration, say, wrote
-from reasonalloc.cli.options import KEEPING, Device, Dtype, Window, given, prompt_of, whole_numbers
+from reasonalloc.cli.options import (
+    KEEPING,
+    Device,
+    Dtype,
+    PinPrompt,
+    ProtectPrompt,
+    Temperature,
+    TopP,
+    Window,
+    given,
+    prompt_of,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
     from reasonalloc.evaluation.store import Result, Store
@@ -29,54 +41,73 @@ def evaluate(
         Path | None, typer.Option(help="A study as JSON; --model and --data say where they lie here.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study that the folder holds.")] = False,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Local folder, .gguf file, or hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder, .gguf file, hub id, or reasonalloc/reasoner.")
+    ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="math500, aime24, aime25, gsm8k, maps:48, programs:56, search:56, recall:32; repeatable."),
+        typer.Option(
+            help="math500, aime24, aime25, gsm8k, maps:48, programs:56, search:56, recall:32 (may be repeated)."
+        ),
     ] = None,
     fidelity: Annotated[
         list[str] | None,
-        typer.Option(help="Read given solutions of a task with each cache instead of answering; repeatable."),
+        typer.Option(help="Read given solutions of a task with each cache instead of answering (may be repeated)."),
     ] = None,
-    least_words: Annotated[int, typer.Option(min=0, help="With --fidelity: pass over shorter texts.")] = 0,
+    least_words: Annotated[int, typer.Option(min=0, help="With --fidelity: leave out texts of fewer words.")] = 0,
     methods: Annotated[str, typer.Option(help="Names, with commas; see `reasonalloc methods`.")] = DEFAULT_METHODS,
     budgets: Annotated[str, typer.Option(help="Tokens per KV head, with commas.")] = "128,256,512",
-    baseline: Annotated[str | None, typer.Option(help="What methods are compared with; rkv if it is there.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="The method that others are compared with; default: rkv if it is there.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Answers to each question.")] = 8,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.6,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, or text.")] = 32768,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.95,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer or text, in tokens.")] = 32768,
     count: Annotated[
-        int | None, typer.Option(min=1, help="Only so many questions of each task; of generated ones 100 otherwise.")
+        int | None, typer.Option(min=1, help="Questions of each task; default: all, of a built-in task 100.")
     ] = None,
     shuffle_seed: Annotated[
-        int | None, typer.Option(help="Take those --count questions at random, by this seed; default: the first ones.")
+        int | None, typer.Option(help="Draw those --count questions at random, by this seed; default: the first ones.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="JSON lines with the questions, instead of the hub.")] = None,
-    question_field: Annotated[str | None, typer.Option(help="In --data; the known set's, or 'question'.")] = None,
-    answer_field: Annotated[str | None, typer.Option(help="In --data; the known set's, or 'answer'.")] = None,
+    question_field: Annotated[
+        str | None, typer.Option(help="Field of the question in --data; default: the known set's, or 'question'.")
+    ] = None,
+    answer_field: Annotated[
+        str | None, typer.Option(help="Field of the answer in --data; default: the known set's, or 'answer'.")
+    ] = None,
     text_field: Annotated[
-        str | None, typer.Option(help="In --data, with --fidelity; the known set's, or 'solution'.")
+        str | None,
+        typer.Option(help="With --fidelity: field of the text in --data; default: the known set's, or 'solution'."),
     ] = None,
     profile: Annotated[str | None, typer.Option(help="Demand profile (JSON), or 'auto'.")] = None,
     interval: Annotated[int, typer.Option(min=1, help="Decoded tokens between two compressions.")] = 128,
     window: Window = None,
-    protect_prompt: Annotated[bool, typer.Option(help="Keep the prompt, on top of the budget.")] = False,
-    pin_prompt: Annotated[bool, typer.Option(help="Keep the prompt, inside the budget: up to 3/4 of it.")] = False,
+    protect_prompt: ProtectPrompt = False,
+    pin_prompt: PinPrompt = False,
     random_splits: Annotated[int, typer.Option(min=0, help="Random splits of each budget, as a control.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Answers decoded together.")] = 16,
     dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of random numbers in sampling.")] = 0,
     device: Device = "auto",
-    shard: Annotated[str | None, typer.Option(help="i/n: do every n-th batch from the i-th on (0/4 ... 3/4).")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: this process does part i of n, counted from 0 (0/4 ... 3/4).")
+    ] = None,
     tensor_parallel: Annotated[
         bool,
-        typer.Option("--tensor-parallel", help="Share the model: torchrun --nproc-per-node N -m reasonalloc eval ..."),
+        typer.Option(
+            "--tensor-parallel",
+            help="Share the model among processes: torchrun --nproc-per-node N -m reasonalloc eval ...",
+        ),
     ] = False,
-    ray_workers: Annotated[int, typer.Option(min=0, help="Use so many Ray actors.")] = 0,
+    ray_workers: Annotated[int, typer.Option(min=0, help="Ray actors that share the work; 0: without Ray.")] = 0,
     ray_gpus: Annotated[float, typer.Option(min=0, help="GPUs of one Ray actor.")] = 1.0,
 ) -> None:
-    """Let methods answer questions at several budgets; stop at any time and run again to go on."""
+    """Let methods answer questions at several budgets.
+
+    Stop at any time; the same command goes on where it was. Then see `reasonalloc report`.
+    """
     with clear_errors():
         from reasonalloc.evaluation.store import Store
         from reasonalloc.evaluation.study import Study

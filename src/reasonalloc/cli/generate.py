@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reasonalloc.cli.console import Calibrating, Loading, clear_errors, say
-from reasonalloc.cli.options import KEEPING, Device, Dtype, Window, given, prompt_of
+from reasonalloc.cli.options import (
+    KEEPING,
+    Device,
+    Dtype,
+    PinPrompt,
+    ProtectPrompt,
+    Temperature,
+    TopP,
+    Window,
+    given,
+    prompt_of,
+)
 
 if TYPE_CHECKING:
     from reasonalloc.policies.compression import Compression
@@ -30,14 +41,14 @@ def generate(
     ] = None,
     interval: Annotated[int, typer.Option(help="Decoded tokens between two compressions.")] = 128,
     window: Window = None,
-    protect_prompt: Annotated[bool, typer.Option(help="Keep the prompt, on top of the budget.")] = False,
-    pin_prompt: Annotated[bool, typer.Option(help="Keep the prompt, inside the budget: up to 3/4 of it.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
-    seed: Annotated[int, typer.Option(help="For sampling and for scorers that draw.")] = 0,
-    raw: Annotated[bool, typer.Option(help="Do not use the model's chat template.")] = False,
-    stream: Annotated[bool, typer.Option(help="Print the text as it comes.")] = False,
+    protect_prompt: ProtectPrompt = False,
+    pin_prompt: PinPrompt = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 0.95,
+    seed: Annotated[int, typer.Option(help="Of random numbers: sampling, and scorers that draw.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not use the model's chat template.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
     record: Annotated[
         Path | None,
         typer.Option(help="Save what was kept and what was evicted, with the text, for `view` (.json or .npz)."),

@@ -6,7 +6,7 @@ from reasonalloc.cli.console import console
 
 
 def methods() -> None:
-    """List the methods by name: what each is, with its scorer and allocators."""
+    """List all methods with their scorers and allocators."""
     from reasonalloc.policies.methods import METHODS
 
     rows = [("method", "scorer", "layers", "heads", "")]

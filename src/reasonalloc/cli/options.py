@@ -11,6 +11,10 @@ Window = Annotated[
     int | None, typer.Option(min=0, help="Newest tokens that every head keeps; default: the scorer's own.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 decodes greedily.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this probability.")]
+ProtectPrompt = Annotated[bool, typer.Option("--protect-prompt", help="Keep the prompt, on top of the budget.")]
+PinPrompt = Annotated[bool, typer.Option("--pin-prompt", help="Keep the prompt, inside the budget: up to 3/4 of it.")]
 
 KEEPING = {"budget", "method", "profile", "interval", "window", "protect_prompt", "pin_prompt"}  # what caches keep
 

@@ -12,12 +12,17 @@ from reasonalloc.cli.console import clear_errors, wrote
 
 
 def problems(
-    tasks: Annotated[list[str], typer.Argument(help="TASK:DIFFICULTY, for instance maps:48.")],
+    tasks: Annotated[
+        list[str], typer.Argument(help="TASK:DIFFICULTY, for instance maps:48, programs:56 or search:56.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file (.jsonl).")],
     count: Annotated[int, typer.Option(min=1, help="Problems of each.")] = 8,
     split: Annotated[str, typer.Option(help="train or test; they never share a question.")] = "train",
 ) -> None:
-    """Write problems of the built-in tasks as JSON lines: task, id, prompt, thought (a worked solution), answer."""
+    """Write problems of the built-in tasks as JSON lines.
+
+    Each line has task, id, prompt, thought (a worked solution) and answer.
+    """
     with clear_errors():
         from reasonalloc.evaluation.questions import sized
         from reasonalloc.files import write_atomically

@@ -20,13 +20,16 @@ profile_app = typer.Typer(
 )
 
 Budget = Annotated[int, typer.Option("--budget", "-b", min=1, help="Mean tokens per head that budgets are shown for.")]
-Picture = Annotated[Path | None, typer.Option(help="Draw it, too (.png).")]
+Picture = Annotated[Path | None, typer.Option(help="Also draw it (.png).")]
 File = Annotated[Path, typer.Argument(help="A profile made by `reasonalloc calibrate`.")]
 
 
 @profile_app.command("show")
 def show(profile: File, budget: Budget = 128, plot: Picture = None) -> None:
-    """The wave with its bootstrap band, the heads' spread, and the budgets that follow."""
+    """Print what was measured and the budgets that follow.
+
+    The wave over layers with its bootstrap band, the heads' spread, and budgets.
+    """
     with clear_errors():
         from reasonalloc.calibration.stability import bootstrap
         from reasonalloc.policies.allocation import DemandProfile
@@ -128,7 +131,10 @@ def _print_losses(profile: DemandProfile, scorer: str, budget: int) -> None:
 
 @profile_app.command("study")
 def study(profile: File, budget: Budget = 128, plot: Picture = None) -> None:
-    """What rho, the exponent gamma and the clip bounds do to the layer budgets."""
+    """Print what other settings would do to layer budgets.
+
+    The settings are rho, the exponent gamma and the clip bounds.
+    """
     with clear_errors():
         from reasonalloc.calibration.operator_study import operator_effects, rho_effects
         from reasonalloc.policies.allocation import DemandProfile
@@ -173,9 +179,12 @@ def study(profile: File, budget: Budget = 128, plot: Picture = None) -> None:
 def compare_command(
     profiles: Annotated[list[Path], typer.Argument(help="Profiles: one for each model and task.")],
     permutations: Annotated[int, typer.Option(min=1, help="Random relabellings of the test.")] = 9999,
-    seed: Annotated[int, typer.Option(help="Of the relabellings.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of random numbers in relabelling.")] = 0,
 ) -> None:
-    """Does the wave belong to the model or to the task? Distances, variance by level, permutation tests."""
+    """Tell whether the wave is the model's or the task's.
+
+    Prints distances, variance by level, and permutation tests.
+    """
     with clear_errors():
         from reasonalloc.calibration.compare import compare
         from reasonalloc.policies.allocation import DemandProfile
@@ -212,7 +221,10 @@ def merge_command(
     profiles: Annotated[list[Path], typer.Argument(help="Profiles of one model, measured alike.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The merged profile (.json).")],
 ) -> None:
-    """Make one profile of several: what measuring all their prompts together would have given."""
+    """Make one profile of several of one model.
+
+    It is what measuring all their prompts together would have given.
+    """
     with clear_errors():
         from reasonalloc.files import write_atomically
         from reasonalloc.policies.allocation import DemandProfile, merge

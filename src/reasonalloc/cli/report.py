@@ -12,8 +12,10 @@ from reasonalloc.cli.console import clear_errors, console, wrote
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Of `reasonalloc eval`.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Its folder; FOLDER/report otherwise.")] = None,
+    folder: Annotated[Path, typer.Argument(help="The folder that `reasonalloc eval` filled.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the report; default: FOLDER/report.")
+    ] = None,
     metric: Annotated[
         str, typer.Option(help="What is compared: accuracy (all of an answer right) or score (share of it).")
     ] = "accuracy",
@@ -21,14 +23,16 @@ def report(
     methods: Annotated[
         str | None, typer.Option(help="Report on these methods of the study alone, with semicolons between them.")
     ] = None,
-    margin: Annotated[float, typer.Option(help="Points that a method may lose and be called not inferior.")] = 2.0,
+    margin: Annotated[
+        float, typer.Option(help="Percentage points that a method may lose and still be called not inferior.")
+    ] = 2.0,
     partial: Annotated[
         bool, typer.Option("--partial", help="Some answers are missing: report on the problems that all methods have.")
     ] = False,
 ) -> None:
-    """Grade the answers; write report.html, report.md, report.csv, comparisons.csv and pictures.
+    """Grade the answers of `reasonalloc eval` and compare methods.
 
-    Needs neither model nor hub.
+    Writes report.html, report.md, report.csv, comparisons.csv and pictures. Needs neither model nor hub.
     """
     with clear_errors():
         from reasonalloc.evaluation.findings import ACCURACY, SCORE, collect

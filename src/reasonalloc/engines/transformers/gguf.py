@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ from reasonalloc.files import cache_folder
 Progress = Callable[[int, int], None]  # tensors done, of how many
 Say = Callable[[str], None]
 _BLOCK = 1 << 22  # bytes read at once
+
+
+def check_packages() -> None:
+    """Raise ``ImportError`` where a package is missing that transformers reads GGUF files with."""
+    for package in ("gguf", "accelerate"):
+        if find_spec(package) is None:
+            raise ImportError(f"models as .gguf files need {package}: pip install 'reasonalloc[gguf]'")
 
 
 def load_gguf(

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from reasonalloc.engines.models import ATTENTION_NAME
 from reasonalloc.engines.transformers.checkpoint import whole_model
-from reasonalloc.engines.transformers.gguf import load_gguf
+from reasonalloc.engines.transformers.gguf import check_packages, load_gguf
 
 BUILT_IN = "reasonalloc/reasoner"  # the small reasoner that comes with this package
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,7 +59,7 @@ def load(
     Raises:
         ValueError: an unknown dtype, a device that is not there, a model that cannot be loaded (the message says from
             where and why) or lacks weights, or tensor parallelism without other processes.
-        ImportError: a GGUF file without the package that reads it.
+        ImportError: a GGUF file without the packages that read it.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
@@ -70,6 +70,8 @@ def load(
     check_device(device)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "attn_implementation": ATTENTION_NAME}
     path = local_path(model)
+    if path is not None and path.suffix == ".gguf":
+        check_packages()
     if path is None:
         options["local_files_only"] = not on_hub(model)
     if tensor_parallel:
@@ -153,8 +155,6 @@ def _in_one_sentence(what: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        if "gguf" in str(error).lower():
-            raise ImportError("models as .gguf files need a package: pip install 'reasonalloc[gguf]'") from error
         raise ImportError(f"{what}: {_reason(error)}") from error
     except Exception as error:  # each format has its own: struct.error, SafetensorError, KeyError, ...
         if out_of_memory(error):

@@ -38,7 +38,7 @@ class Metrics:
         self._table.land_what_is_there()
         counts = np.stack([self._round.evicted, self._round.rounds])
         new, self._seen = counts - self._seen, counts
-        for layer in new.any(0).nonzero()[0].tolist():
+        for layer in np.flatnonzero(new.any(0)).tolist():
             evicted, compressions, kept = self._metrics[layer]
             evicted.inc(int(new[0, layer]))
             compressions.inc(int(new[1, layer]))
