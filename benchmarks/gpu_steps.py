@@ -148,7 +148,7 @@ class Bench:
 
 
 def formula(config: Any, compression: ra.Compression, batch: int, size: int) -> int:
-    """The bytes of docs/speed.md of a bounded cache: slots of a key, a value and a position, and the last queries.
+    """The bytes of docs/speed.md for a bounded cache: slots of a key, a value and a position, and the last queries.
 
     Args:
         config: of the model.

@@ -23,7 +23,7 @@ from reasonalloc.policies.scoring import rkv
 
 
 def formula(config: Any, compression: ra.Compression, batch: int) -> int:
-    """The bytes of docs/speed.md for a bounded float32 cache: slots (a key, a value, a position) and the last queries."""
+    """The bytes of docs/speed.md: slots (a key, a value, a position) and the last queries, in float32."""
     slots = config.num_key_value_heads * ((compression.budget or 0) + compression.interval)
     slot_bytes = 2 * 4 * config.head_dim + 4
     queries = compression.kept_window * config.num_attention_heads * config.head_dim * 4
@@ -31,7 +31,7 @@ def formula(config: Any, compression: ra.Compression, batch: int) -> int:
 
 
 def in_a_round(longest: int, config: Any, batch: int) -> int:
-    """The bytes of docs/speed.md on top in a round, one layer to a pool on a CPU, when the longest head has so many tokens.
+    """What docs/speed.md says a round takes, one layer to a pool on a CPU, when the longest head has so many tokens.
 
     R-KV scores a layer from a padded copy of its keys, slots and positions, with a block of similarities, one to
     compare them in, and twice the keys of the rows that such a block takes; the scores of the layers before it are
