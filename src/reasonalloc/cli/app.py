@@ -1,4 +1,4 @@
-"""The command line: ``reasonalloc generate | calibrate | profile | eval | report | problems | methods | plot | demo``.
+"""The command line: ``reasonalloc generate | calibrate | profile | eval | report | lm-eval | problems | ...``.
 
 One command, one file. A command imports what it needs when it runs, so that its help is there at once.
 """
@@ -17,12 +17,14 @@ from reasonalloc.cli.console import manner
 from reasonalloc.cli.demo import demo
 from reasonalloc.cli.eval import evaluate
 from reasonalloc.cli.generate import generate
+from reasonalloc.cli.lm_eval import lm_eval
 from reasonalloc.cli.methods import methods
 from reasonalloc.cli.plot import plot_app
 from reasonalloc.cli.problems import problems
 from reasonalloc.cli.profile import profile_app
 from reasonalloc.cli.report import report
 
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Plain help: rich's tables cut the names of options at 80 columns. Errors end in `clear_errors`.
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -51,6 +53,7 @@ def run(
 app.command()(calibrate)
 app.command("eval")(evaluate)
 app.command()(report)
+app.command("lm-eval", add_help_option=False, context_settings=_PASSED_ON)(lm_eval)
 app.command()(problems)
 app.command()(generate)
 app.command()(methods)
