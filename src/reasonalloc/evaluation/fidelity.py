@@ -174,8 +174,8 @@ def read_together(
         keep_log_probs: keep all distributions: 4 bytes x answer x vocabulary for each trace, on the CPU.
 
     Raises:
-        ValueError: no traces, an empty prompt or answer, a prompt of one token beside longer ones, or references without distributions
-            or of other texts.
+        ValueError: no traces, an empty prompt or answer, a prompt of one token beside longer ones, or references
+            without distributions or of other texts.
     """
     for trace in traces:
         if not len(trace.prompt) or not len(trace.answer):

@@ -22,6 +22,7 @@ from reasonalloc.engines.transformers.generation import decoding_loop
 from reasonalloc.engines.transformers.loading import check_device, local_path
 from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
 from reasonalloc.evaluation.fidelity import Trace, read_together
+from reasonalloc.evaluation.footprint import Footprint
 from reasonalloc.harness.arguments import Arguments
 from reasonalloc.harness.stopping import Until
 from reasonalloc.policies.compression import AUTO_PROFILE, Compression
@@ -30,6 +31,14 @@ _OWN = [name for name in inspect.signature(HFLM.__init__).parameters if name not
 _KEY = "reasonalloc"  # in results, and in a file of kept answers
 _log = logging.getLogger(__name__)
 Request = tuple[Any, list[int], list[int]]  # what it is kept under, the context's tokens, the continuation's
+
+
+def _device(wanted: str | None) -> str:
+    """The device, once it is known to be there. The harness's command asks for "cuda:0" where nobody asks for any."""
+    if wanted in (None, "cuda:0") and not torch.cuda.is_available():
+        return "cpu"
+    check_device(wanted or "cuda")
+    return wanted or "cuda"
 
 
 class _Loader:
@@ -61,12 +70,12 @@ class CompressedLM(HFLM):
     def __init__(self, **arguments: Any) -> None:
         asked = Arguments.of(arguments, _OWN)
         self.compression, self._most_written = asked.compression, asked.max_gen_toks
+        self._texts = self._evicted = 0  # written or scored, and those of which a token was dropped before their end
         own = dict(asked.own)
         if isinstance(own["pretrained"], str):
             path = None if own.get("gguf_file") else local_path(own["pretrained"])
             own["pretrained"] = own["pretrained"] if path is None else str(path)
-            own["device"] = own.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-            check_device(own["device"])
+            own["device"] = _device(own.get("device"))
         else:
             own["pretrained"].set_attn_implementation(ATTENTION_NAME)
             self._check(own["pretrained"].config)
@@ -94,16 +103,18 @@ class CompressedLM(HFLM):
         if not options.get("do_sample"):
             options = {**options, "do_sample": False}
             options.pop("temperature", None)
-        columns = context.shape[1]
+        columns, cache, footprint = context.shape[1], Cache(self.config, self.compression), Footprint(len(context))
         found: Tensor = self.model.generate(
             input_ids=context,
             max_new_tokens=max_length - columns,
             stopping_criteria=[Until(self.tokenizer, stop, columns)],
             pad_token_id=self.tokenizer.pad_token_id,
             custom_generate=decoding_loop,
-            **{CACHE_ARGUMENT: Cache(self.config, self.compression)},
+            on_step=lambda rows, _: footprint.look(cache, rows.tolist()),
+            **{CACHE_ARGUMENT: cache},
             **options,
         )
+        self._count(footprint.evicted)
         return found
 
     def _loglikelihood_tokens(
@@ -114,8 +125,8 @@ class CompressedLM(HFLM):
         Requests with one context are neighbours, so that it is read once for those of them that share a batch.
         """
         if self.compression.budget is None:
-            found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-            return found
+            dense: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            return dense
         texts = [self._cut(context, continuation) for _, context, continuation in requests]
         order = sorted(range(len(texts)), key=lambda i: (-len(texts[i][0]), texts[i][0], -len(texts[i][1])))
         size = override_bs or self.batch_size
@@ -128,13 +139,18 @@ class CompressedLM(HFLM):
         bar = tqdm(total=len(order), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
         for batch in batches:
             traces = [Trace(f"request {i}", torch.tensor(texts[i][0]), torch.tensor(texts[i][1])) for i in batch]
-            for i, read in zip(batch, read_together(self.model, traces, self.compression), strict=True):
+            found = read_together(self.model, traces, self.compression)
+            self._count([read.evicted for read in found])
+            for i, read in zip(batch, found, strict=True):
                 results[i] = (-float(read.nll.sum(dtype=float)), bool(read.likeliest.all()))
                 if requests[i][0] is not None:  # parts of a longer text have no name
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], results[i])
             bar.update(len(batch))
         bar.close()
         return [results[i] for i in range(len(requests))]
+
+    def _count(self, evicted: Sequence[bool]) -> None:
+        self._texts, self._evicted = self._texts + len(evicted), self._evicted + sum(evicted)
 
     def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         """A context that fits into the model's length together with its continuation, of which the last token is not
@@ -168,5 +184,8 @@ class CompressedLM(HFLM):
         kept[_KEY] = own
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results say of the model: the harness's own part, and the cache."""
-        return {**super().get_model_info(), _KEY: {"version": version("reasonalloc"), **self.compression.describe()}}
+        """What the results say of the model: the harness's own part, the cache, and how often it forgot anything."""
+        own = {"version": version("reasonalloc"), **self.compression.describe()}
+        if self.compression.budget is not None:
+            own |= {"texts": self._texts, "texts_evicted": self._evicted}
+        return {**super().get_model_info(), _KEY: own}
