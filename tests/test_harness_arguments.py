@@ -75,7 +75,7 @@ def test_what_is_wrong_is_said_in_one_sentence(given, sentence):
 def test_the_command_without_the_harness(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
-    found = CliRunner().invoke(app, ["lm-eval", "--model", "reasonalloc", "--help"])
+    found = CliRunner().invoke(app, ["lm-eval", "run", "--help"])
     assert found.exit_code == 2
     assert "pip install 'reasonalloc[lm-eval]'" in found.output
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lm_eval import simple_evaluate
+from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
@@ -218,9 +219,10 @@ def test_the_command_says_what_is_wrong_in_one_sentence():
 
 
 def test_the_harness_keeps_its_own_help_and_models():
-    done = command("--help")
+    done = command("run", "--help")
     assert done.returncode == 0
-    assert "Language Model Evaluation Harness" in done.stdout
+    assert "--include_path" in done.stdout
+    assert get_model("hf") is HFLM
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from reasonalloc.cli.problems import problems
 from reasonalloc.cli.profile import profile_app
 from reasonalloc.cli.report import report
 
-_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 # Plain help: rich's tables cut the names of options at 80 columns. Errors end in `clear_errors`.
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -53,7 +53,7 @@ def run(
 app.command()(calibrate)
 app.command("eval")(evaluate)
 app.command()(report)
-app.command("lm-eval", add_help_option=False, context_settings=_PASSED_ON)(lm_eval)
+app.command("lm-eval", context_settings=_PASSED_ON)(lm_eval)
 app.command()(problems)
 app.command()(generate)
 app.command()(methods)

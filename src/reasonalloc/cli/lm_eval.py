@@ -8,7 +8,10 @@ from reasonalloc.cli.console import USERS, fail
 
 
 def lm_eval(context: typer.Context) -> None:
-    """Run EleutherAI's lm-evaluation-harness, which then knows --model reasonalloc. All arguments are its own."""
+    """Run lm-evaluation-harness with our caches: --model reasonalloc.
+
+    All that follows is the harness's own: `reasonalloc lm-eval run --help`.
+    """
     from reasonalloc.harness.door import run
 
     try:
