@@ -186,8 +186,9 @@ def test_kept_answers_are_of_one_cache(folder):
     kept = str(folder / "kept")
     first, again = (evaluate(["maps_thoughts"], limit=3, use_cache=kept, **ARGUMENTS["rkv"]) for _ in range(2))
     assert first["results"]["maps_thoughts"]["perplexity,none"] == again["results"]["maps_thoughts"]["perplexity,none"]
-    with pytest.raises(ValueError, match="holds answers of another model or cache: name another file"):
-        evaluate(["maps_thoughts"], limit=3, use_cache=kept, **{**ARGUMENTS["rkv"], "budget": 50})
+    for change in ({"budget": 50}, {"max_gen_toks": 9}, {"dtype": "bfloat16"}):
+        with pytest.raises(ValueError, match="holds answers of other model arguments: name another file"):
+            evaluate(["maps_thoughts"], limit=3, use_cache=kept, **{**ARGUMENTS["rkv"], **change})
 
 
 def command(*arguments):

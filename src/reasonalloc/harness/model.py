@@ -29,6 +29,7 @@ from reasonalloc.policies.compression import AUTO_PROFILE, Compression
 
 _OWN = [name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")]
 _KEY = "reasonalloc"  # in results, and in a file of kept answers
+_PLACE = ("batch_size", "max_batch_size", "device")  # how the work is done, not what comes out
 _log = logging.getLogger(__name__)
 Request = tuple[Any, list[int], list[int]]  # what it is kept under, the context's tokens, the continuation's
 
@@ -72,6 +73,7 @@ class CompressedLM(HFLM):
         self.compression, self._most_written = asked.compression, asked.max_gen_toks
         self._texts = self._evicted = 0  # written or scored, and those of which a token was dropped before their end
         own = dict(asked.own)
+        self._asked = {name: str(value) for name, value in own.items() if name not in _PLACE}
         if isinstance(own["pretrained"], str):
             path = None if own.get("gguf_file") else local_path(own["pretrained"])
             own["pretrained"] = own["pretrained"] if path is None else str(path)
@@ -173,14 +175,14 @@ class CompressedLM(HFLM):
         """Answers kept by ``--use_cache`` do not say of which cache they are; so the file says it.
 
         Raises:
-            ValueError: the file's answers are of another model or cache.
+            ValueError: the file's answers are of another model, cache or way to load it.
         """
         super().set_cache_hook(cache_hook)
-        kept, own = cache_hook.dbdict, {"pretrained": str(self.pretrained), **self.compression.describe()}
+        kept, own = cache_hook.dbdict, {**self._asked, "longest": self.max_gen_toks, **self.compression.describe()}
         if kept is None:
             return
         if len(kept) and kept.get(_KEY) != own:
-            raise ValueError("the file of --use_cache holds answers of another model or cache: name another file")
+            raise ValueError("the file of --use_cache holds answers of other model arguments: name another file")
         kept[_KEY] = own
 
     def get_model_info(self) -> dict[str, Any]:
