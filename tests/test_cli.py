@@ -117,7 +117,7 @@ print(*sys.modules)
 
 def test_every_command_has_a_file_of_its_name():
     files = {path.stem for path in Path(ra.__file__).with_name("cli").glob("*.py")}
-    assert files == {words[0] for words in commands()} | {"__init__", "app", "console", "options"}
+    assert files == {words[0].replace("-", "_") for words in commands()} | {"__init__", "app", "console", "options"}
 
 
 def test_calibrate_offers_the_budgets_of_the_library():

@@ -26,12 +26,13 @@ ORDER = [
     ("engines.transformers", "engines.vllm"),
     ("calibration", "reasoner"),
     ("evaluation",),
+    ("harness",),
     ("cli",),
     ("__init__", "__main__"),
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
-ARRAYS = ("kernels", "policies", "cache", "pages", "engines", "calibration", "reasoner", "evaluation", "cli")
-MODELS = ("engines.transformers", "calibration", "reasoner", "evaluation", "cli")
+ARRAYS = ("kernels", "policies", "cache", "pages", "engines", "calibration", "reasoner", "evaluation", "harness", "cli")
+MODELS = ("engines.transformers", "calibration", "reasoner", "evaluation", "harness", "cli")
 LIBRARIES = {  # which parts may import what is not Python's own
     "torch": ARRAYS,
     "numpy": ARRAYS,
@@ -54,6 +55,8 @@ LIBRARIES = {  # which parts may import what is not Python's own
     "math_verify": ("mathematics",),
     "sympy": ("mathematics",),
     "ray": ("evaluation",),
+    "lm_eval": ("harness",),
+    "tqdm": ("harness",),
 }
 IMPORTERS = ("__init__", "engines.registration")  # of modules whose names are not written in the call
 

@@ -17,6 +17,7 @@ from reasonalloc.cli.console import manner
 from reasonalloc.cli.demo import demo
 from reasonalloc.cli.eval import evaluate
 from reasonalloc.cli.generate import generate
+from reasonalloc.cli.lm_eval import lm_eval
 from reasonalloc.cli.methods import methods
 from reasonalloc.cli.plot import plot_app
 from reasonalloc.cli.problems import problems
@@ -25,6 +26,7 @@ from reasonalloc.cli.report import report
 from reasonalloc.cli.view import view
 from reasonalloc.version import __version__
 
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 # Plain help: rich's tables cut the names of options at 80 columns. Errors end in `clear_errors`.
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -57,6 +59,7 @@ app.command()(calibrate)
 app.add_typer(profile_app, name="profile")
 app.command("eval")(evaluate)
 app.command()(report)
+app.command("lm-eval", context_settings=_PASSED_ON)(lm_eval)
 app.command()(problems)
 app.command()(view)
 app.command()(compare)

@@ -46,6 +46,7 @@ class Fidelity:
         nll: negative log-likelihood of the text's own token, in nats.
         kl: divergence of the full cache's distribution from this one, KL(full || this), in nats; None without one.
         agree: whether the likeliest token is the full cache's; None without one.
+        likeliest: whether the text's own token is the likeliest.
         kept_tokens: tokens per head held, averaged over layers, heads and decoded tokens.
         kv_bytes: of keys and values at their largest, see ``Footprint``.
         evicted: whether any token had been dropped at the end.
@@ -55,6 +56,7 @@ class Fidelity:
     nll: Float[np.ndarray[Any, Any], "answer"]
     kl: Float[np.ndarray[Any, Any], "answer"] | None
     agree: np.ndarray[Any, Any] | None
+    likeliest: np.ndarray[Any, Any]
     kept_tokens: float
     kv_bytes: int
     evicted: bool
@@ -160,7 +162,8 @@ def read_together(
     """Read ``traces`` side by side with the given cache, one interval of tokens per forward pass.
 
     Nothing is evicted inside an interval, so this equals reading token by token, and is many times as fast. A text
-    that has ended goes on, unread, up to the end of the interval, and then leaves the batch. Scorers that draw at
+    that has ended goes on, unread, up to the end of the interval, and then leaves the batch. A prompt that several
+    traces share is read once. Scorers that draw at
     random draw by the row of the batch.
 
     Args:
@@ -171,17 +174,20 @@ def read_together(
         keep_log_probs: keep all distributions: 4 bytes x answer x vocabulary for each trace, on the CPU.
 
     Raises:
-        ValueError: no traces, a prompt of less than two tokens, an empty answer, or references without distributions
-            or of other texts.
+        ValueError: no traces, an empty prompt or answer, a prompt of one token beside longer ones, or references
+            without distributions or of other texts.
     """
     for trace in traces:
-        if len(trace.prompt) < 2 or not len(trace.answer):
+        if not len(trace.prompt) or not len(trace.answer):
             raise ValueError(
                 f"trace {trace.name} has {len(trace.prompt)} prompt and {len(trace.answer)} answer tokens: "
-                "two and one are the least"
+                "one of each is the least"
             )
     if not traces:
         raise ValueError("there is no text to read")
+    begun = int(min(len(trace.prompt) for trace in traces) == 1)  # to the cache, one token is a step, also as a prompt
+    if begun and any(len(trace.prompt) > 1 for trace in traces):
+        raise ValueError("a prompt of one token counts as a step: read it apart from longer ones")
     bases: list[Tensor | None] = [None] * len(traces)
     if references is not None:
         bases = [found.log_probs for found in references]
@@ -190,17 +196,21 @@ def read_together(
         if [len(base) for base in bases if base is not None] != [len(trace.answer) for trace in traces]:
             raise ValueError("references must be of the same texts, in the same order")
     cache = Cache(model.config, compression, tensor_parallel=ranks(model))
-    ids, mask = _left_padded([trace.prompt for trace in traces], model.device)
+    prompts, rows = _different([trace.prompt for trace in traces])
+    ids, mask = _left_padded(prompts, model.device)
     lengths = [len(trace.answer) for trace in traces]
     answers = torch.nn.utils.rnn.pad_sequence([trace.answer for trace in traces], batch_first=True).to(model.device)
     position = mask.sum(-1, keepdim=True)
     padded = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if len(traces) > 1 else {}
     logits = model(ids, **padded, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits
+    if len(prompts) < len(traces):
+        mask, position, logits = mask[rows], position[rows], logits[rows]
+        cache.batch_select_indices(torch.tensor(rows))
     found = [_Parts() for _ in traces]
     alive, footprint = list(range(len(traces))), Footprint(len(traces))
     footprint.hold(alive)
     evicts = compression.budget is not None
-    chunks = _chunks([length - 1 for length in lengths], compression.interval, evicts)
+    chunks = _chunks([length - 1 for length in lengths], compression.interval, evicts, begun)
     for first, last in [(-1, 0), *chunks]:
         if last:
             stay = [i for i, row in enumerate(alive) if lengths[row] - 1 > first]
@@ -213,7 +223,9 @@ def read_together(
             steps = torch.arange(first, last, device=position.device)
             padded = {"attention_mask": mask, "position_ids": position + steps} if len(traces) > 1 else {}
             logits = model(answers[alive, first:last], **padded, **{CACHE_ARGUMENT: cache}).logits
-            if not evicts or last == 1 or last % compression.interval == 0:  # else it has evicted ahead of its time
+            if (
+                not evicts or last == 1 or (begun + last) % compression.interval == 0
+            ):  # else it has evicted ahead of its time
                 footprint.look(cache, [row for row in alive if lengths[row] - 1 >= last])
         for row, own in zip(alive, logits, strict=True):
             to = min(last, lengths[row] - 1) + 1
@@ -235,6 +247,7 @@ class _Parts:
         self.nll: list[Tensor] = []
         self.kl: list[Tensor] = []
         self.agree: list[Tensor] = []
+        self.likeliest: list[Tensor] = []
         self.log_probs: list[Tensor] = []
 
     def add(
@@ -246,6 +259,7 @@ class _Parts:
     ) -> None:
         """The next stretch, and what the full cache says of it."""
         self.nll.append(-log_probs.gather(-1, targets[:, None]).squeeze(-1).cpu())
+        self.likeliest.append((log_probs.argmax(-1) == targets).cpu())
         if base is not None:
             base = base.to(log_probs.device)
             self.kl.append((base.exp() * (base - log_probs)).sum(-1).cpu())
@@ -259,6 +273,7 @@ class _Parts:
             torch.cat(self.nll).numpy(),
             torch.cat(self.kl).numpy() if self.kl else None,
             torch.cat(self.agree).numpy() if self.agree else None,
+            torch.cat(self.likeliest).numpy(),
             kept_tokens,
             kv_bytes,
             evicted,
@@ -285,6 +300,13 @@ def _mean_held(tokens: int, looks: list[float], chunks: list[tuple[int, int]]) -
     return total / tokens if tokens else 0.0
 
 
+def _different(prompts: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """Each prompt once, and for every given one which of them it is."""
+    places: dict[tuple[int, ...], int] = {}
+    rows = [places.setdefault(tuple(prompt.tolist()), len(places)) for prompt in prompts]
+    return [prompts[rows.index(place)] for place in range(len(places))], rows
+
+
 def _left_padded(
     prompts: list[Tensor], device: torch.device
 ) -> tuple[Int[Tensor, "rows tokens"], Int[Tensor, "rows tokens"]]:
@@ -295,11 +317,12 @@ def _left_padded(
     return ids.to(device), real.long().to(device)
 
 
-def _chunks(tokens: Sequence[int], interval: int, evicts: bool) -> list[tuple[int, int]]:
+def _chunks(tokens: Sequence[int], interval: int, evicts: bool, begun: int) -> list[tuple[int, int]]:
     """Stretches between evictions; where nothing is evicted, ends of texts, which have so many tokens, part them, too.
 
-    The first token goes alone: it tells the cache that decoding has begun.
+    The first token goes alone: it tells the cache that decoding has begun. Of the first interval, ``begun`` steps are
+    over before it.
     """
     most = max(tokens)
-    edges = {0, min(1, most), *range(interval, most, interval), most}
+    edges = {0, min(1, most), *range(interval - begun, most, interval), most}
     return list(pairwise(sorted(edges if evicts else edges.union(tokens))))
