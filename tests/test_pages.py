@@ -290,7 +290,7 @@ def test_a_run_compared_with_the_full_cache(tmp_path: Path) -> None:
         recorder.save(path)
     result = command("compare", *records, "-o", tmp_path / "page.html")
     assert result.exit_code == 0, result.output
-    assert "the texts are the same: 45 tokens behind the prompt" in result.stdout
+    assert "the texts are the same: 26 tokens behind the prompt" in result.stdout
     assert [side["name"] for side in data_of(tmp_path / "page.html")["sides"]] == ["full", "rkv"]
 
 
