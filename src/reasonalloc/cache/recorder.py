@@ -135,7 +135,7 @@ class Recorder:
         """A cache keeps these of its ``count`` rows.
 
         Raises:
-            ValueError: tokens are recorded, and rows are repeated or change places.
+            ValueError: tokens are recorded, and rows are repeated.
         """
         if self.tokens is not None:
             self.tokens.select(rows, count)
