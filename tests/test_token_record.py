@@ -299,6 +299,8 @@ def test_a_text_that_is_not_the_caches_is_refused(
         record.set_text(word_tokenizer(), ids[:1], mask[:1])
     with pytest.raises(ValueError, match=r"text of sequence 0 has 50 tokens, and the cache had seen \d+: pass all"):
         record.set_text(word_tokenizer(), ids[:, :50], mask)
+    with pytest.raises(ValueError, match="ids are of 2 sequences and attention_mask of 1, or ids are shorter"):
+        record.set_text(word_tokenizer(), ids, mask[:1])
 
 
 # ---- files -------------------------------------------------------------------------------------------------
