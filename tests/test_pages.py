@@ -394,6 +394,8 @@ def test_the_page_in_a_browser(opened: Any) -> None:
         location.hash = "#round=1"; await new Promise((done) => setTimeout(done, 50)); found.linked = state();
         const time = element("layers").getBoundingClientRect();
         over(element("layers"), "click", time.left + LEFT + 2.5 * columnWidth(), time.top + 9); found.timed = state();
+        element("play").click(); found.first = state(); found.button = element("play").textContent;
+        await new Promise((done) => setTimeout(done, 5000)); found.played = state();
         """,
     )
     tokens = history(recorder, 0).tokens
@@ -443,6 +445,8 @@ def test_the_page_in_a_browser(opened: Any) -> None:
     assert found["keyed"]["address"] == "#round=3&head=0.0"
     assert found["linked"]["where"] == "round 1 of 3 · 6 tokens read"
     assert found["timed"]["where"] == "round 3 of 3 · 14 tokens read"
+    assert (found["first"]["where"], found["button"]) == ("round 1 of 3 · 6 tokens read", "Pause")
+    assert found["played"]["where"] == "round 3 of 3 · 14 tokens read"
 
 
 @browser
