@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: venv demo test test-slow test-vllm check format bench gpu clean
+.PHONY: venv demo test test-slow test-vllm docs check format bench gpu clean
 
 venv: $(STAMP)
 
@@ -33,6 +33,16 @@ test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pip install --quiet --no-compile -c constraints.txt pytest -e '.[cpu]'
 	touch $@
 
+# The site, in ./site: any warning is an error. Its pages can be opened as files; search needs
+# `python -m http.server -d site`.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	du -sh site
+
+.venv/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
 check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,4 +62,4 @@ gpu:
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(OPTIONS)
 
 clean:
-	rm -rf .venv demo-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv site demo-output .pytest_cache .mypy_cache .ruff_cache

@@ -148,7 +148,7 @@ class Bench:
 
 
 def formula(config: Any, compression: ra.Compression, batch: int, size: int) -> int:
-    """The README's bytes of a bounded cache: slots of a key, a value and a position, and the last queries.
+    """docs/speed.md's bytes of a bounded cache: slots of a key, a value and a position, and the last queries.
 
     Args:
         config: of the model.

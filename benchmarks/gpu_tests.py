@@ -16,7 +16,7 @@ from typing import Any
 from gpu_report import Clock, failure, figure
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-FILES = {"test_gpu.py": 4, "test_triton.py": 1, "test_*kernels.py": 2}  # and how many processes share each
+FILES = {"test_gpu.py": 8, "test_triton.py": 1, "test_*kernels.py": 2}  # and how many processes share each
 DEVICE = "REASONALLOC_TEST_DEVICE"  # read by tests/test_gpu.py
 QUICK = "padded or deepcopy or beams"  # of test_gpu.py, for a rehearsal
 SLOWEST = 10.0  # seconds that a test may take; none is begun with less

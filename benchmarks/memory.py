@@ -4,7 +4,7 @@
 
 Each cache lives in a process of its own. Bytes are read off the tensors, and confirmed by how much the process's
 resident memory grew from before the first token to after the last, and to its peak in between (sampled every
-millisecond). The formula is the README's.
+millisecond). The formula is that of docs/speed.md.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from reasonalloc.policies.scoring import rkv
 
 
 def formula(config: Any, compression: ra.Compression, batch: int) -> int:
-    """The README's bytes of a bounded float32 cache: slots of a key, a value and a position, and the last queries."""
+    """docs/speed.md's bytes of a bounded float32 cache: slots of a key, a value and a position, and the last queries."""
     slots = config.num_key_value_heads * ((compression.budget or 0) + compression.interval)
     slot_bytes = 2 * 4 * config.head_dim + 4
     queries = compression.kept_window * config.num_attention_heads * config.head_dim * 4
@@ -31,7 +31,7 @@ def formula(config: Any, compression: ra.Compression, batch: int) -> int:
 
 
 def in_a_round(longest: int, config: Any, batch: int) -> int:
-    """The README's bytes on top in a round, one layer to a pool on a CPU, when the longest head has so many tokens.
+    """docs/speed.md's bytes on top in a round, one layer to a pool on a CPU, when the longest head has so many tokens.
 
     R-KV scores a layer from a padded copy of its keys, slots and positions, with a block of similarities, one to
     compare them in, and twice the keys of the rows that such a block takes; the scores of the layers before it are
@@ -110,7 +110,7 @@ def main() -> None:
     print(f"KV bytes: {ours['kv_bytes'] / full['kv_bytes']:.3%} of the full cache's")
     print(f"all bytes of the cache: {ours['total_bytes'] / full['kv_bytes']:.3%}")
     print(f"growth of resident memory: {ours['resident_growth'] / full['resident_growth']:.3%}")
-    print(f"README's formula: {ours['formula'] / ours['total_bytes']:.2%} of what stats() says")
+    print(f"docs/speed.md's formula: {ours['formula'] / ours['total_bytes']:.2%} of what stats() says")
     print(f"growth of resident memory: {ours['resident_growth'] / ours['formula']:.2%} of the formula")
     print(f"at its peak: {ours['peak_growth'] / ours['formula_peak']:.2%} of the formula with a round")
     print(f"bound (budget + interval) / tokens: {(options.budget + 128) / options.tokens:.3%}, plus 2 %")

@@ -37,6 +37,9 @@ class CalibrationSettings:
         loss_points: of the path from the full cache to the compressed one, see ``loss_curves``.
         sensitivity_window: tokens that a head keeps while its loss sensitivity is measured; None measures none. It
             takes about ``layers * kv_heads / 2`` passes over every answer.
+
+    Raises:
+        ValueError: a setting out of range, when constructed.
     """
 
     max_new_tokens: int = 1024

@@ -57,6 +57,11 @@ class SearchTile:
     warps: int = 4
     stages: int = 2
 
+    @property
+    def options(self) -> dict[str, int]:
+        """For a launch."""
+        return {"ASKING": self.asking, "KEYS": self.asked, "num_warps": self.warps, "num_stages": self.stages}
+
     @classmethod
     def of(cls, keys: Float[Tensor, "slots dim"]) -> SearchTile:
         """What fits 99 KiB of shared memory and a thread's registers; for float32 see ``window.tile_of``."""
@@ -64,6 +69,14 @@ class SearchTile:
         if keys.dtype == torch.float32:
             return cls(32, 32, warps=8) if dim <= 128 else cls(16, 16, warps=8)
         return cls(128, 64) if dim <= 128 else cls(64, 32)
+
+    @classmethod
+    def of_few(cls, keys: Float[Tensor, "slots dim"]) -> SearchTile:
+        """As ``of``, where a span has a few tokens that ask: one in fifty, in many models."""
+        dim = launch.padded(keys.shape[1])
+        if keys.dtype == torch.float32:
+            return cls.of(keys)
+        return cls(64, 64) if dim <= 128 else cls(32, 32)
 
 
 def rkv_scores(
@@ -101,7 +114,8 @@ def rkv_scores(
         return scores
     spans, stride = batch * heads, stride_of(width)
     starts, lengths = starts.contiguous(), lengths.contiguous()
-    sizes, tile, search = key_sizes(keys), tile_of(keys), SearchTile.of(keys)
+    sizes, tile = key_sizes(keys), tile_of(keys)
+    search, few = SearchTile.of(keys), SearchTile.of_few(keys)
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=keys.device)
@@ -119,11 +133,10 @@ def rkv_scores(
         blocks, window_sizes = attention.blocks, attention.sizes
         numbers = (attention.states, attention.largest, attention.totals, attention.shares)
     sizes_of_window: dict[str, Any] = {**window_sizes, "WEIGH": attention is not None}
-    tiles = triton.cdiv(width, search.asking)
+    tiles, few_tiles = triton.cdiv(width, search.asking), max(1, triton.cdiv(width // _FEW.value, few.asking))
     common = (keys, starts, lengths, reciprocals, spared)
-    shape = {**sizes, "ASKING": search.asking, "KEYS": search.asked}
-    how = {"num_warps": search.warps, "num_stages": search.stages}
-    grid = (spans * tiles,)
+    grid, of_few = (spans * tiles,), (spans * few_tiles,)
+    how, how_few = ({**sizes, **x.options} for x in (search, few))
     with launch.device_of(keys):
         _scan[(spans, blocks)](
             *common, sums, counts, *numbers[:3], float(scaling), window, stride, spans,
@@ -131,16 +144,16 @@ def rkv_scores(
         )  # fmt: skip
         _ask_newest[grid](
             *common, sums, counted, importance, lists[0], counts[0], *numbers, float(threshold), float(scaling), window,
-            heads, stride, tiles, LIMIT=_FIRST, BLOCKS=blocks, **sizes_of_window, **shape, **how,
+            heads, stride, tiles, LIMIT=_FIRST, BLOCKS=blocks, **sizes_of_window, **how,
         )  # fmt: skip
-        _ask_all[grid](*common, lists[0], counts[0], float(threshold), stride, tiles, SKIP=_FIRST, **shape, **how)
-        _ask_on[grid](
-            *common, lists[0], counts[0], lists[1], counts[1], float(threshold), stride, tiles,
-            SKIP=_FIRST, LIMIT=_SECOND, **shape, **how,
+        _ask_all[grid](*common, lists[0], counts[0], float(threshold), stride, tiles, SKIP=_FIRST, **how)
+        _ask_on[of_few](
+            *common, lists[0], counts[0], lists[1], counts[1], float(threshold), stride, few_tiles,
+            SKIP=_FIRST, LIMIT=_SECOND, **how_few,
         )  # fmt: skip
-        _ask_on[grid](
-            *common, lists[1], counts[1], lists[0], counts[0], float(threshold), stride, tiles,
-            SKIP=_FIRST + _SECOND, LIMIT=_EVERYTHING, **shape, **how,
+        _ask_on[of_few](
+            *common, lists[1], counts[1], lists[0], counts[0], float(threshold), stride, few_tiles,
+            SKIP=_FIRST + _SECOND, LIMIT=_EVERYTHING, **how_few,
         )  # fmt: skip
         _score[(spans,)](
             importance, counted, spared, lengths, scores, float(weight), window, width, stride,

@@ -63,3 +63,4 @@ METHODS: dict[str, Method] = {
         {"scorer": "rkv", "layers": "dynamic", "heads": "threshold"},
     ),
 }
+"""Every method by its name. ``Compression.method("rkv", budget=256)`` makes one; ``reasonalloc methods`` lists them."""

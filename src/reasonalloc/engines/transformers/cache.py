@@ -328,8 +328,12 @@ class Cache(cache_utils.Cache):
         """A decoding step that was recorded.
 
         Args:
-            step, memory: as for ``RaggedCache.replay``.
+            step: does the device's part.
+            memory: ``RaggedCache.fixed_memory`` when it was recorded.
             ids: ``[rows, 1]``, the token of each sequence.
+
+        Raises:
+            RuntimeError: the cache's memory has moved since the step was recorded.
         """
         seen = self.ragged.columns
         self.ragged.replay(step, memory)

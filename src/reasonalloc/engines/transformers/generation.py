@@ -58,6 +58,16 @@ def decoding_loop(
 
     ``generate(..., streamer=s)`` is given a token of each sequence at every step, padding for those that have finished.
 
+    Args:
+        model: with attn_implementation="reasonalloc"; it and all but ``on_step`` and ``graph`` come from ``generate``.
+        input_ids: ``[batch, length]``, the prompts, padded at the beginning.
+        logits_processor: what changes the scores before a token is chosen.
+        stopping_criteria: what says which sequences have finished.
+        generation_config: whether to sample, and the padding token.
+        on_step: called at every step, see above.
+        graph: whether steps may be recorded, see above.
+        model_kwargs: the cache, the attention mask, and what else the model is given.
+
     Raises:
         ValueError: per-step outputs were asked for, beams, or a cache that is not ``reasonalloc.Cache``.
         UnsupportedModelError: the model does not go on with the cache that it was given.

@@ -33,7 +33,8 @@ def robustify(
         demand: non-negative raw demands; an all-zero row means "no preference" and is split evenly.
         total: tokens to give away per row.
         exponent: smoothing power (0.5 in the paper, for layers and for heads).
-        lower, upper: bounds in multiples of the mean share ``total / items`` (0.25 and 2 in the paper).
+        lower: least share, in multiples of the mean share ``total / items`` (0.25 in the paper).
+        upper: largest share, likewise (2 in the paper).
 
     Returns:
         int64 budgets. They conserve the total, respect the bounds (rounded inwards where that is feasible), are

@@ -25,14 +25,23 @@ from reasonalloc.policies.registry import Registry
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """Budgets per head, and the pooled threshold that they came from where there is one."""
+    """Budgets per head, and the pooled threshold that they came from where there is one.
+
+    Attributes:
+        budgets: ``[batch, heads]`` int64, tokens that each head keeps, summing to the layer's total.
+        threshold: ``[batch]``, the least score that counted as demand; None for allocators without one.
+    """
 
     budgets: Int[Tensor, "batch heads"]
     threshold: Float[Tensor, "batch"] | None = None
 
 
 class HeadAllocator(ABC):
-    """Splits a layer's tokens over its heads. Implementations are frozen dataclasses of their settings."""
+    """Splits a layer's tokens over its heads. Implementations are frozen dataclasses of their settings.
+
+    Attributes:
+        needs_profile: whether a cache without a demand profile is refused.
+    """
 
     needs_profile: bool = False
 
@@ -48,7 +57,10 @@ class HeadAllocator(ABC):
 
         Args:
             layer: index of the layer.
-            shape, budget, window, profile: as for ``LayerAllocator.allocate``.
+            shape: the model's attention shape.
+            budget: tokens per key/value head, averaged over the model; includes the window.
+            window: newest tokens that every head keeps.
+            profile: the model's demand profile, or None.
         """
         return self
 
@@ -62,7 +74,10 @@ class HeadAllocator(ABC):
 
         Args:
             layers: indices of the layers, at least one.
-            shape, budget, window, profile: as for ``LayerAllocator.allocate``.
+            shape: the model's attention shape.
+            budget: tokens per key/value head, averaged over the model; includes the window.
+            window: newest tokens that every head keeps.
+            profile: the model's demand profile, or None.
         """
         own = tuple(self.for_layer(layer, shape, budget, window, profile) for layer in layers)
         return own[0] if all(allocator is own[0] for allocator in own) else LayeredHeads(own)
@@ -78,11 +93,15 @@ class HeadAllocator(ABC):
         """Split ``total`` over the heads of each sequence.
 
         Args:
-            scores: utility of each token, see the module's text.
+            scores: utility of each token, higher is better, on one scale for all heads of the layer. Tokens of the
+                window have +inf, absent ones -inf.
             lengths: tokens that each head holds; no head is given more than it holds.
             total: the layer's budget per sequence; ``lengths.sum(-1) > total`` is assumed.
             least: tokens that every head keeps whatever their score, of those that it holds: the window, and the pinned
                 ones of a prompt, whose number differs by sequence.
+
+        Returns:
+            Budgets that sum to ``total`` in every sequence.
         """
 
 
@@ -120,7 +139,12 @@ def check_layers(batch: int, layers: int) -> None:
 
 
 HEAD_ALLOCATORS: Registry[HeadAllocator] = Registry("head allocator", "reasonalloc.heads", HeadAllocator)
+"""Every known head allocator by name: ``HEAD_ALLOCATORS.names()``, ``HEAD_ALLOCATORS.create("threshold")``."""
 register_head_allocator = HEAD_ALLOCATORS.register
+"""Class decorator that enters a ``HeadAllocator`` under a name: ``@register_head_allocator("mine")``.
+
+Raises ``ValueError`` for a name that another class has, and for a class that is no ``HeadAllocator``.
+"""
 
 
 def pooled_counts(
@@ -176,6 +200,14 @@ class ThresholdHeads(HeadAllocator):
     A head's raw demand is the number of its tokens among the layer's ``total`` best scores (the window counts:
     a budget includes it); R(.) with exponent beta and bounds [lower, upper] x mean makes budgets of the demands.
     Ours: the floor never falls under the window, and no head is given more tokens than it holds.
+
+    Attributes:
+        exponent: the paper's beta, the power of R(.).
+        lower: least share of a head, as a multiple of the mean, in [0, 1].
+        upper: largest share, likewise, at least 1.
+
+    Raises:
+        ValueError: a setting out of range, when constructed.
     """
 
     exponent: float = 0.5
@@ -210,6 +242,12 @@ class AdaKVHeads(HeadAllocator):
     """AdaKV (arXiv 2407.11550): a head's share of the layer's top scores, blended with an equal safeguard share.
 
     Deviation: the original rounds each head by itself and misses the total; ours is exact.
+
+    Attributes:
+        safeguard: the equal share's part, in [0, 1].
+
+    Raises:
+        ValueError: a safeguard out of range, when constructed.
     """
 
     safeguard: float = 0.2

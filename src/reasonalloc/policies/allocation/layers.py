@@ -21,7 +21,11 @@ from reasonalloc.policies.registry import Registry
 
 
 class LayerAllocator(ABC):
-    """Splits the whole cache's tokens over layers. Implementations are frozen dataclasses of their settings."""
+    """Splits the whole cache's tokens over layers. Implementations are frozen dataclasses of their settings.
+
+    Attributes:
+        needs_profile: whether a cache without a demand profile is refused.
+    """
 
     needs_profile: bool = False
 
@@ -41,11 +45,19 @@ class LayerAllocator(ABC):
             budget: tokens per key/value head, averaged over the model; includes the window.
             window: recent tokens that every head keeps: no layer gets less than ``kv_heads * window``.
             profile: the model's demand profile, or None.
+
+        Returns:
+            ``[layers]``, int64, on the CPU.
         """
 
 
 LAYER_ALLOCATORS: Registry[LayerAllocator] = Registry("layer allocator", "reasonalloc.layers", LayerAllocator)
+"""Every known layer allocator by name: ``LAYER_ALLOCATORS.names()``, ``LAYER_ALLOCATORS.create("wave")``."""
 register_layer_allocator = LAYER_ALLOCATORS.register
+"""Class decorator that enters a ``LayerAllocator`` under a name: ``@register_layer_allocator("mine")``.
+
+Raises ``ValueError`` for a name that another class has, and for a class that is no ``LayerAllocator``.
+"""
 
 
 class ReadsProfile(Protocol):
@@ -108,6 +120,12 @@ class PyramidLayers(LayerAllocator):
 
     Deviation: the schedule's floor divisions overspend by up to some percent; here the schedule only gives the
     proportions, and the totals are exact.
+
+    Attributes:
+        beta: the last layer has about 1/beta of the mean beside the window, the first nearly twice the mean.
+
+    Raises:
+        ValueError: beta below 1, when constructed.
     """
 
     beta: int = 20
@@ -138,6 +156,15 @@ class WaveLayers(LayerAllocator):
     """ReasonAlloc's offline preallocation (section 3 there): R(.) on the model's measured demand profile.
 
     The lower bound never falls under the window [ours]: a layer must be able to keep its recent tokens.
+
+    Attributes:
+        rho: share of attention whose demand is read from the profile, in (0, 1]; it must have been measured.
+        exponent: the paper's gamma, the power of R(.).
+        lower: least share of a layer, as a multiple of the mean, in [0, 1].
+        upper: largest share, likewise, at least 1.
+
+    Raises:
+        ValueError: a setting out of range, when constructed; no profile or another rho, when a cache is made.
     """
 
     rho: float = PAPER_RHO
@@ -171,8 +198,15 @@ class DynamicLayers(LayerAllocator):
     of the round before; the first round is uniform.
 
     Attributes:
+        rho: share of attention whose demand is measured, in (0, 1].
         decay: weight of the past in the moving average, in [0, 1).
         queries: recent queries that the demand is measured on.
+        exponent: the paper's gamma, the power of R(.).
+        lower: least share of a layer, as a multiple of the mean, in [0, 1].
+        upper: largest share, likewise, at least 1.
+
+    Raises:
+        ValueError: a setting out of range, when constructed.
     """
 
     rho: float = PAPER_RHO

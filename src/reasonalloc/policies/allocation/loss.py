@@ -36,10 +36,18 @@ class LossCurveBudgets(CurveBudgets):
 @LAYER_ALLOCATORS.register("loss-curve")
 @dataclass(frozen=True)
 class LossCurveLayers(LossCurveBudgets, OfflineLayers):
-    """Layer totals by the loss curves of their heads [ours]."""
+    """Layer totals by the loss curves of their heads [ours]: the sums of what ``LossCurveHeads`` gives.
+
+    Attributes:
+        floor: least tokens of a head, as a share of the mean budget, in [0, 1]; never below the window and one more.
+        scorer: whose curves; "" takes the compression's own.
+
+    Raises:
+        ValueError: a floor out of range, when constructed; a profile without these curves, when a cache is made.
+    """
 
 
 @HEAD_ALLOCATORS.register("loss-curve")
 @dataclass(frozen=True)
 class LossCurveHeads(LossCurveBudgets, OfflineHeads):
-    """Head budgets by loss curves [ours]."""
+    """Head budgets by loss curves [ours]; settings and errors are those of ``LossCurveLayers``."""

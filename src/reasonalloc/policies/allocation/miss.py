@@ -54,10 +54,19 @@ class MissCurveBudgets(CurveBudgets):
 @LAYER_ALLOCATORS.register("miss-curve")
 @dataclass(frozen=True)
 class MissCurveLayers(MissCurveBudgets, OfflineLayers):
-    """Layer totals by the miss curves of their heads [ours]."""
+    """Layer totals by the miss curves of their heads [ours]: the sums of what ``MissCurveHeads`` gives.
+
+    Attributes:
+        floor: least tokens of a head, as a share of the mean budget, in [0, 1]; never below the window and one more.
+        scorer: whose curves; "" takes the compression's own.
+        sensitivity_exponent: weigh each head's curve by its loss sensitivity to this power; 0: not at all.
+
+    Raises:
+        ValueError: a setting out of range, when constructed; a profile without these curves, when a cache is made.
+    """
 
 
 @HEAD_ALLOCATORS.register("miss-curve")
 @dataclass(frozen=True)
 class MissCurveHeads(MissCurveBudgets, OfflineHeads):
-    """Head budgets by miss curves [ours]."""
+    """Head budgets by miss curves [ours]; settings and errors are those of ``MissCurveLayers``."""

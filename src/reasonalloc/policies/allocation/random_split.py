@@ -56,10 +56,19 @@ class RandomBudgets(OfflineBudgets):
 @LAYER_ALLOCATORS.register("random-split")
 @dataclass(frozen=True)
 class RandomLayers(RandomBudgets, OfflineLayers):
-    """Layer totals of a random split."""
+    """Layer totals of a random split, the control of an evaluation: the sums of what ``RandomHeads`` gives.
+
+    Attributes:
+        floor: least tokens of a head, as a share of the mean budget, in [0, 1]; never below the window and one more.
+        split_seed: of the draw; layers and heads of one split take the same.
+        spread: standard deviation of the logarithm, of layers and of heads within a layer.
+
+    Raises:
+        ValueError: a setting out of range, when constructed.
+    """
 
 
 @HEAD_ALLOCATORS.register("random-split")
 @dataclass(frozen=True)
 class RandomHeads(RandomBudgets, OfflineHeads):
-    """Head budgets of a random split."""
+    """Head budgets of a random split; settings and errors are those of ``RandomLayers``."""

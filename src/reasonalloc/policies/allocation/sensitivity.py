@@ -60,10 +60,20 @@ class SensitivityBudgets(OfflineBudgets):
 @LAYER_ALLOCATORS.register("sensitivity")
 @dataclass(frozen=True)
 class SensitivityLayers(SensitivityBudgets, OfflineLayers):
-    """Layer totals by the loss sensitivity of their heads [ours]."""
+    """Layer totals by the loss sensitivity of their heads [ours]: the sums of what ``SensitivityHeads`` gives.
+
+    Above the floor, tokens are in proportion to the sensitivity to a power.
+
+    Attributes:
+        floor: least tokens of a head, as a share of the mean budget, in [0, 1]; never below the window and one more.
+        exponent: that power; 0.5 takes the square root.
+
+    Raises:
+        ValueError: a setting out of range, when constructed; a profile without sensitivity, when a cache is made.
+    """
 
 
 @HEAD_ALLOCATORS.register("sensitivity")
 @dataclass(frozen=True)
 class SensitivityHeads(SensitivityBudgets, OfflineHeads):
-    """Head budgets by loss sensitivity [ours]."""
+    """Head budgets by loss sensitivity [ours]; settings and errors are those of ``SensitivityLayers``."""

@@ -14,6 +14,9 @@ class ModelShape:
         kv_heads: key/value heads per layer.
         query_heads: query heads per layer, a multiple of ``kv_heads``.
         head_dim: channels per head.
+
+    Raises:
+        ValueError: a count below 1, or query heads that the key/value heads do not share evenly, when constructed.
     """
 
     layers: int

@@ -40,10 +40,13 @@ class RKV(Scorer):
     Attributes:
         weight: lambda; 0.1 in the paper (its code has 0.07).
         threshold: cosine above which two keys are near duplicates.
-        kernel: width of the max pooling of importance.
+        kernel: width of the max pooling of importance, in tokens; odd.
         per_token: multiply a head's scores by its number of tokens [ours]. Redundancy is a softmax over a head's
             own length, about 1/n each, so unequal heads are not on one scale; the order inside a head does not
             change. False is the paper's literal score.
+
+    Raises:
+        ValueError: a weight or a threshold outside of [0, 1], or a kernel that is even or below 1, when constructed.
 
     Deviations: a token without a near duplicate spares no key (the original spares the first token then);
     neighbours are neighbours in the text unless the cache is told to store by score.

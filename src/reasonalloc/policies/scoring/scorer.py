@@ -75,7 +75,12 @@ class Scorer(ABC):
 
 
 SCORERS: Registry[Scorer] = Registry("token scorer", "reasonalloc.scorers", Scorer)
+"""Every known scorer by name: ``SCORERS.names()``, ``SCORERS.create("rkv")``."""
 register_scorer = SCORERS.register
+"""Class decorator that enters a ``Scorer`` under a name: ``@register_scorer("mine")``.
+
+Raises ``ValueError`` for a name that another class has, and for a class that is no ``Scorer``.
+"""
 
 
 def without_window(scorer: Any) -> tuple[Any, Any]:

@@ -17,6 +17,12 @@ class SnapKV(Scorer):
     """SnapKV applied while decoding, as the R-KV paper's base line has it: R-KV's importance alone (lambda = 1).
 
     SnapKV itself (arXiv 2404.14469) compresses a prompt once; it sums over its queries and pools by average.
+
+    Attributes:
+        kernel: width of the max pooling, in tokens; odd.
+
+    Raises:
+        ValueError: an even kernel, or one below 1, when constructed.
     """
 
     kernel: int = 7

@@ -17,6 +17,12 @@ class StreamingLLM(Scorer):
     """StreamingLLM (arXiv 2309.17453): the first ``sinks`` tokens of the sequence, then the newest.
 
     Positions are not renumbered: kept keys stay rotated by their place in the text.
+
+    Attributes:
+        sinks: first tokens that stay.
+
+    Raises:
+        ValueError: negative sinks, when constructed.
     """
 
     sinks: int = 4

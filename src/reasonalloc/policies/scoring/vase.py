@@ -32,6 +32,14 @@ class VaSE(Scorer):
     ``log p + Gumbel noise`` are k draws without replacement.
 
     Ours: candidates are the tokens outside the window; the protected share refers to the layer's mean budget.
+
+    Attributes:
+        sinks: first tokens of the text, which stay.
+        protected: share of the budget for values of large range, in [0, 1].
+        kernel: width of the average pooling, in tokens; odd.
+
+    Raises:
+        ValueError: a setting out of range, when constructed.
     """
 
     sinks: int = 4
@@ -85,6 +93,13 @@ class QueryFreeVaSE(Scorer):
     The first ``sinks`` tokens stay; the others rank by ``|k G|^2 * |v G|^2`` with a Gaussian ``G`` (dim x rank, scaled
     by 1/sqrt(rank)), drawn anew for every sequence at every eviction and the same for all its heads. As in the
     original, values of large range are not protected: that is ``VaSE``'s alone.
+
+    Attributes:
+        sinks: first tokens of the text, which stay.
+        rank: columns of the sketch.
+
+    Raises:
+        ValueError: negative sinks or a rank below 1, when constructed.
     """
 
     sinks: int = 4
