@@ -11,7 +11,7 @@ import reasonalloc as ra
 from reasonalloc import Recorder
 from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
 
-STEPS = 45
+STEPS = 26
 
 
 def run(

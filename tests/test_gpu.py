@@ -305,6 +305,21 @@ def test_totals_are_exact_in_every_round(method):
     assert (arrays["kept"] <= arrays["budgets"]).all()
 
 
+@pytest.mark.parametrize("method", ["reasonalloc-head", "reasonalloc-dynamic", "h2o"])
+def test_a_record_of_tokens_is_what_the_cache_holds(method):
+    model, (ids, mask), recorder = model_here(), prompts((9, 40, 61)), ra.Recorder(tokens=True)
+    cache = ra.Cache(model.config, compression(method), recorder=recorder)
+    generated(model, ids, mask, cache)
+    let_go, seen = recorder.tokens.let_go, cache.ragged.table.seen.tolist()
+    assert (let_go != -1).any(-1).all()
+    for layer in range(3):
+        tokens = cache.ragged.tokens(layer)
+        for row, head in np.ndindex(3, 3):
+            held = np.flatnonzero(let_go[layer, row, head, : seen[row]] == -1)
+            late = range(let_go.shape[-1], seen[row])
+            assert [*held, *late] == tokens.positions[row, head, : tokens.lengths[row, head]].tolist()
+
+
 # ---- generate: the same texts as transformers' own caches, nothing evicted -----------------------------------------
 
 

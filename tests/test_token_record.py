@@ -19,15 +19,15 @@ from reasonalloc.cache.packed import pack, unpack
 from reasonalloc.cache.token_record import HELD, NO_SCORE, Text, TokenRecord
 from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
 
-BUDGET, INTERVAL = 24, 8
-METHODS = {
+INTERVAL = 8
+METHODS: dict[str, dict[str, Any]] = {
     "reasonalloc": {"profile": tiny_profile()},
     "dynamic layers": {"method": "reasonalloc", "layers": "dynamic"},
     "pyramid-rkv": {},
     "h2o": {},
     "streaming": {},
     "sensitivity": {},
-    "protect": {"method": "rkv", "prompt": "protect"},
+    "protect": {"method": "rkv", "prompt": "protect", "budget": 10},
     "pin": {"method": "rkv", "prompt": "pin", "pin_share": 0.5},
     "random-pin": {"pin_share": 0.5},
     "by score": {"method": "rkv", "storage_order": "score"},
@@ -36,7 +36,8 @@ METHODS = {
 
 def compression_of(name: str) -> ra.Compression:
     changes = dict(METHODS[name])
-    return method_of(changes.pop("method", name), BUDGET, interval=INTERVAL, **changes)
+    budget = changes.pop("budget", 24)
+    return method_of(changes.pop("method", name), budget, interval=INTERVAL, **changes)
 
 
 def held_by(cache: ra.Cache) -> list[list[list[set[int]]]]:
@@ -61,6 +62,20 @@ def recorded(recorder: Recorder, seen: list[int]) -> list[list[list[set[int]]]]:
     return [[of_row(layer, row) for row in range(len(seen))] for layer in range(len(let_go))]
 
 
+@pytest.fixture(scope="module")
+def whole() -> tuple[Recorder, torch.Tensor, torch.Tensor]:
+    """Two sequences with their text; ids and mask."""
+    recorder = Recorder(tokens=True)
+    _, ids, mask = run(compression_of("reasonalloc"), [40, 12], recorder)
+    recorder.set_text(word_tokenizer(), ids, mask)
+    return recorder, ids, mask
+
+
+@pytest.fixture
+def record(whole: tuple[Recorder, torch.Tensor, torch.Tensor]) -> Recorder:
+    return copy.deepcopy(whole[0])
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_record_holds_what_the_cache_holds(name: str) -> None:
     """In a padded batch, after every round; layers have budgets of their own and so evict at other times."""
@@ -77,10 +92,9 @@ def test_the_record_holds_what_the_cache_holds(name: str) -> None:
     assert (recorder.tokens.let_go != HELD).any(-1).all(1).any()
 
 
-@pytest.mark.parametrize("layers_at_once", [2, 3])
-def test_it_does_not_matter_how_layers_are_grouped(layers_at_once: int) -> None:
+def test_it_does_not_matter_how_layers_are_grouped() -> None:
     recorders = [Recorder(tokens=True), Recorder(tokens=True)]
-    for recorder, options in zip(recorders, ({}, {"layers_at_once": layers_at_once}), strict=True):
+    for recorder, options in zip(recorders, ({}, {"layers_at_once": 2}), strict=True):
         run(compression_of("reasonalloc"), [40, 31], recorder, **options)
     first, second = (recorder.tokens for recorder in recorders)
     assert first is not None
@@ -106,12 +120,10 @@ def test_layers_that_route_at_other_rounds() -> None:
     assert len(set(first)) == 3
 
 
-def test_the_record_counts_as_the_routings_do() -> None:
-    recorder = Recorder(tokens=True)
-    run(compression_of("reasonalloc"), [44, 30], recorder)
-    tokens = recorder.tokens
+def test_the_record_counts_as_the_routings_do(record: Recorder) -> None:
+    tokens = record.tokens
     assert tokens is not None
-    for routing, rows, seen in zip(recorder.routings, tokens.rows, tokens.seen, strict=True):
+    for routing, rows, seen in zip(record.routings, tokens.rows, tokens.seen, strict=True):
         for i, (sequence, count) in enumerate(zip(rows, seen, strict=True)):
             when = tokens.let_go[routing.layer, sequence, :, :count]
             assert ((when == HELD) | (when > tokens.steps.index(routing.step))).sum(-1).tolist() == routing.kept[i]
@@ -159,12 +171,11 @@ def test_evicted_tokens_were_the_worst() -> None:
     assert not (gone & ~ranked).any()
 
 
-def test_a_recorder_without_tokens_records_none() -> None:
-    plain, full = Recorder(), Recorder(tokens=True)
-    for recorder in (plain, full):
-        run(compression_of("reasonalloc"), [40], recorder)
+def test_a_recorder_without_tokens_records_none(record: Recorder) -> None:
+    plain = Recorder()
+    run(compression_of("reasonalloc"), [40, 12], plain)
     assert plain.tokens is None
-    assert plain.routings == full.routings
+    assert plain.routings == record.routings
     with pytest.raises(ValueError, match=r"make it with Recorder\(tokens=True\)"):
         plain.set_text(None, [[1]], [[1]])
 
@@ -172,13 +183,13 @@ def test_a_recorder_without_tokens_records_none() -> None:
 # ---- rows that come and go ---------------------------------------------------------------------------------
 
 
-def test_sequences_that_leave_keep_their_record() -> None:
+def test_sequences_that_leave_and_move_keep_their_record() -> None:
     recorder = Recorder(tokens=True)
     cache, _, _ = run(compression_of("reasonalloc"), [40, 33, 21], recorder)
     tokens = recorder.tokens
     assert tokens is not None
     before, model = tokens.let_go.copy(), tiny_model()
-    cache.batch_select_indices(torch.tensor([0, 2]))
+    cache.batch_select_indices(torch.tensor([2, 0]))
     seen_before = cache.ragged.table.seen.copy()
     with torch.no_grad():
         for _ in range(2 * INTERVAL):
@@ -197,9 +208,9 @@ def test_sequences_that_leave_keep_their_record() -> None:
     assert (seen_before < cache.ragged.table.seen).all()
     np.testing.assert_array_equal(after[:, 1, :, :width], before[:, 1])
     assert (after[:, [0, 2], :, :width] != before[:, [0, 2]]).any()
-    assert tokens.rows[-1] == [0, 2]
+    assert tokens.rows[-1] == [2, 0]
     held = held_by(cache)
-    for i, sequence in enumerate((0, 2)):
+    for i, sequence in enumerate((2, 0)):
         seen = int(cache.ragged.table.seen[i])
         for layer in range(3):
             for head in range(3):
@@ -248,7 +259,7 @@ def test_assisted_decoding_is_recorded() -> None:
     cache = ra.Cache(model.config, compression_of("reasonalloc"), attention="rows", recorder=recorder)
     ids, mask = prompts([40])
     model.generate(
-        ids, attention_mask=mask, prompt_lookup_num_tokens=3, max_new_tokens=40, do_sample=False,
+        ids, attention_mask=mask, prompt_lookup_num_tokens=3, max_new_tokens=30, do_sample=False,
         **{CACHE_ARGUMENT: cache},
     )  # fmt: skip
     assert len(recorder.tokens.steps) > 2  # type: ignore[union-attr]
@@ -271,70 +282,63 @@ def test_pieces_make_up_the_text() -> None:
     assert "".join(text.pieces) == Letters().decode([1, 2, 3])
 
 
-def test_padding_is_no_text() -> None:
-    recorder = Recorder(tokens=True)
-    _, ids, mask = run(compression_of("reasonalloc"), [40, 12], recorder)
-    recorder.set_text(word_tokenizer(), ids, mask)
-    first, second = recorder.tokens.texts  # type: ignore[union-attr]
+def test_padding_is_no_text(record: Recorder, whole: tuple[Recorder, torch.Tensor, torch.Tensor]) -> None:
+    _, ids, _ = whole
+    first, second = record.tokens.texts  # type: ignore[union-attr]
     assert (first.prompt, second.prompt) == (40, 12)
     assert first.ids == ids[0].tolist()
     assert second.ids == ids[1, 28:].tolist()
     assert "".join(second.pieces) == word_tokenizer().decode(second.ids)
 
 
-def test_a_text_that_is_not_the_caches_is_refused() -> None:
-    recorder = Recorder(tokens=True)
-    _, ids, mask = run(compression_of("reasonalloc"), [40, 12], recorder)
+def test_a_text_that_is_not_the_caches_is_refused(
+    record: Recorder, whole: tuple[Recorder, torch.Tensor, torch.Tensor]
+) -> None:
+    _, ids, mask = whole
     with pytest.raises(ValueError, match="the record is of 2 sequences, and the text of 1"):
-        recorder.set_text(word_tokenizer(), ids[:1], mask[:1])
+        record.set_text(word_tokenizer(), ids[:1], mask[:1])
     with pytest.raises(ValueError, match=r"text of sequence 0 has 50 tokens, and the cache had seen \d+: pass all"):
-        recorder.set_text(word_tokenizer(), ids[:, :50], mask)
+        record.set_text(word_tokenizer(), ids[:, :50], mask)
+    with pytest.raises(ValueError, match="ids are of 2 sequences and attention_mask of 1, or ids are shorter"):
+        record.set_text(word_tokenizer(), ids, mask[:1])
 
 
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def whole() -> Recorder:
-    recorder = Recorder(tokens=True)
-    _, ids, mask = run(compression_of("reasonalloc"), [40, 12], recorder)
-    recorder.set_text(word_tokenizer(), ids, mask)
-    return recorder
-
-
 @pytest.mark.parametrize("suffix", ["json", "npz"])
-def test_files_hold_the_tokens(tmp_path: Path, whole: Recorder, suffix: str) -> None:
+def test_files_hold_the_tokens(tmp_path: Path, record: Recorder, suffix: str) -> None:
     path = tmp_path / f"routing.{suffix}"
-    whole.save(path)
+    record.save(path)
     loaded = Recorder.load(path)
-    assert loaded.about == whole.about
+    assert loaded.about == record.about
     assert "layers wave, heads threshold, budget 24, interval 8" in loaded.about
-    assert loaded.routings == whole.routings
+    assert loaded.routings == record.routings
     assert loaded.tokens is not None
-    assert whole.tokens is not None
-    assert loaded.tokens.document() == whole.tokens.document()
+    assert record.tokens is not None
+    assert loaded.tokens.document() == record.tokens.document()
     for name in ("let_go", "scores"):
-        found, wanted = getattr(loaded.tokens, name), getattr(whole.tokens, name)
+        found, wanted = getattr(loaded.tokens, name), getattr(record.tokens, name)
         assert found.dtype == wanted.dtype
         np.testing.assert_array_equal(found, wanted)
 
 
-def test_an_older_record_still_loads(tmp_path: Path, whole: Recorder) -> None:
-    entries = [vars(routing) for routing in whole.routings]
+def test_an_older_record_still_loads(tmp_path: Path, record: Recorder) -> None:
+    entries = [vars(routing) for routing in record.routings]
     path = tmp_path / "routing.json"
     path.write_text(json.dumps({"schema": 1, "layers": 3, "routings": entries}).replace("Infinity", '"inf"'))
     loaded = Recorder.load(path)
-    assert (loaded.routings, loaded.about, loaded.tokens) == (whole.routings, "", None)
-    whole.save(tmp_path / "new.npz")
+    assert (loaded.routings, loaded.about, loaded.tokens) == (record.routings, "", None)
+    record.save(tmp_path / "new.npz")
     with np.load(tmp_path / "new.npz") as saved:
         older = {name: saved[name] for name in saved if name != "about" and not name.startswith("tokens")}
     np.savez(tmp_path / "older.npz", **older)
     assert Recorder.load(tmp_path / "older.npz").tokens is None
 
 
-def test_a_changed_json_is_noticed(tmp_path: Path, whole: Recorder) -> None:
+def test_a_changed_json_is_noticed(tmp_path: Path, record: Recorder) -> None:
     path = tmp_path / "routing.json"
-    whole.save(path)
+    record.save(path)
     path.write_text(path.read_text().replace('"prompt": 40', '"prompt": 39'))
     with pytest.raises(ValueError, match=r"routing\.json is not a record of routings, or damaged: its content is not"):
         Recorder.load(path)
@@ -356,9 +360,9 @@ def test_a_changed_json_is_noticed(tmp_path: Path, whole: Recorder) -> None:
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
-def test_tokens_that_do_not_fit_together_are_refused(tmp_path: Path, whole: Recorder, change: dict[str, Any]) -> None:
+def test_tokens_that_do_not_fit_together_are_refused(tmp_path: Path, record: Recorder, change: dict[str, Any]) -> None:
     path = tmp_path / "routing.json"
-    whole.save(path)
+    record.save(path)
     data = json.loads(path.read_text())
     del data["checksum"]
     data["tokens"] |= change
@@ -367,9 +371,9 @@ def test_tokens_that_do_not_fit_together_are_refused(tmp_path: Path, whole: Reco
         Recorder.load(path)
 
 
-def test_a_damaged_npz_with_tokens_says_so(tmp_path: Path, whole: Recorder) -> None:
+def test_a_damaged_npz_with_tokens_says_so(tmp_path: Path, record: Recorder) -> None:
     path = tmp_path / "routing.npz"
-    whole.save(path)
+    record.save(path)
     content = path.read_bytes()
     rng = np.random.default_rng(0)
     refused = 0
@@ -384,7 +388,7 @@ def test_a_damaged_npz_with_tokens_says_so(tmp_path: Path, whole: Recorder) -> N
             refused += 1
         else:
             assert loaded.tokens is not None
-            np.testing.assert_array_equal(loaded.tokens.let_go, whole.tokens.let_go)  # type: ignore[union-attr]
+            np.testing.assert_array_equal(loaded.tokens.let_go, record.tokens.let_go)  # type: ignore[union-attr]
     assert refused > 30
 
 

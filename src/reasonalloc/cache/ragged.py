@@ -192,7 +192,7 @@ class RaggedCache:
 
         Raises:
             IndexError: there is no such row.
-            ValueError: tokens are recorded, and rows are repeated or change places.
+            ValueError: tokens are recorded, and rows are repeated.
         """
         if list(rows) == list(range(self.table.rows)):
             return

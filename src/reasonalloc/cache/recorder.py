@@ -135,7 +135,7 @@ class Recorder:
         """A cache keeps these of its ``count`` rows.
 
         Raises:
-            ValueError: tokens are recorded, and rows are repeated or change places.
+            ValueError: tokens are recorded, and rows are repeated.
         """
         if self.tokens is not None:
             self.tokens.select(rows, count)
@@ -154,8 +154,13 @@ class Recorder:
         if self.tokens is None:
             raise ValueError("this recorder does not record tokens: make it with Recorder(tokens=True)")
         self._under_way()
-        texts = []
-        for row, mask in zip(_lists(ids), _lists(attention_mask), strict=True):
+        rows, masks, texts = _lists(ids), _lists(attention_mask), []
+        if len(rows) != len(masks) or any(len(row) < len(mask) for row, mask in zip(rows, masks, strict=True)):
+            raise ValueError(
+                f"ids are of {len(rows)} sequences and attention_mask of {len(masks)}, or ids are shorter: pass all "
+                "that generate returned, and a row of the prompt's mask for each of its sequences"
+            )
+        for row, mask in zip(rows, masks, strict=True):
             prompt = [token for token, real in zip(row, mask, strict=False) if real]
             texts.append(Text.of(tokenizer, prompt + row[len(mask) :], len(prompt)))
         self.tokens.set_texts(texts)

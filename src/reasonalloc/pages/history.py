@@ -123,12 +123,12 @@ def tokens_of(recorder: Recorder, sequence: int) -> Tokens:
         if row is not None:
             seen[routing.step] = record.seen[i][row]
     _check_sequence(sequence, record.let_go.shape[1] or len(record.texts) or 1)
-    steps = np.array(sorted(seen), dtype=np.int64)
-    let_go = record.let_go[:, sequence] if record.steps else np.zeros((*record.let_go.shape[::2], 0), np.int64)
+    steps, longest = np.array(sorted(seen), dtype=np.int64), max(seen.values(), default=0)
+    let_go = record.let_go[:, sequence, :, :longest] if seen else np.zeros((*record.let_go.shape[::2], 0), np.int64)
     is_own = np.isin(record.steps, steps)
     own_number = np.append(is_own.cumsum() - is_own, len(steps))  # of each round of the batch; HELD is the last one
     numbered = own_number[let_go]
-    scores = record.scores[is_own][:, sequence] if record.steps else np.zeros((0, 0), np.uint8)
+    scores = record.scores[is_own][:, sequence, :longest] if seen else np.zeros((0, 0), np.uint8)
     text = record.texts[sequence] if record.texts else None
     return Tokens(np.array([seen[step] for step in steps.tolist()], np.int64), numbered, scores, text)
 

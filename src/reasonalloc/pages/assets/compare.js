@@ -52,7 +52,7 @@ function writeSide(side, i) {
     + `and ${lost} of ${many(data.common, "token")} by none.`;
   const written = side.pieces[data.common];
   element(`next${i}`).textContent = written === undefined ? `${side.name} ends here`
-    : `${side.name} writes ${quoted(written)} next, which ${side.sources.length ? "had stood" : "had not stood before"}`;
+    : `${side.name} writes ${quoted(written)} next, which ${side.sources.length ? "had stood before at" : "had not stood before"}`;
   list(element(`sources${i}`), side.sources);
   element(`kept${i}`).textContent = `Kept by most heads of ${side.name} alone: ${many(side.kept.length, "token")}`;
   list(element(`list${i}`), side.kept);

@@ -207,7 +207,7 @@ function show() {
       lost += !holders(token);
       few += 2 * holders(token) < layers * heads;
     }
-    parts.push(`Fewer than half of the heads hold ${few} of them (${percent(few / data.seen[round])}), and no head ${lost}.`);
+    parts.push(`${few} of them (${percent(few / data.seen[round])}) are held by fewer than half of the heads, ${lost} by none.`);
   }
   if (chosen) {
     const own = at(data.kept, round, ...chosen);
