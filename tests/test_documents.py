@@ -43,7 +43,7 @@ NOT_RUN = {
 def workplace(tmp_path_factory):
     """Like a user's checkout: some of its files, and a profile of the reasoner with all that can be measured."""
     folder = tmp_path_factory.mktemp("documents")
-    for name in ("profiles", "studies", "docs", "examples", "hub"):  # copies: what a page writes must not reach the repository
+    for name in ("profiles", "studies", "docs", "examples", "hub"):  # copies: pages write into them
         if (ROOT / name).exists():
             shutil.copytree(ROOT / name, folder / name)
     profile = ra.DemandProfile.load(ROOT / "profiles/reasoner-loss.json")

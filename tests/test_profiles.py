@@ -348,3 +348,14 @@ def test_auto_calibrates_once_and_keeps_it(model_folder, tmp_path, monkeypatch, 
 def test_wave_without_a_profile_names_the_command():
     with pytest.raises(ValueError, match=r"WaveLayers needs .* `reasonalloc calibrate --model MODEL -o wave\.json`"):
         ra.Compression(64, layers="wave")
+
+
+def test_profiles_of_one_file_are_equal(tmp_path):
+    wave = np.linspace(3, 9, 4)
+    profile_of(wave, 0.05, 5, 0).save(tmp_path / "wave.json")
+    first, second = (ra.DemandProfile.load(tmp_path / "wave.json") for _ in range(2))
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first != profile_of(wave, 0.05, 5, 1)
+    assert first != "wave.json"
+    assert ra.Compression(32, profile=first) == ra.Compression(32, profile=second)

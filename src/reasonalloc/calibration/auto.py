@@ -12,7 +12,7 @@ from reasonalloc.calibration import CalibrationSettings
 from reasonalloc.calibration.calibrate import Progress, calibrate
 from reasonalloc.engines.models import architecture, model_shape
 from reasonalloc.engines.transformers.loading import load, to_stderr
-from reasonalloc.files import cache_folder, write_atomically
+from reasonalloc.files import cache_folder
 from reasonalloc.policies.allocation import DemandProfile
 from reasonalloc.policies.allocation.profile import SCHEMA
 from reasonalloc.policies.compression import Compression
@@ -82,6 +82,6 @@ def auto_profile(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     profile = calibrate(model, tokenizer, settings=SETTINGS, partial=partial, progress=progress)
-    write_atomically(path, profile.to_json())
+    profile.save(path)
     partial.unlink(missing_ok=True)
     return profile

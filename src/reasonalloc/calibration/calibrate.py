@@ -22,7 +22,6 @@ from reasonalloc.engines.models import architecture, model_shape
 from reasonalloc.engines.transformers.cache import Cache
 from reasonalloc.engines.transformers.loading import encode, model_name
 from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
-from reasonalloc.files import write_atomically
 from reasonalloc.policies.allocation import DemandProfile, PromptDemand, merge
 from reasonalloc.policies.allocation.profile import differences
 from reasonalloc.policies.compression import Compression
@@ -79,7 +78,7 @@ def calibrate(
             measured = _measure(model, tokenizer, batch, settings, meter)
             parts = [merge([*parts, measured])] if measured is not None else parts
             if partial is not None and parts:
-                write_atomically(partial, parts[0].to_json())
+                parts[0].save(partial)
             meter.batch_done(len(batch))
     if not parts:
         raise ValueError(

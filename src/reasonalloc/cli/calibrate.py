@@ -62,7 +62,6 @@ def calibrate(
         from reasonalloc.calibration.settings import SENSITIVITY_WINDOW
         from reasonalloc.calibration.stability import bootstrap
         from reasonalloc.engines.transformers.loading import load, quiet
-        from reasonalloc.files import write_atomically
 
         if output.suffix != ".json":
             raise ValueError(f"a profile is saved as .json, got {output.name!r}")
@@ -98,7 +97,7 @@ def calibrate(
             profile = run_calibration(network, tokenizer, questions, settings, partial=partial, progress=shown.report)
         if name is not None:
             profile = replace(profile, source={**profile.source, "model": name})
-        write_atomically(output, profile.to_json())
+        profile.save(output)
         partial.unlink(missing_ok=True)
         print_profile(profile, bootstrap(profile))
         wrote(f"wrote {output}")

@@ -226,11 +226,10 @@ def merge_command(
     It is what measuring all their prompts together would have given.
     """
     with clear_errors():
-        from reasonalloc.files import write_atomically
         from reasonalloc.policies.allocation import DemandProfile, merge
 
         merged = merge([DemandProfile.load(path) for path in profiles], [str(path) for path in profiles])
-        write_atomically(output, merged.to_json())
+        merged.save(output)
         wrote(f"wrote {output}: {len(merged.prompts)} prompts")
 
 

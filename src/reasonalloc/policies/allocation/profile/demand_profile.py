@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from reasonalloc.files import write_atomically
 from reasonalloc.policies.allocation.profile import serialised
 from reasonalloc.policies.allocation.profile.measurements import (
     HISTOGRAM_EDGES,
@@ -235,6 +236,21 @@ class DemandProfile:
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of the file's text without its checksum."""
         return hashlib.sha256(serialised.to_text(self.to_dict())).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other's file would have the same text."""
+        return self.digest == other.digest if isinstance(other, DemandProfile) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile as JSON, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written there.
+        """
+        write_atomically(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> DemandProfile:
