@@ -163,7 +163,7 @@ def test_pages_of_records_without_tokens_or_text(tmp_path: Path) -> None:
     plain.save(tmp_path / "routing.npz")
     ra.view(tmp_path / "routing.npz", tmp_path / "view.html")
     found = data_of(tmp_path / "view.html")
-    assert (found["recordsTokens"], found["pieces"], found["title"]) == (False, None, "routing.npz")
+    assert (found["recordsTokens"], found["pieces"], found["file"]) == (False, None, "routing.npz")
     assert "lived" not in found
     np.testing.assert_array_equal(found["kept"] - 1, [[r.kept[0] for r in full.routings[i : i + 2]] for i in (0, 2, 4)])
     full.tokens.texts = []
@@ -201,7 +201,7 @@ def test_the_command_writes_beside_the_record(tmp_path: Path, batch: Recorder) -
     result = command("view", tmp_path / "routing.json")
     assert result.exit_code == 0, result.output
     assert f"wrote {tmp_path / 'routing.html'}: open it in a browser" in result.stdout.replace("\n", "")
-    assert data_of(tmp_path / "routing.html")["title"] == "routing.json"
+    assert data_of(tmp_path / "routing.html")["file"] == "routing.json"
     result = command("view", tmp_path / "routing.json", "--sequence", 2, "-o", tmp_path / "other.html")
     assert result.exit_code == 2
     assert "the record has sequences 0 to 1, got 2" in result.stderr
@@ -240,18 +240,9 @@ def test_where_texts_part_and_what_was_held_there(tmp_path: Path) -> None:
     assert (found.kept(0), found.kept(1)) == ([3], [1, 2])
     assert (found.sources(0), found.sources(1)) == ([1], [])
     assert str(found).splitlines() == [
-        "first: 12 tokens (first method)",
-        "second: 11 tokens (second method)",
-        "the texts are the same for 7 tokens behind the prompt, then",
-        "  first goes on: ' w1 end'",
-        "  second goes on: ' zz'",
-        "what they held then of the 10 tokens before",
-        "  first: 1 tokens held by no head; a token was held by 82% of the heads",
-        "  kept by most heads of first alone: 'w3' at 3 (4/4 and 1/4)",
-        "  second: 0 tokens held by no head; a token was held by 92% of the heads",
-        "  kept by most heads of second alone: 'w1' at 1 (0/4 and 4/4), 'w2' at 2 (1/4 and 4/4)",
-        "  'w1', which first wrote next, had stood: 'w1' at 1 (0/4 and 4/4)",
-        "  'zz', which second wrote next, had stood: none",
+        "the texts are the same for 7 tokens behind the prompt",
+        "then first writes ' w1', second writes ' zz'",
+        "held by no head, of 10 tokens: 1 in first, 0 in second (at that moment)",
     ]
     data = data_of(tmp_path / "compare.html")
     assert data["holders0"].tolist() == one.holders.tolist()
@@ -259,16 +250,30 @@ def test_where_texts_part_and_what_was_held_there(tmp_path: Path) -> None:
 
 
 def test_texts_that_do_not_part() -> None:
-    found = ra.compare(small(), small(), None)
+    found, tokens = ra.compare(small(), small(), None), history(small(), 0).tokens
     assert found.is_same
-    assert str(found).endswith("the texts are the same: 12 tokens behind the prompt")
+    assert tokens is not None
+    lost = (tokens.holders(2) == 0).sum()
+    assert str(found).splitlines() == [
+        "the texts are the same: 12 tokens behind the prompt",
+        f"held by no head, of 16 tokens: {lost} in first, {lost} in second",
+    ]
     pieces = [f" w{i}" for i in range(16)]
     shorter, longer = small(pieces=pieces), small(pieces=pieces)
     longer.tokens.texts = [text_of([*longer.tokens.texts[0].ids, 99], 4)]  # type: ignore[union-attr]
     shorter.tokens.texts = [text_of(longer.tokens.texts[0].ids[:-1], 4)]  # type: ignore[union-attr]
     found = ra.compare(shorter, longer, None)
     assert (found.common, found.is_same) == (16, False)
-    assert "  first ends\n  second goes on: ' 99'" in str(found)
+    assert "then first ends, second writes ' 99'" in str(found)
+
+
+def test_the_summary_names_whole_words() -> None:
+    first, second = parted()
+    pieces = [f" w{i}" for i in range(10)]
+    for record, rest in ((first, [" th", "ir", "teen", "\n", "end"]), (second, ["x"] * 20)):
+        text = text_of([*range(10), *range(50 + len(rest), 50 + 2 * len(rest))], 3)
+        record.tokens.texts = [replace(text, pieces=[*pieces, *rest])]  # type: ignore[union-attr]
+    assert f"then first writes ' thirteen', second writes '{'x' * 12}'" in str(ra.compare(first, second, None))
 
 
 def test_a_full_cache_has_forgotten_nothing() -> None:
@@ -383,7 +388,12 @@ def test_the_page_in_a_browser(opened: Any) -> None:
         found.title = document.title; found.about = element("about").textContent;
         found.images = document.querySelectorAll("img").length;
         found.opened = state();
+        found.share = percent(average(means.slice(layers, 2 * layers)) / 10);
+        found.legends = [element("later").textContent];
         element("round").value = 2; element("round").dispatchEvent(new Event("input")); found.moved = state();
+        found.legends.push(element("later").textContent);
+        over(spans[15], "mousemove", 5, 5); found.late = element("hint").textContent;
+        found.dimmed = spans.map((s) => s.style.color.startsWith("color-mix"));
         const box = element("heads").getBoundingClientRect();
         const x = box.left + LEFT + 1.5 * cellWidth(), y = box.top + TOP + 1.5 * rowHeight();
         over(element("heads"), "mousemove", x, y); found.head = element("hint").textContent;
@@ -405,20 +415,28 @@ def test_the_page_in_a_browser(opened: Any) -> None:
         assert held[round, :seen].tolist() == tokens.holders(round)[:seen].tolist()
     assert found["gone"] == tokens.let_go.flatten().tolist()
     assert found["text"] == pieces
-    assert (found["title"], found["images"]) == ("Look at a cache", 0)
-    assert found["about"].startswith(EVIL[0])
+    assert (found["title"], found["images"]) == (EVIL[0], 0)
+    assert found["about"] == "2 layers of 3 key/value heads"
     assert found["opened"]["where"] == "round 2 of 3 · 10 tokens read"
     few, lost = ((tokens.holders(1)[:10] < least).sum() for least in (3, 1))
-    wanted = f" {few} of them ({10 * few}\u00a0%) are held by fewer than half of the heads, {lost} by none."
-    assert found["opened"]["summary"].endswith(wanted)
+    held_by = (
+        f"{few} of 10 tokens ({10 * few}\u00a0%) are held by fewer than half of the heads, {lost} of these by none."
+    )
+    kept = int(history(recorder, 0).kept[1].mean() + 0.5)
+    budget = f"A head holds {kept} of 10 tokens on average ({found['share']}); the budget is {kept}."
+    assert found["opened"]["summary"] == f"{held_by} {budget}"
 
     def classes(round: int) -> list[str]:
-        lost = ["lost" if count == 0 else "" for count in tokens.holders(round)[: SEEN[round]]]
+        counts = tokens.holders(round)[: SEEN[round]]
+        lost = ["lost" if count == 0 else "few" if count < 3 else "" for count in counts]
         return lost + ["later"] * (16 - SEEN[round])
 
     assert found["opened"]["classes"] == classes(1)
     assert found["opened"]["classes"][2] == "lost"
     assert found["moved"]["classes"] == found["all"]["classes"] == classes(2)
+    assert found["dimmed"] == [name == "few" for name in classes(2)]
+    assert found["legends"] == ["not read yet at this round", "written after the last round"]
+    assert found["late"] == "“w12” at position 15\nwritten after the last round"
     assert found["moved"]["address"] == "#round=3"
     kept, before = history(recorder, 0).kept[2, 1, 1], history(recorder, 0).before[2, 1, 1]
     assert found["head"].splitlines() == [
@@ -483,8 +501,8 @@ def test_a_comparison_in_a_browser(opened: Any) -> None:
         found.marked = spans.map((side) => side.findIndex((span) => span.classList.contains("marked")));
         """,
     )
-    assert found["classes"][0] == ["", "lost", "", "kept", *[""] * 6, "new first", "new"]
-    assert found["classes"][1] == ["", "kept", "kept", "", *[""] * 6, "new first"]
+    assert found["classes"][0] == ["", "lost", "few", "kept", *[""] * 6, "new first", "new"]
+    assert found["classes"][1] == ["", "kept", "kept", "few", *[""] * 6, "new first"]
     assert found["verdict"] == "The texts are the same for 7 tokens behind the prompt, and part at position 10."
     assert found["next"] == [
         "first writes “w1” next, which had stood before at",

@@ -13,7 +13,7 @@ from reasonalloc.pages.assembly import smallest, write_page
 from reasonalloc.pages.history import Ints, Tokens, load, tokens_of
 
 _BEYOND = 80  # tokens shown behind the place where the texts part
-_LISTED = 6  # tokens that a summary names
+_LONGEST_WORD = 12  # tokens
 
 
 @dataclass(frozen=True)
@@ -70,36 +70,22 @@ class Comparison:
         return [i for i in range(self.common) if len(ids) > self.common and ids[i] == ids[self.common]]
 
     def __str__(self) -> str:
-        lines = [f"{one.name}: {len(one.text.ids)} tokens ({one.about or 'method unknown'})" for one in self.sides]
-        written = self.common - self.sides[0].text.prompt
+        first, second = self.sides
+        written = self.common - first.text.prompt
+        lost = f"{first.forgotten} in {first.name}, {second.forgotten} in {second.name}"
+        held = f"held by no head, of {self.common} tokens: {lost}"
         if self.is_same:
-            return "\n".join([*lines, f"the texts are the same: {written} tokens behind the prompt"])
-        lines.append(f"the texts are the same for {written} tokens behind the prompt, then")
-        for side in self.sides:
-            rest = "".join(side.text.pieces[self.common : self.common + 12])
-            lines.append(f"  {side.name} goes on: {rest!r}" if rest else f"  {side.name} ends")
-        lines.append(f"what they held then of the {self.common} tokens before")
-        for i, side in enumerate(self.sides):
-            mean = side.holders.mean() / side.heads if self.common else 0
-            lines.append(
-                f"  {side.name}: {side.forgotten} tokens held by no head; a token was held by {mean:.0%} of the heads"
-            )
-            lines.append(self._listed(f"kept by most heads of {side.name} alone", self.kept(i)))
-        for i, side in enumerate(self.sides):
-            if len(side.text.ids) > self.common:
-                word = side.text.pieces[self.common].strip()
-                lines.append(self._listed(f"{word!r}, which {side.name} wrote next, had stood", self.sources(i)))
-        return "\n".join(lines)
+            return f"the texts are the same: {written} tokens behind the prompt\n{held}"
+        words = ", ".join(f"{side.name} {self._goes_on(side.text.pieces)}" for side in self.sides)
+        return f"the texts are the same for {written} tokens behind the prompt\nthen {words}\n{held} (at that moment)"
 
-    def _listed(self, what: str, positions: list[int]) -> str:
-        """Tokens and how many heads of each side held them."""
-        pieces = self.sides[0].text.pieces
-
-        def named(at: int) -> str:
-            return f"{pieces[at].strip()!r} at {at} ({' and '.join(f'{x.holders[at]}/{x.heads}' for x in self.sides)})"
-
-        more = f", and {len(positions) - _LISTED} more" if len(positions) > _LISTED else ""
-        return f"  {what}: {', '.join(map(named, positions[:_LISTED])) or 'none'}{more}"
+    def _goes_on(self, pieces: list[str]) -> str:
+        """What a side does where the texts part: the word that it writes there, up to the next space."""
+        rest = pieces[self.common : self.common + _LONGEST_WORD]
+        if not rest:
+            return "ends"
+        end = next((i for i, piece in enumerate(rest) if i and piece[:1].isspace()), len(rest))
+        return f"writes {''.join(rest[:end])!r}"
 
 
 def compare(

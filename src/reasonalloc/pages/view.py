@@ -25,21 +25,23 @@ def view(
         record: a recorder, also while its cache goes on, or the file of one.
         path: of the page, ending in .html.
         sequence: which sequence of the batch.
-        title: of the page; empty: the record's file, if it has one.
+        title: of the page; empty: the method and its settings.
 
     Raises:
         FileNotFoundError: there is no such record.
         ValueError: the file is no record, nothing was evicted, there is no such sequence, or another suffix.
     """
-    found = history(load(record), sequence)
-    name = title or ("" if isinstance(record, Recorder) else Path(record).name)
+    recorder = load(record)
+    found = history(recorder, sequence)
     tokens = found.tokens
     facts: dict[str, Any] = {
-        "title": name,
+        "title": title,
         "about": found.about,
+        "file": "" if isinstance(record, Recorder) else Path(record).name,
         "sequence": sequence,
         "recordsTokens": tokens is not None,
         "pieces": None if tokens is None or tokens.text is None else tokens.text.pieces,
+        "isPromptBeside": _is_prompt_beside(recorder),
         "prompt": 0 if tokens is None or tokens.text is None else tokens.text.prompt,
         "threshold": [[_number(x) for x in row] for row in found.threshold.tolist()],
     }
@@ -49,6 +51,11 @@ def view(
     if tokens is not None:
         arrays["lived"], arrays["scores"] = _lived(tokens, found), tokens.scores
     write_page(path, "view", facts, arrays)
+
+
+def _is_prompt_beside(recorder: Recorder) -> bool:
+    """Whether heads held more than their budget when they had just routed: a kept prompt comes on top of it."""
+    return any((np.array(routing.kept) > np.array(routing.budgets)).any() for routing in recorder.routings)
 
 
 def _lived(tokens: Tokens, found: History) -> Ints:

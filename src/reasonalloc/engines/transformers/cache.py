@@ -368,11 +368,13 @@ def _policies(compression: Compression) -> dict[str, str]:
 
 
 def _in_words(compression: Compression) -> str:
-    """A compression as a record tells it: its policies, its budget, and how the prompt is kept."""
+    """A compression as a record tells it: its method, if it has a name, its policies, its budget, and how the prompt is kept."""
     if compression.budget is None:
         return "full cache"
     prompt = "" if compression.prompt == "compete" else f", prompt {compression.prompt}"
     parts = ", ".join(f"{name} {value}" for name, value in _policies(compression).items())
+    if compression.asked is not None and compression.asked.method:
+        parts = f"{compression.asked.method} ({parts})"
     return f"{parts}, budget {compression.budget}, interval {compression.interval}{prompt}"
 
 

@@ -1,5 +1,7 @@
 "use strict";
 
+const element = (id) => document.getElementById(id);
+
 // The data of the page: facts (JSON) and arrays of whole numbers, each deflated.
 async function unpack(entry) {
   const bytes = Uint8Array.from(atob(entry.deflated), (letter) => letter.charCodeAt(0));
@@ -12,13 +14,16 @@ async function unpack(entry) {
 }
 
 async function readData() {
+  if (!window.DecompressionStream) {
+    element("waiting").textContent = "This page needs a browser of 2023 or later.";
+    throw new Error("no DecompressionStream");
+  }
+  await new Promise((done) => setTimeout(done)); // a moment for the browser to show that it is unpacking
   const data = JSON.parse(document.getElementById("data").textContent);
   const facts = JSON.parse(new TextDecoder().decode(await unpack(data.facts)));
   for (const name in data.arrays) facts[name] = await unpack(data.arrays[name]);
   return facts;
 }
-
-const element = (id) => document.getElementById(id);
 
 function styleValue(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -57,16 +62,26 @@ function sized(canvas, width, height) {
   return pen;
 }
 
-function drawLegends() {
-  for (const canvas of document.querySelectorAll(".legend canvas")) {
-    const pen = canvas.getContext("2d");
-    canvas.width = 90;
-    canvas.height = 10;
-    for (let x = 0; x < 90; x++) {
-      pen.fillStyle = colour(x / 89);
-      pen.fillRect(x, 0, 1, 10);
-    }
+// A bar of colours, with words below it: [share of its width, word] each.
+function drawBar(canvas, width, shareAt, ticks) {
+  const pen = sized(canvas, width, ticks.length ? 26 : 10);
+  for (let x = 0; x < width; x++) {
+    pen.fillStyle = colour(shareAt((x + 0.5) / width));
+    pen.fillRect(x, 0, 1, 10);
   }
+  pen.fillStyle = styleValue("--soft");
+  pen.textBaseline = "top";
+  for (const [share, word] of ticks) {
+    const x = share * width, half = pen.measureText(word).width / 2;
+    pen.fillRect(Math.min(x, width - 1), 10, 1, 3);
+    pen.textAlign = "center";
+    pen.fillText(word, Math.min(Math.max(x, half), width - half), 14);
+  }
+}
+
+function drawLegends() {
+  for (const canvas of document.querySelectorAll(".legend .amount")) drawBar(canvas, 90, (share) => share, []);
+  drawBar(element("shareBar"), 200, tone, shareTicks());
 }
 
 function showHint(text, event) {
@@ -99,12 +114,19 @@ function writeText(parent, pieces, prompt) {
   return spans;
 }
 
-// A token's colour: its root tells few heads from fewer.
-const tone = (share) => Math.sqrt(share);
+// A token's colour, by the share of heads that hold it: pale below half of them, with a step there.
+const isFew = (share) => share < 0.5;
+const tone = (share) => (isFew(share) ? 0.5 * share : share);
 
 function paint(span, share) {
   span.style.background = colour(share);
   span.style.color = inkOn(share);
+}
+
+// A token in the colour of its holders, dimmed if they are few.
+function paintShare(span, share) {
+  paint(span, tone(share));
+  if (isFew(share)) span.style.color = `color-mix(in srgb, ${inkOn(tone(share))} 68%, ${colour(tone(share))})`;
 }
 
 function unpaint(span) {
@@ -113,4 +135,10 @@ function unpaint(span) {
 
 const quoted = (piece) => `\u201c${piece.trim() || JSON.stringify(piece).slice(1, -1)}\u201d`;
 const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
+// The page has its words: show it in place of the notice.
+function ready() {
+  element("waiting").hidden = true;
+  element("content").hidden = false;
+}
+
 const many = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;

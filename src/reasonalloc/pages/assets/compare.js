@@ -19,8 +19,9 @@ function drawTexts() {
       } else if (!countOf(i, token)) {
         span.className = "lost";
       } else {
-        paint(span, tone(countOf(i, token) / side.heads));
-        span.className = kept.has(token) ? "kept" : "";
+        const share = countOf(i, token) / side.heads;
+        paintShare(span, share);
+        span.className = kept.has(token) ? "kept" : isFew(share) ? "few" : "";
       }
     });
   });
@@ -40,16 +41,17 @@ function list(parent, tokens) {
 }
 
 function writeSide(side, i) {
-  let lost = 0, held = 0;
+  let lost = 0, few = 0, held = 0;
   for (let token = 0; token < data.common; token++) {
     lost += !countOf(i, token);
+    few += isFew(countOf(i, token) / side.heads);
     held += countOf(i, token) / side.heads;
   }
   element(`name${i}`).textContent = side.name;
   element(`about${i}`).textContent = side.about;
   element(`facts${i}`).textContent = `${many(side.length, "token")} in all. Where the texts part, after ${many(side.round, "round")} `
-    + `of eviction, a token is held by ${percent(held / Math.max(data.common, 1))} of the heads on average, `
-    + `and ${lost} of ${many(data.common, "token")} by none.`;
+    + `of eviction, ${few} of ${many(data.common, "token")} are held by fewer than half of the heads, ${lost} of these by none. `
+    + `A token is held by ${percent(held / Math.max(data.common, 1))} of the heads on average.`;
   const written = side.pieces[data.common];
   element(`next${i}`).textContent = written === undefined ? `${side.name} ends here`
     : `${side.name} writes ${quoted(written)} next, which ${side.sources.length ? "had stood before at" : "had not stood before"}`;
@@ -90,8 +92,11 @@ function listen() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readScale(); drawLegends(); drawTexts(); });
 }
 
+const shareTicks = () => [0, 0.25, 0.5, 0.75, 1].map((share) => [share, percent(share)]);
+
 async function start() {
   data = await readData();
+  ready();
   readScale();
   drawLegends();
   spans = data.sides.map((side, i) => writeText(element(`text${i}`), side.pieces, data.prompt));

@@ -1,7 +1,8 @@
 // What the page shows, and where it stands: a round, one head or all of them, the token under the pointer.
 let data, rounds, layers, heads, tokens, perHead, gone, born, held, spans = [];
 let round = 0, chosen = null, pointed = null, playing = null;
-const WIDTH = 330, LEFT = 48, TOP = 6, BOTTOM = 30;
+const LEFT = 48, TOP = 6, BOTTOM = 32, RIGHT = 14;
+const LABEL = 40; // width of a label of the time axis
 const OWN = 0.55; // the colour of what the chosen head holds
 
 // Arrays count from 1, and 0 stands for a layer that has not routed yet.
@@ -46,8 +47,9 @@ const isHeld = (layer, head, token) => gone[(layer * heads + head) * perHead + t
 // ---- the two maps ----
 
 const rowHeight = () => Math.max(4, Math.min(30, Math.floor(270 / layers)));
-const cellWidth = () => Math.max(5, Math.min(44, Math.floor((WIDTH + 14 - LEFT) / heads)));
-const columnWidth = () => (WIDTH + 14 - LEFT) / rounds;
+const mapWidth = () => Math.min(296, window.innerWidth - 108); // of a phone's screen, what the frame leaves
+const cellWidth = () => Math.max(5, Math.min(44, Math.floor(mapWidth() / heads)));
+const columnWidth = () => mapWidth() / rounds;
 let most = 1, mostMean = 1, means = [];
 
 function measure() {
@@ -60,6 +62,13 @@ function measure() {
       mostMean = Math.max(mostMean, sum / heads);
     }
   }
+}
+
+// Rounds that the time axis names: the last one, and others as far as there is room.
+function labelledRounds() {
+  const every = Math.ceil(LABEL / columnWidth()), found = [];
+  for (let r = rounds - 1; r >= 0; r -= every) found.unshift(r);
+  return found;
 }
 
 function labelLayers(pen) {
@@ -109,7 +118,7 @@ function drawHeads() {
 
 function drawLayers() {
   const height = rowHeight(), left = LEFT, width = columnWidth();
-  const pen = sized(element("layers"), left + rounds * width + 4, TOP + layers * height + BOTTOM);
+  const pen = sized(element("layers"), left + rounds * width + RIGHT, TOP + layers * height + BOTTOM);
   labelLayers(pen);
   for (let r = 0; r < rounds; r++) {
     for (let layer = 0; layer < layers; layer++) {
@@ -123,12 +132,13 @@ function drawLayers() {
   pen.strokeRect(left + round * width - 1, TOP - 2, Math.max(width + 1, 3), layers * height + 3);
   pen.fillStyle = styleValue("--soft");
   pen.textBaseline = "top";
-  pen.textAlign = "left";
-  pen.fillText(data.seen[0], left, TOP + layers * height + 3);
-  pen.textAlign = "right";
-  if (rounds > 1) pen.fillText(data.seen[rounds - 1], left + rounds * width, TOP + layers * height + 3);
   pen.textAlign = "center";
-  pen.fillText("tokens read", left + (rounds * width) / 2, TOP + layers * height + 16);
+  for (const r of labelledRounds()) {
+    const middle = left + (r + 0.5) * width;
+    pen.fillRect(middle, TOP + layers * height + 1, 1, 3);
+    pen.fillText(data.seen[r], middle, TOP + layers * height + 5);
+  }
+  pen.fillText("tokens read", left + (rounds * width) / 2, TOP + layers * height + 18);
 }
 
 const layerAt = (event) => Math.floor((event.offsetY - TOP) / rowHeight());
@@ -158,10 +168,13 @@ function describeHead([layer, head]) {
 
 // ---- the text ----
 
+// What is said of tokens that the model had not read at this round.
+const laterWords = () => (round === rounds - 1 ? "written after the last round" : "not read yet at this round");
+
 function describeToken(token) {
   const name = data.pieces ? quoted(data.pieces[token]) : "token";
   const lines = [`${name} at position ${token}${data.pieces && token < data.prompt ? " (prompt)" : ""}`];
-  if (token >= data.seen[round]) return [...lines, "not read yet at this round"].join("\n");
+  if (token >= data.seen[round]) return [...lines, laterWords()].join("\n");
   const all = layers * heads, count = holders(token);
   lines.push(`held by ${count} of ${all} heads (${percent(count / all)})`);
   if (chosen) lines.push(`layer ${chosen[0]}, head ${chosen[1]}: ${fate(token)}`);
@@ -185,35 +198,57 @@ function drawText() {
   spans.forEach((span, token) => {
     const isRead = token < data.seen[round];
     const count = isRead ? holders(token) : 0;
-    const share = chosen ? (count && isHeld(...chosen, token) ? OWN : 0) : tone(count / all);
-    span.className = !isRead ? "later" : !count ? "lost" : share ? "" : "gone";
-    if (isRead && share) paint(span, share);
-    else unpaint(span);
+    const isOwn = !chosen || (count && isHeld(...chosen, token));
+    span.className = !isRead ? "later" : !count ? "lost" : !isOwn ? "gone" : !chosen && isFew(count / all) ? "few" : "";
+    if (!count || !isOwn) unpaint(span);
+    else if (chosen) paint(span, OWN);
+    else paintShare(span, count / all);
   });
 }
 
 // ---- the state of the page ----
 
+function describeForgotten() {
+  const seen = data.seen[round], all = layers * heads;
+  let lost = 0, few = 0;
+  for (let token = 0; token < seen; token++) {
+    lost += !holders(token);
+    few += isFew(holders(token) / all);
+  }
+  return `${few} of ${many(seen, "token")} (${percent(few / seen)}) are held by fewer than half of the heads, ${lost} of these by none.`;
+}
+
+const average = (numbers) => numbers.reduce((sum, one) => sum + one, 0) / numbers.length;
+
+// The mean of the heads' budgets; null while a layer has not routed.
+function meanBudget() {
+  const budgets = Array.from(data.budgets.subarray(round * layers * heads, (round + 1) * layers * heads));
+  return budgets.includes(0) ? null : average(budgets) - 1;
+}
+
+function describeHeld() {
+  const seen = data.seen[round], budget = meanBudget();
+  const mean = average(means.slice(round * layers, (round + 1) * layers).map((held) => (held < 0 ? seen : held)));
+  const share = `A head holds ${Math.round(mean)} of ${many(seen, "token")} on average (${percent(mean / seen)})`;
+  if (budget === null) return `${share}.`;
+  const [held, allowed] = [mean, budget].map(Math.round);
+  if (!data.isPromptBeside) return `${share}; the budget is ${allowed}.`;
+  if (data.prompt && held === allowed + data.prompt) return `${share}: ${held} = prompt ${data.prompt} + budget ${allowed}.`;
+  return `${share}; the budget is ${allowed}, beside the prompt${data.prompt ? `'s ${many(data.prompt, "token")}` : ""}.`;
+}
+
 function show() {
   element("round").value = round;
   element("round").setAttribute("aria-valuetext", `round ${round + 1} of ${rounds}`);
   element("where").textContent = `round ${round + 1} of ${rounds} \u00b7 ${many(data.seen[round], "token")} read`;
-  const kept = means.slice(round * layers, (round + 1) * layers).map((mean) => (mean < 0 ? data.seen[round] : mean));
-  const mean = kept.reduce((sum, one) => sum + one, 0) / layers;
-  const parts = [`A head holds ${Math.round(mean)} of ${many(data.seen[round], "token")} on average (${percent(mean / data.seen[round])}).`];
-  if (data.recordsTokens) {
-    let lost = 0, few = 0;
-    for (let token = 0; token < data.seen[round]; token++) {
-      lost += !holders(token);
-      few += 2 * holders(token) < layers * heads;
-    }
-    parts.push(`${few} of them (${percent(few / data.seen[round])}) are held by fewer than half of the heads, ${lost} by none.`);
-  }
+  const parts = data.recordsTokens ? [describeForgotten()] : [];
+  parts.push(describeHeld());
   if (chosen) {
     const own = at(data.kept, round, ...chosen);
     parts.push(`Layer ${chosen[0]}, head ${chosen[1]} holds ${own < 0 ? "all of them" : own}.`);
   }
   element("summary").textContent = parts.join(" ");
+  element("later").textContent = laterWords();
   element("textTitle").textContent = !data.recordsTokens || !chosen
     ? "Text" : `Text as layer ${chosen[0]}, head ${chosen[1]} holds it`;
   element("shares").hidden = Boolean(chosen);
@@ -305,16 +340,22 @@ function listen() {
   for (const one of [map, time, text]) one.addEventListener("mouseleave", hideHint);
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") choose(null); });
   window.addEventListener("hashchange", () => { readAddress(); show(); });
+  window.addEventListener("resize", () => { drawHeads(); drawLayers(); });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readScale(); drawLegends(); show(); });
 }
 
+function shareTicks() {
+  const all = layers * heads;
+  return [...new Set([1, Math.round(all / 4) || 1, Math.ceil(all / 2), all])].map((count) => [count / all, `${count}`]);
+}
+
 function writeWords() {
-  if (data.title) element("title").textContent = `Look at a cache: ${data.title}`;
+  element("title").textContent = data.title || data.about || "Look at a cache";
   document.title = element("title").textContent;
-  element("about").textContent = [data.about, `${many(layers, "layer")} of ${many(heads, "head")}`].filter(Boolean).join(" \u00b7 ");
+  const facts = [data.title && data.about, data.file, `${many(layers, "layer")} of ${many(heads, "key/value head")}`];
+  element("about").textContent = facts.filter(Boolean).join(" \u00b7 ");
   element("most").textContent = `${most} tokens`;
   element("mostMean").textContent = `${Math.round(mostMean)} tokens a head`;
-  element("all").textContent = `${many(layers * heads, "head")} (middle: ${Math.round(layers * heads / 4)})`;
   element("unrouted").hidden = !data.kept.includes(0);
   element("round").max = rounds - 1;
   if (!data.recordsTokens) {
@@ -337,6 +378,7 @@ async function start() {
   round = rounds - 1;
   readAddress();
   writeWords();
+  ready();
   drawLegends();
   listen();
   show();
