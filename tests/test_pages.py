@@ -154,6 +154,14 @@ def test_a_large_record_is_a_small_page(tmp_path: Path) -> None:
     assert (tmp_path / "view.html").stat().st_size < 2_000_000
 
 
+def test_a_page_knows_whether_a_prompt_is_kept_beside_the_budget(tmp_path: Path) -> None:
+    for prompt, wanted in (("protect", True), ("pin", False), ("compete", False)):
+        recorder = Recorder(tokens=True)
+        run(ra.Compression.method("reasonalloc-head", 16, interval=8, prompt=prompt, pin_share=0.25), [20], recorder)
+        ra.view(recorder, tmp_path / "view.html")
+        assert data_of(tmp_path / "view.html")["isPromptBeside"] is wanted
+
+
 def test_pages_of_records_without_tokens_or_text(tmp_path: Path) -> None:
     full = small()
     assert full.tokens is not None
@@ -334,7 +342,6 @@ OPTIONS = [
     "--disable-component-update",
     "--disable-sync",
     "--virtual-time-budget=20000",
-    "--window-size=1300,900",
     "--dump-dom",
 ]
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
@@ -345,25 +352,28 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Open the page of these records in a browser that then runs a script; what it puts into ``found``."""
     read = assembly._read
 
-    def open_page(*records: Recorder, script: str, address: str = "") -> Any:
+    def open_page(*records: Recorder, script: str, address: str = "", width: int = 1300, before: str = "") -> Any:
+        is_waiting = "!document.body.dataset.ready && element('waiting').textContent === 'Unpacking \u2026'"
         probe = (
             "\nasync function probe() {\n"
-            "while (!document.body.dataset.ready) await new Promise((done) => setTimeout(done, 5));"
+            f"while ({is_waiting}) await new Promise((done) => setTimeout(done, 5));"
             f"const found = {{}};\n{script}\n"
             "const out = document.createElement('pre'); out.id = 'found'; out.textContent = JSON.stringify(found);"
             "document.body.append(out); }\nprobe();"
         )
         name = "view.js" if len(records) == 1 else "compare.js"
-        monkeypatch.setattr(assembly, "_read", lambda asset: read(asset) + probe * (asset == name))
+        monkeypatch.setattr(
+            assembly, "_read", lambda asset: before * (asset == "common.js") + read(asset) + probe * (asset == name)
+        )
         path = tmp_path / "page.html"
         if len(records) == 1:
             ra.view(records[0], path)
         else:
             ra.compare(records[0], records[1], path)
-        profile = f"--user-data-dir={tmp_path / 'profile'}"
+        own = [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
         assert CHROMIUM is not None
         done = subprocess.run(
-            [CHROMIUM, *OPTIONS, profile, f"file://{path}{address}"], capture_output=True, text=True, timeout=120
+            [CHROMIUM, *OPTIONS, *own, f"file://{path}{address}"], capture_output=True, text=True, timeout=120
         )
         found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
         assert found is not None, done.stdout[-2000:] + done.stderr[-2000:]
@@ -468,6 +478,48 @@ def test_the_page_in_a_browser(opened: Any) -> None:
 
 
 @browser
+def test_the_page_on_a_phone(opened: Any) -> None:
+    recorder = Recorder(tokens=True)
+    cache, ids, mask = run(ra.Compression.method("rkv", 16, interval=8, prompt="protect"), [20], recorder)
+    recorder.set_text(word_tokenizer(), ids, mask)
+    found = opened(
+        recorder,
+        width=390,
+        script="""
+        found.slider = element("round").clientWidth; found.width = innerWidth;
+        found.needed = document.documentElement.scrollWidth;
+        found.maps = ["heads", "layers"].map(element).map((x) => x.clientWidth <= x.parentElement.clientWidth - 20);
+        found.summary = element("summary").textContent; found.title = document.title;
+        found.waiting = element("waiting").hidden; found.content = element("content").hidden;
+        found.ticks = shareTicks().map(([, word]) => word); found.axis = labelledRounds().map((r) => data.seen[r]);
+        """,
+    )
+    assert found["slider"] > 300
+    assert found["needed"] <= found["width"]
+    assert found["maps"] == [True, True]
+    seen = history(recorder, 0).seen.tolist()
+    parts = found["summary"].split(". ")
+    assert (
+        parts[1]
+        == f"A head holds 36 of {seen[-1]} tokens on average ({3600 / seen[-1]:.0f}\u00a0%): 36 = prompt 20 + budget 16"
+    )
+    per_token = cache.ragged.table.heads * cache.ragged.table.layers * recorder.entry_bytes / 1024
+    kib = [f"{count * per_token:.1f}\u00a0KiB" for count in (36, seen[-1])]
+    assert parts[2:] == [f"Held keys and values take {kib[0]}; a full cache would take {kib[1]}."]
+    assert found["title"] == "rkv (scorer rkv, layers uniform, heads uniform), budget 16, interval 8, prompt protect"
+    assert (found["waiting"], found["content"]) == (True, False)
+    assert found["ticks"] == ["1", "2", "5", "9"]
+    assert found["axis"] == seen
+
+
+@browser
+def test_a_browser_that_cannot_unpack_is_told(opened: Any) -> None:
+    script = "found.words = element('waiting').textContent; found.content = element('content').hidden;"
+    found = opened(small(), before="delete window.DecompressionStream;\n", script=script)
+    assert found == {"words": "This page needs a browser of 2023 or later.", "content": True}
+
+
+@browser
 def test_a_page_without_tokens_in_a_browser(opened: Any) -> None:
     plain = Recorder()
     for routing in small().routings:
@@ -481,6 +533,20 @@ def test_a_page_without_tokens_in_a_browser(opened: Any) -> None:
     )
     assert "To see the text, record with Recorder(tokens=True)" in found["note"]
     assert (found["legend"], found["spans"], found["where"]) == (True, 0, "round 3 of 3 · 14 tokens read")
+
+
+@browser
+def test_long_lists_of_a_comparison_do_not_scroll_sideways(opened: Any) -> None:
+    let_go = np.full((2, 2, 90), -1)
+    let_go[:, :, ::2] = 0
+    words = [f" w{i}" for i in range(90)]
+    lists = "[0, 1].map((i) => element(`list${i}`))"
+    found = opened(
+        made(let_go, [89, 90], [*words, " one"], 3),
+        made(np.where(let_go, 0, -1), [89, 90], [*words, " two"], 3),
+        script=f"found.lists = {lists}.map((one) => [one.children.length, one.scrollWidth - one.clientWidth]);",
+    )
+    assert found["lists"] == [[45, 0], [45, 0]]
 
 
 @browser

@@ -249,6 +249,7 @@ ENTRY = json.dumps(vars(routing(8, 1)))
         '{"schema": 1, "routings": [7]}',
         '{"routings": []}',
         '{"schema": 1, "layers": "four", "routings": []}',
+        '{"schema": 1, "entry_bytes": -1, "routings": []}',
         f'{{"schema": 1, "routings": [{ENTRY.replace("8103", "null")}]}}',
     ],
 )  # fmt: skip
@@ -294,6 +295,7 @@ def test_a_record_with_an_unknown_field_is_refused(tmp_path: Path) -> None:
         {"routings_batch": np.array([[2]])},
         {"routings_total": np.array([b"a", 3], dtype=object)},
         {"layers": np.array([1, 2])},
+        {"entry_bytes": np.array(0.5)},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -312,7 +312,8 @@ def test_files_hold_the_tokens(tmp_path: Path, record: Recorder, suffix: str) ->
     record.save(path)
     loaded = Recorder.load(path)
     assert loaded.about == record.about
-    assert "layers wave, heads threshold, budget 24, interval 8" in loaded.about
+    assert loaded.about.startswith("reasonalloc (scorer rkv, layers wave, heads threshold), budget 24, interval 8")
+    assert loaded.entry_bytes == record.entry_bytes == 2 * tiny_model().config.head_dim * 4
     assert loaded.routings == record.routings
     assert loaded.tokens is not None
     assert record.tokens is not None
@@ -329,9 +330,14 @@ def test_an_older_record_still_loads(tmp_path: Path, record: Recorder) -> None:
     path.write_text(json.dumps({"schema": 1, "layers": 3, "routings": entries}).replace("Infinity", '"inf"'))
     loaded = Recorder.load(path)
     assert (loaded.routings, loaded.about, loaded.tokens) == (record.routings, "", None)
+    assert loaded.entry_bytes == 0
     record.save(tmp_path / "new.npz")
     with np.load(tmp_path / "new.npz") as saved:
-        older = {name: saved[name] for name in saved if name != "about" and not name.startswith("tokens")}
+        older = {
+            name: saved[name]
+            for name in saved
+            if name not in ("about", "entry_bytes") and not name.startswith("tokens")
+        }
     np.savez(tmp_path / "older.npz", **older)
     assert Recorder.load(tmp_path / "older.npz").tokens is None
 

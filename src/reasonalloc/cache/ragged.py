@@ -494,6 +494,8 @@ class RaggedCache:
     def _open(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Make the pools of a batch: nothing is known of it before its first tokens."""
         self._choose(key.device, {key.dtype, value.dtype}, max(key.shape[-1], value.shape[-1]))
+        if self.recorder is not None:
+            self.recorder.entry_bytes = sum(x.shape[-1] * x.element_size() for x in (key, value))
         size, layers = self._layers_at_once(key.device), self.table.layers
         groups = [range(first, min(first + size, layers)) for first in range(0, layers, size)]
         like = (key, value, self._window, query.shape[1], self._tracks_received)

@@ -24,7 +24,7 @@ _MOST_LAYERS = 1000  # of a record; arrays have a place for each, whether it rou
 _NOT_YET = -1  # stands in the arrays where a layer has not routed yet
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-_Content = tuple[int, str, list["Routing"], TokenRecord | None]  # layers, about, routings, tokens
+_Content = tuple[int, str, list["Routing"], TokenRecord | None, int]  # layers, about, routings, tokens, entry_bytes
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ class Recorder:
     Attributes:
         layers: layers of the model whose cache writes here; 0 if no cache has said so yet.
         about: the method and its settings, in words; empty if no cache has said so yet.
+        entry_bytes: of a token's key and value in one head; 0 if no cache has said so yet.
         tokens: the record of tokens; None if it was not asked for.
     """
 
@@ -114,6 +115,7 @@ class Recorder:
         self._under_way: Callable[[], None] = _nothing
         self.layers = 0
         self.about = ""
+        self.entry_bytes = 0
         self.tokens = TokenRecord() if tokens else None
 
     @property
@@ -244,6 +246,7 @@ class Recorder:
         if path.suffix == ".json":
             entries = [{**vars(r), "threshold": _json_floats(r.threshold)} for r in self.routings]
             data = {"schema": SCHEMA, "layers": self.layers, "about": self.about, "routings": entries}
+            data["entry_bytes"] = self.entry_bytes
             if self.tokens is not None:
                 arrays = {name: pack(array) for name, array in self.tokens.arrays().items()}
                 data["tokens"] = {**self.tokens.document(), **arrays}
@@ -271,10 +274,12 @@ class Recorder:
         recorder = cls()
         try:
             found = _from_npz(content) if content.startswith(b"PK") else _from_json(content)
-            layers, recorder.about, recorder._routings, recorder.tokens = found
+            layers, recorder.about, recorder._routings, recorder.tokens, recorder.entry_bytes = found
             if not _whole([layers]) or max(layers, *(r.layer + 1 for r in recorder._routings), 0) > _MOST_LAYERS:
                 raise ValueError(f"layers must be whole numbers of at least 0 and at most {_MOST_LAYERS}, got {layers}")
             recorder.layers = layers
+            if not _whole([recorder.entry_bytes]):
+                raise ValueError(f"entry_bytes must be a whole number of at least 0, got {recorder.entry_bytes!r}")
             if recorder.tokens is not None:
                 _check_tokens(recorder.tokens, recorder._routings)
         except Exception as error:  # zipfile, zlib, numpy and json have dozens of errors for damaged bytes
@@ -334,7 +339,8 @@ def _from_json(content: bytes) -> _Content:
     _check_schema(data.get("schema"))
     data = unsealed(data)
     routings = [_routing(i, entry) for i, entry in enumerate(data["routings"])]
-    return data.get("layers", 0), _words(data.get("about", "")), routings, _tokens(data.get("tokens"))
+    about, tokens = _words(data.get("about", "")), _tokens(data.get("tokens"))
+    return data.get("layers", 0), about, routings, tokens, data.get("entry_bytes", 0)
 
 
 def _tokens(entry: Any) -> TokenRecord | None:
@@ -390,6 +396,7 @@ def _columns(recorder: Recorder) -> Arrays:
         "schema": np.array(SCHEMA),
         "layers": np.array(recorder.layers),
         "about": _bytes(recorder.about),
+        "entry_bytes": np.array(recorder.entry_bytes),
         "routings_step": ints([r.step for r in routings]),
         "routings_layer": ints([r.layer for r in routings]),
         "routings_batch": ints([r.shape[0] for r in routings]),
@@ -416,6 +423,7 @@ def _from_npz(content: bytes) -> _Content:
         columns = {name: data[f"routings_{name}"] for name in ("step", "layer", "batch", "heads", "has_threshold")}
         flat = {name: _Column(name, data[f"routings_{name}"]) for name in ("total", "threshold", *_TABLES)}
         about, tokens = _string(data["about"]) if "about" in data else "", None
+        entry_bytes = data["entry_bytes"].tolist() if "entry_bytes" in data else 0
         if "tokens_document" in data:
             document = parse_json(_string(data["tokens_document"]))
             tokens = TokenRecord.of(document, data["tokens_let_go"], data["tokens_scores"])
@@ -429,7 +437,7 @@ def _from_npz(content: bytes) -> _Content:
         routings.append(Routing(step, layer, total, **tables, threshold=threshold))
     for column in flat.values():
         column.end()
-    return layers, about, routings, tokens
+    return layers, about, routings, tokens, entry_bytes
 
 
 def _check_sizes(content: bytes) -> None:

@@ -39,6 +39,7 @@ def view(
         "about": found.about,
         "file": "" if isinstance(record, Recorder) else Path(record).name,
         "sequence": sequence,
+        "entryBytes": recorder.entry_bytes,
         "recordsTokens": tokens is not None,
         "pieces": None if tokens is None or tokens.text is None else tokens.text.pieces,
         "isPromptBeside": _is_prompt_beside(recorder),

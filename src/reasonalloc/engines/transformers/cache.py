@@ -368,7 +368,7 @@ def _policies(compression: Compression) -> dict[str, str]:
 
 
 def _in_words(compression: Compression) -> str:
-    """A compression as a record tells it: its method, if it has a name, its policies, its budget, and how the prompt is kept."""
+    """A compression as a record tells it: method (if named), policies, budget, and how the prompt is kept."""
     if compression.budget is None:
         return "full cache"
     prompt = "" if compression.prompt == "compete" else f", prompt {compression.prompt}"

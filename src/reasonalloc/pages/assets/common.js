@@ -135,6 +135,13 @@ function unpaint(span) {
 
 const quoted = (piece) => `\u201c${piece.trim() || JSON.stringify(piece).slice(1, -1)}\u201d`;
 const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
+
+function size(bytes) {
+  const power = bytes < 1024 ? 0 : Math.min(Math.floor(Math.log2(bytes) / 10), 3);
+  const count = bytes / 1024 ** power;
+  return `${power && count < 100 ? count.toFixed(1) : Math.round(count)}\u00a0${["B", "KiB", "MiB", "GiB"][power]}`;
+}
+
 // The page has its words: show it in place of the notice.
 function ready() {
   element("waiting").hidden = true;

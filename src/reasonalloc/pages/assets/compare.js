@@ -92,7 +92,7 @@ function listen() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readScale(); drawLegends(); drawTexts(); });
 }
 
-const shareTicks = () => [0, 0.25, 0.5, 0.75, 1].map((share) => [share, percent(share)]);
+const shareTicks = () => [0, 0.25, 0.5, 1].map((share) => [share, percent(share)]);
 
 async function start() {
   data = await readData();

@@ -2,7 +2,7 @@
 let data, rounds, layers, heads, tokens, perHead, gone, born, held, spans = [];
 let round = 0, chosen = null, pointed = null, playing = null;
 const LEFT = 48, TOP = 6, BOTTOM = 32, RIGHT = 14;
-const LABEL = 40; // width of a label of the time axis
+const LABEL = 34; // width of a label of the time axis
 const OWN = 0.55; // the colour of what the chosen head holds
 
 // Arrays count from 1, and 0 stands for a layer that has not routed yet.
@@ -226,6 +226,13 @@ function meanBudget() {
   return budgets.includes(0) ? null : average(budgets) - 1;
 }
 
+// Bytes of what all heads hold; where a layer has not routed, that is all that was read.
+function describeBytes() {
+  const seen = data.seen[round];
+  const held = means.slice(round * layers, (round + 1) * layers).reduce((sum, mean) => sum + (mean < 0 ? seen : mean) * heads, 0);
+  return `Held keys and values take ${size(held * data.entryBytes)}; a full cache would take ${size(seen * layers * heads * data.entryBytes)}.`;
+}
+
 function describeHeld() {
   const seen = data.seen[round], budget = meanBudget();
   const mean = average(means.slice(round * layers, (round + 1) * layers).map((held) => (held < 0 ? seen : held)));
@@ -243,6 +250,7 @@ function show() {
   element("where").textContent = `round ${round + 1} of ${rounds} \u00b7 ${many(data.seen[round], "token")} read`;
   const parts = data.recordsTokens ? [describeForgotten()] : [];
   parts.push(describeHeld());
+  if (data.entryBytes) parts.push(describeBytes());
   if (chosen) {
     const own = at(data.kept, round, ...chosen);
     parts.push(`Layer ${chosen[0]}, head ${chosen[1]} holds ${own < 0 ? "all of them" : own}.`);
