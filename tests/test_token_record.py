@@ -266,6 +266,27 @@ def test_assisted_decoding_is_recorded() -> None:
     assert recorded(recorder, cache.ragged.table.seen.tolist()) == held_by(cache)
 
 
+def test_rows_leave_after_what_was_only_speculated_is_settled() -> None:
+    """Settling it is a round of all rows, those that leave included."""
+    model, recorder = tiny_model(), Recorder(tokens=True)
+    cache = ra.Cache(model.config, compression_of("pyramid-rkv"), attention="rows", recorder=recorder)
+    ids, mask = prompts([40, 33, 30])
+    more = torch.full((3, INTERVAL), 5)
+    whole = torch.cat([mask, torch.ones_like(more)], 1)
+    positions = (whole.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, position_ids=positions[:, :40], **{CACHE_ARGUMENT: cache})
+        cache.ragged.hold()
+        model(more, attention_mask=whole, position_ids=positions[:, 40:], **{CACHE_ARGUMENT: cache})
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    assert recorder.tokens is not None
+    assert recorder.tokens.rows[-1] == [0, 1, 2]
+    held, let_go = held_by(cache), recorder.tokens.let_go
+    for i, sequence in enumerate((2, 0)):
+        seen = int(cache.ragged.table.seen[i])
+        assert held[0][i] == [{*np.flatnonzero(head[:seen] == HELD)} for head in let_go[0, sequence]]
+
+
 # ---- text --------------------------------------------------------------------------------------------------
 
 
