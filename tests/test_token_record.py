@@ -287,6 +287,33 @@ def test_rows_leave_after_what_was_only_speculated_is_settled() -> None:
         assert held[0][i] == [{*np.flatnonzero(head[:seen] == HELD)} for head in let_go[0, sequence]]
 
 
+def test_a_round_that_is_refused_is_not_in_the_record(tmp_path: Path) -> None:
+    """What was recorded until a scorer went wrong can be saved and looked at."""
+
+    class Failing(ra.RKV):
+        failing = False
+
+        def score(self, observation: Any) -> torch.Tensor:
+            return super().score(observation) * (float("nan") if Failing.failing else 1)
+
+    model, recorder = tiny_model(), Recorder(tokens=True)
+    compression = ra.Compression(budget=24, interval=INTERVAL, scorer=Failing())
+    cache = ra.Cache(model.config, compression, attention="rows", recorder=recorder)
+    with torch.no_grad():
+        model(prompts([40])[0], **{CACHE_ARGUMENT: cache})
+        for _ in range(INTERVAL - 1):
+            model(torch.full((1, 1), 5), **{CACHE_ARGUMENT: cache})
+        Failing.failing = True
+        with pytest.raises(ValueError, match="returned NaN"):
+            model(torch.full((1, 1), 5), **{CACHE_ARGUMENT: cache})
+    for name in ("routing.json", "routing.npz"):
+        recorder.save(tmp_path / name)
+        loaded = Recorder.load(tmp_path / name)
+        assert loaded.routings == recorder.routings
+        assert loaded.tokens is not None
+        assert loaded.tokens.steps == [40]
+
+
 # ---- text --------------------------------------------------------------------------------------------------
 
 
