@@ -239,6 +239,15 @@ def test_a_recorder_of_tokens_is_for_one_generation() -> None:
         tiny_model()(text, **{CACHE_ARGUMENT: cache})
 
 
+def test_a_recorder_of_tokens_is_for_one_cache(record: Recorder) -> None:
+    """Two that take turns would be one record, of neither."""
+    model, recorder = tiny_model(), Recorder(tokens=True)
+    ra.Cache(model.config, compression_of("h2o"), attention="rows", recorder=recorder)
+    for used in (recorder, record):
+        with pytest.raises(ValueError, match="records the tokens of another cache: give each generation a Recorder"):
+            ra.Cache(model.config, compression_of("h2o"), attention="rows", recorder=used)
+
+
 def test_a_copied_cache_records_for_itself() -> None:
     recorder = Recorder(tokens=True)
     cache, text, _ = run(compression_of("reasonalloc"), [40], recorder)
