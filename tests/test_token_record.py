@@ -401,6 +401,17 @@ def test_a_changed_json_is_noticed(tmp_path: Path, record: Recorder) -> None:
         Recorder.load(path)
 
 
+@pytest.mark.parametrize("suffix", ["json", "npz"])
+def test_what_a_file_says_of_its_method_cannot_command_a_terminal(
+    tmp_path: Path, record: Recorder, suffix: str
+) -> None:
+    path = tmp_path / f"routing.{suffix}"
+    record.about = "rkv\x1b[2J"
+    record.save(path)
+    with pytest.raises(ValueError, match="or damaged: about holds control characters"):
+        Recorder.load(path)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -354,6 +354,8 @@ def _tokens(entry: Any) -> TokenRecord | None:
 def _words(about: Any) -> str:
     if not isinstance(about, str):
         raise ValueError(f"about must be a string, found {type(about).__name__}")
+    if not about.isprintable():  # it is printed, and a terminal obeys control characters
+        raise ValueError("about holds control characters")
     return about
 
 
@@ -434,7 +436,7 @@ def _from_npz(content: bytes) -> _Content:
         routings.append(Routing(step, layer, total, **tables, threshold=threshold))
     for column in flat.values():
         column.end()
-    return layers, about, routings, tokens
+    return layers, _words(about), routings, tokens
 
 
 def _check_sizes(content: bytes) -> None:
