@@ -1,6 +1,6 @@
 """The drawings of concepts.md: ``python docs/drawings.py``. Everything in them is computed by the library itself.
 
-The reasoner in the box reads a problem and its worked solution, token by token, in real caches; profiles are those of
+The built-in reasoner reads a problem and its worked solution, token by token, in real caches; profiles are those of
 ``profiles/``. Colours are of middling brightness on no ground, so that the drawings can be read on light and on dark.
 """
 

@@ -87,6 +87,24 @@ def test_generate_is_greedy_and_repeatable_and_streams(model_folder):
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_models_that_were_saved_without_use_of_a_cache_are_served(model_folder, tmp_path):
+    """Training sets use_cache=False, and many are published so. What needs the cache asks for it."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_cache": False}))
+    options = ("-p", PROMPT, "-b", 24, "--interval", 16, "--max-new-tokens", 20)
+    found, wanted = (run("generate", "-m", each, *options) for each in (folder, model_folder))
+    assert found.exit_code == 0, found.output
+    assert found.stdout == wanted.stdout
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"id": "1", "question": "w5 w6", "answer": "w7"}) + "\n")
+    done = run(
+        "eval", "-m", folder, "--task", "mine", "--data", questions, "--methods", "rkv", "--budgets", 24,
+        "--samples", 1, "--max-new-tokens", 20, "-o", tmp_path / "results",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+
+
 def test_generate_equals_the_library(model_folder):
     result = run("generate", "-m", model_folder, "-p", PROMPT, "-b", 24, "--interval", 16, "--max-new-tokens", 40)
     model = tiny_model()

@@ -239,6 +239,15 @@ def test_a_recorder_of_tokens_is_for_one_generation() -> None:
         tiny_model()(text, **{CACHE_ARGUMENT: cache})
 
 
+def test_a_recorder_of_tokens_is_for_one_cache(record: Recorder) -> None:
+    """Two that take turns would be one record, of neither."""
+    model, recorder = tiny_model(), Recorder(tokens=True)
+    ra.Cache(model.config, compression_of("h2o"), attention="rows", recorder=recorder)
+    for used in (recorder, record):
+        with pytest.raises(ValueError, match="records the tokens of another cache: give each generation a Recorder"):
+            ra.Cache(model.config, compression_of("h2o"), attention="rows", recorder=used)
+
+
 def test_a_copied_cache_records_for_itself() -> None:
     recorder = Recorder(tokens=True)
     cache, text, _ = run(compression_of("reasonalloc"), [40], recorder)
@@ -264,6 +273,54 @@ def test_assisted_decoding_is_recorded() -> None:
     )  # fmt: skip
     assert len(recorder.tokens.steps) > 2  # type: ignore[union-attr]
     assert recorded(recorder, cache.ragged.table.seen.tolist()) == held_by(cache)
+
+
+def test_rows_leave_after_what_was_only_speculated_is_settled() -> None:
+    """Settling it is a round of all rows, those that leave included."""
+    model, recorder = tiny_model(), Recorder(tokens=True)
+    cache = ra.Cache(model.config, compression_of("pyramid-rkv"), attention="rows", recorder=recorder)
+    ids, mask = prompts([40, 33, 30])
+    more = torch.full((3, INTERVAL), 5)
+    whole = torch.cat([mask, torch.ones_like(more)], 1)
+    positions = (whole.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, position_ids=positions[:, :40], **{CACHE_ARGUMENT: cache})
+        cache.ragged.hold()
+        model(more, attention_mask=whole, position_ids=positions[:, 40:], **{CACHE_ARGUMENT: cache})
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    assert recorder.tokens is not None
+    assert recorder.tokens.rows[-1] == [0, 1, 2]
+    held, let_go = held_by(cache), recorder.tokens.let_go
+    for i, sequence in enumerate((2, 0)):
+        seen = int(cache.ragged.table.seen[i])
+        assert held[0][i] == [{*np.flatnonzero(head[:seen] == HELD)} for head in let_go[0, sequence]]
+
+
+def test_a_round_that_is_refused_is_not_in_the_record(tmp_path: Path) -> None:
+    """What was recorded until a scorer went wrong can be saved and looked at."""
+
+    class Failing(ra.RKV):
+        failing = False
+
+        def score(self, observation: Any) -> torch.Tensor:
+            return super().score(observation) * (float("nan") if Failing.failing else 1)
+
+    model, recorder = tiny_model(), Recorder(tokens=True)
+    compression = ra.Compression(budget=24, interval=INTERVAL, scorer=Failing())
+    cache = ra.Cache(model.config, compression, attention="rows", recorder=recorder)
+    with torch.no_grad():
+        model(prompts([40])[0], **{CACHE_ARGUMENT: cache})
+        for _ in range(INTERVAL - 1):
+            model(torch.full((1, 1), 5), **{CACHE_ARGUMENT: cache})
+        Failing.failing = True
+        with pytest.raises(ValueError, match="returned NaN"):
+            model(torch.full((1, 1), 5), **{CACHE_ARGUMENT: cache})
+    for name in ("routing.json", "routing.npz"):
+        recorder.save(tmp_path / name)
+        loaded = Recorder.load(tmp_path / name)
+        assert loaded.routings == recorder.routings
+        assert loaded.tokens is not None
+        assert loaded.tokens.steps == [40]
 
 
 # ---- text --------------------------------------------------------------------------------------------------
@@ -347,6 +404,17 @@ def test_a_changed_json_is_noticed(tmp_path: Path, record: Recorder) -> None:
     record.save(path)
     path.write_text(path.read_text().replace('"prompt": 40', '"prompt": 39'))
     with pytest.raises(ValueError, match=r"routing\.json is not a record of routings, or damaged: its content is not"):
+        Recorder.load(path)
+
+
+@pytest.mark.parametrize("suffix", ["json", "npz"])
+def test_what_a_file_says_of_its_method_cannot_command_a_terminal(
+    tmp_path: Path, record: Recorder, suffix: str
+) -> None:
+    path = tmp_path / f"routing.{suffix}"
+    record.about = "rkv\x1b[2J"
+    record.save(path)
+    with pytest.raises(ValueError, match="or damaged: about holds control characters"):
         Recorder.load(path)
 
 

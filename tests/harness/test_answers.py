@@ -179,6 +179,17 @@ def test_the_longest_answer_is_the_users():
     assert len(own.generate_until([request], disable_tqdm=True)[0].split()) == 7
 
 
+def test_a_model_that_was_saved_without_use_of_a_cache_is_served(tmp_path):
+    folder = shutil.copytree(built_in_folder(), tmp_path / "model")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_cache": False}))
+    found = []
+    for place in (BUILT_IN, str(folder)):
+        own = CompressedLM(pretrained=place, method="rkv", budget=64, dtype="float32", device="cpu", batch_size=1)
+        found.append(own.generate_until([request(prompts()[0], until=["."])], disable_tqdm=True))
+    assert found[0] == found[1]
+
+
 # ---- around it ----
 
 

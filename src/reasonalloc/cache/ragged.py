@@ -199,9 +199,9 @@ class RaggedCache:
         wrong = [row for row in rows if not 0 <= row < self.table.rows]
         if wrong:
             raise IndexError(f"the cache holds {self.table.rows} sequences, there is no sequence {wrong[0]}")
+        self.rollback(0)  # first: what it settles is of the rows as they were
         if self.recorder is not None:
             self.recorder.select(rows, self.table.rows)
-        self.rollback(0)
         self.step.done -= 1  # until it is done, an interruption shows
         self._decode = self.step.decode = None  # it reads the old numbers, and holds the old memory
         self.table.select(rows)

@@ -175,12 +175,17 @@ class Recorder:
 
         Raises:
             TypeError: neither a ``Recorder`` nor None.
+            ValueError: it records tokens, and another cache has it already.
         """
         if recorder is None:
             return None
         if not isinstance(recorder, Recorder):
             what = f"the class {recorder.__name__}" if isinstance(recorder, type) else repr(recorder)
             raise TypeError(f"recorder must be None or a recorder, made with reasonalloc.Recorder(), got {what}")
+        if recorder.tokens is not None and recorder.layers:
+            raise ValueError(
+                "this recorder records the tokens of another cache: give each generation a Recorder of its own"
+            )
         recorder.layers, recorder.about = layers, about
         return recorder
 
@@ -355,6 +360,8 @@ def _tokens(entry: Any) -> TokenRecord | None:
 def _words(about: Any) -> str:
     if not isinstance(about, str):
         raise ValueError(f"about must be a string, found {type(about).__name__}")
+    if not about.isprintable():  # it is printed, and a terminal obeys control characters
+        raise ValueError("about holds control characters")
     return about
 
 
@@ -437,7 +444,7 @@ def _from_npz(content: bytes) -> _Content:
         routings.append(Routing(step, layer, total, **tables, threshold=threshold))
     for column in flat.values():
         column.end()
-    return layers, about, routings, tokens, entry_bytes
+    return layers, _words(about), routings, tokens, entry_bytes
 
 
 def _check_sizes(content: bytes) -> None:

@@ -182,9 +182,6 @@ class Round:
         layers = np.concatenate([part.pool.layers for part in parts])
         totals = self.totals.of(self.numbers[layers], rows)
         device = parts[0].pool.keys.device
-        tokens = None if self.recorder is None else self.recorder.tokens
-        if tokens is not None:
-            tokens.begin(step, self.table.rows)
         with torch.autocast(device.type, enabled=False):
             ranked, wrong, demands = self._score(parts, totals, scaling)
             candidates = _side_by_side(ranked)
@@ -199,7 +196,9 @@ class Round:
         numbers = [x.flatten().to(torch.float64) for x in (wrong, stays, split.budgets, threshold, *demands)]
         if device.type == "cpu":
             self._refuse_nan(wrong.numpy()[0])  # before anything is forgotten
-        if tokens is not None:
+        tokens = None if self.recorder is None else self.recorder.tokens
+        if tokens is not None:  # not before: a round that is refused is none
+            tokens.begin(step, self.table.rows)
             _record_scores(tokens, parts, candidates)
         self._move(parts, candidates, split.budgets, stays, totals)
         if tokens is not None:

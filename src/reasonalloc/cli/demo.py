@@ -7,6 +7,7 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     from reasonalloc.evaluation.questions import Question
     from reasonalloc.policies.compression import Compression
 
-METHODS = ("full", "rkv", "pyramid-rkv", "reasonalloc")
+METHODS = ("full", "rkv", "reasonalloc", "lossalloc")
+RECORDED = "reasonalloc"  # its heads are split anew in every round
 TASKS = ("maps:12", "programs:24", "search:28")
+LOSS_PROFILE = "reasoner/loss_profile.json"  # made as profiles/README.md says
 EACH = 8  # problems of every task
 LONGEST = 500  # tokens of one answer; a mistaken search could go on for ever
 EXCERPT = 16  # words shown before and after the place where the texts part
@@ -71,7 +74,7 @@ def demo(
 ) -> None:
     """See it work: the built-in reasoner thinks in four caches.
 
-    It solves 24 problems with the full cache, R-KV, PyramidKV's layers and ReasonAlloc.
+    It solves 24 problems with the full cache, equal budgets, the paper's split and budgets by loss curves.
     """
     with clear_errors():
         _run(budget, interval, output)
@@ -119,7 +122,7 @@ def _run(budget: int, interval: int, output: Path) -> None:
             runs.append(Run(name, answers, grades, time.perf_counter() - began))
     recorder = Recorder(tokens=True)  # of one problem: sequences leave the batch above as they finish
     prompts = [asked[-1].question.prompt]
-    answer(network, tokenizer, prompts, compressions[METHODS[-1]], Sampling(0.0, 1.0, LONGEST), recorder=recorder)
+    answer(network, tokenizer, prompts, compressions[RECORDED], Sampling(0.0, 1.0, LONGEST), recorder=recorder)
     _save(asked, runs, recorder, output)
     console.print(_table(asked, runs))
     console.print(_parting(asked, runs))
@@ -141,7 +144,8 @@ def _compression(name: str, budget: int, interval: int) -> Compression:
 
     if name == "full":
         return Compression.method(name)
-    profile = {"profile": AUTO_PROFILE} if name == "reasonalloc" else {}
+    profiles = {"reasonalloc": AUTO_PROFILE, "lossalloc": str(resources.files("reasonalloc") / LOSS_PROFILE)}
+    profile = {"profile": profiles[name]} if name in profiles else {}
     return Compression.method(name, budget, interval=interval, prompt="protect", **profile)
 
 
@@ -161,7 +165,8 @@ def _table(asked: list[Asked], runs: list[Run]) -> Table:
     table = Table(
         title="The same problems, four ways to cache",
         caption="maps, programs, search: wholly right answers. values: share of right values.\n"
-        "kept: tokens per KV head, question included, mean over decoding steps.\n"
+        "kept: tokens per KV head, mean over decoding steps: question, budget, and\n"
+        "what came since the last eviction.\n"
         "KV kB: a problem's keys and values at their largest, mean.",
         caption_justify="left",
     )
@@ -190,7 +195,7 @@ def _parting(asked: list[Asked], runs: list[Run]) -> Table | str:
     found: list[tuple[tuple[bool, int], int]] = []
     for i in range(len(asked)):
         verdicts = [one.grades[i].correct for one in runs]
-        if verdicts[0] and not all(verdicts):  # rather one that ReasonAlloc solves, and on which most texts differ
+        if verdicts[0] and not all(verdicts):  # rather one that the last method solves, and on which most texts differ
             found.append(((verdicts[-1], len({one.answers[i].text for one in runs})), -i))
     if found:
         i = -max(found)[1]
@@ -242,7 +247,7 @@ def _save(asked: list[Asked], runs: list[Run], recorder: Recorder, output: Path)
     write_atomically(output / "figures.json", json.dumps(figures, indent=1).encode())
     if recorder.routings:
         recorder.save(output / "routing.json")
-        view(recorder, output / "view.html", title=f"{METHODS[-1]}, {asked[-1].task}, problem {asked[-1].question.id}")
+        view(recorder, output / "view.html", title=f"{RECORDED}, {asked[-1].task}, problem {asked[-1].question.id}")
         with suppress(ImportError):  # the picture is an extra
             from reasonalloc.evaluation.plots import plot_budgets
 

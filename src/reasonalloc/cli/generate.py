@@ -137,6 +137,7 @@ def _answer(
         **{CACHE_ARGUMENT: cache},
         streamer=streamer,
         pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,  # whatever the model was saved with after its training
         **generation,
     )
     seconds = time.perf_counter() - began

@@ -44,6 +44,7 @@ class Sampling:
             bos_token_id=own.bos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             max_new_tokens=self.max_new_tokens,
+            use_cache=True,  # whatever the model was saved with after its training
             **(chosen if self.temperature else {"do_sample": False}),
         )
 

@@ -105,6 +105,7 @@ class CompressedLM(HFLM):
         if not options.get("do_sample"):
             options = {**options, "do_sample": False}
             options.pop("temperature", None)
+        options["use_cache"] = True  # whatever the model was saved with after its training
         columns, cache, footprint = context.shape[1], Cache(self.config, self.compression), Footprint(len(context))
         found: Tensor = self.model.generate(
             input_ids=context,

@@ -250,7 +250,8 @@ class Cache(cache_utils.Cache):
         Raises:
             UnsupportedModelError: the model is not supported, see ``engines.models.model_shape`` and ``support``.
             ValueError: there is no such backend, the model uses another attention implementation, the profile is of
-                another model, or the ranks cannot share the heads or a policy that gives every head its own budget.
+                another model, the recorder records the tokens of another cache, or the ranks cannot share the heads or
+                a policy that gives every head its own budget.
         """
         if not isinstance(compression, Compression):
             raise TypeError(f"expected a reasonalloc.Compression, got {type(compression).__name__}")
