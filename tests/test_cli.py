@@ -293,6 +293,8 @@ def test_every_command_prints_names_as_they_are(bracketed):
         "--samples", 1, "--max-new-tokens", 24, "--window", 4,
     )  # fmt: skip
     assert f"{name}/results: done." in said(asked)
+    assert "4 answers: 2 questions x 1 sample x 2 caches, of at most 24 tokens each" in said(asked)
+    assert "positions" not in said(asked)
     assert json.loads((results / "study.json").read_text())["common"]["window"] == 4
     assert f"{name}/results/report/report.html" in said(run("report", results))
     assert "unknown method '[/x][bold]rkv'" in said(run("eval", "-m", model, "-o", bracketed / "r2", "--task", "maps:6",
@@ -540,6 +542,17 @@ def test_a_smaller_window_can_be_asked_for(model_folder):
     command = ("generate", "-m", model_folder, "-p", PROMPT, "-b", 8, "--interval", 8, "--max-new-tokens", 16)
     assert "or pass a smaller window" in said(run(*command), 2)
     said(run(*command, "--window", 2))
+
+
+def test_answers_beyond_the_model_s_positions_are_told_of(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("reasonalloc.evaluation.executors.run_local", lambda *args: None)
+    ask = ("eval", "-m", model_folder, "--task", "maps:6", "--count", 2, "--methods", "full,rkv", "--budgets", "24,32")
+    told = said(run(*ask, "-o", tmp_path / "far"))
+    assert "48 answers: 2 questions x 8 samples x 3 caches, of at most 32,768 tokens each" in told
+    room = int(told.partition("--max-new-tokens ")[2].partition(")")[0])
+    assert f"the model has 4,096 positions and the longest prompt {4096 - room} tokens" in told
+    assert "positions" not in said(run(*ask, "-o", tmp_path / "near", "--max-new-tokens", room))
+    assert "positions" in said(run(*ask, "-o", tmp_path / "one", "--max-new-tokens", room + 1))
 
 
 def test_a_wrong_field_is_called_by_its_option(bracketed):

@@ -77,6 +77,23 @@ def study_of(model, **changes):
     return Study.from_dict({**values, **changes})
 
 
+def test_the_extent_of_a_study_is_the_plan_s():
+    tasks = [
+        {"name": "maps:6", "count": 5},
+        {"name": "search:5", "count": 4},
+        {"name": "maps:4", "count": 3, "fidelity": True},
+    ]
+    study = study_of("m", tasks=tasks, samples=2, sampling={"max_new_tokens": 6000}, random_splits=3, random_count=2)
+    sets = study.load_questions()
+    assert study.extent(sets) == (
+        "138 answers: 9 questions x 2 samples x 5 caches + 4 questions x 2 samples x 6 random splits; "
+        "27 readings: 3 texts x 5 caches + 2 texts x 6 random splits, of at most 6,000 tokens each"
+    )
+    assert sum(map(len, study.plan("model", sets))) == 90 + 48 + 15 + 12
+    one = study_of("m", tasks=tasks[:1], variants=["full"], sampling={"temperature": 0, "max_new_tokens": 1})
+    assert one.extent(one.load_questions()) == "5 answers: 5 questions x 1 sample x 1 cache, of at most 1 token each"
+
+
 # ---- questions and grading ----
 
 
