@@ -70,12 +70,32 @@ def test_generate_writes_text_record_and_statistics(model_folder, tmp_path, meth
     found = json.loads(stats.read_text())
     assert found["seen"] == 55 + 59
     assert (found["evicted"] > 0) == (method != "full")
+    assert found["full_bytes"] == (55 + 59) * 3 * 3 * 2 * 16 * 4, "layers, heads, keys and values, channels, float32"
+    told = said(result)
+    assert "; stopped at --max-new-tokens 60" in told
+    if method == "full":
+        assert found["kv_bytes"] > found["full_bytes"]
+        assert "keys and values 128.2 KiB for 114 tokens (" in told
+        assert "scorer" not in told
+    else:
+        assert "budget 24 (+ up to 16 between rounds), in which the prompt's 55 tokens compete" in told
+        assert f"a full cache of this text takes 128.2 KiB ({found['kv_bytes'] / found['full_bytes']:.0%})" in told
+    assert all(len(line) <= 80 for line in result.stderr.splitlines()[-5:]), result.stderr
     if method == "reasonalloc":
         picture = tmp_path / "budgets.png"
         drawn = run("plot", "budgets", record, "-o", picture)
         assert drawn.exit_code == 0, drawn.output
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert len(ra.Recorder.load(record).arrays()["step"]) >= 3
+
+
+def test_generate_says_where_the_prompt_is_kept(model_folder):
+    ask = ("generate", "-m", model_folder, "-p", PROMPT, "-b", 40, "--method", "rkv", "--max-new-tokens", 9)
+    assert "between rounds) beside the prompt's 55 tokens" in said(run(*ask, "--protect-prompt"))
+    assert "between rounds), 30 of them for the prompt's 55 tokens" in said(run(*ask, "--pin-prompt"))
+    assert "4,096 positions and the longest prompt 55 tokens" not in said(run(*ask))
+    few = said(run(*ask[:-4], "--method", "rkv", "--max-new-tokens", 9, "-p", "w5 w6"))
+    assert "; nothing was evicted" in few
 
 
 def test_generate_is_greedy_and_repeatable_and_streams(model_folder):
