@@ -274,9 +274,15 @@ def _check(made: Compression) -> None:
     for name, allowed in (("prompt", get_args(Prompt)), ("storage_order", get_args(StorageOrder))):
         if getattr(made, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(made, name))}")
-    for policy in (made.layer_allocator, made.head_allocator):
+    for level, policy, known in (
+        ("layers", made.layer_allocator, LAYER_ALLOCATORS),
+        ("heads", made.head_allocator, HEAD_ALLOCATORS),
+    ):
         if made.profile is None and policy.needs_profile:
-            raise ValueError(no_profile(policy))
+            assert made.asked is not None
+            own = made.asked.method and level not in made.asked.given
+            written = f"method {made.asked.method!r}" if own else f"{level}={known.name_of(policy)!r}"
+            raise ValueError(no_profile(policy, written))
         if isinstance(policy, CurveBudgets) and policy.scorer != SCORERS.name_of(made.token_scorer):
             raise ValueError(
                 f"curves of {policy.scorer!r} do not describe scorer {SCORERS.name_of(made.token_scorer)!r}: "
