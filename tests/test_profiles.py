@@ -273,7 +273,12 @@ def test_calibrate_show_study_merge_and_use(model_folder, tmp_path):
     assert (tmp_path / "all.json").read_bytes() == (tmp_path / "one.json").read_bytes()
 
     assert "with 64 tokens per head nothing was lost" in " ".join(shown.output.split())
-    assert "nats per token lost when rkv holds all heads, by budget: 16: " in shown.output.replace("\n", " ")
+    assert " ".join(shown.output.split()).count("with 64 tokens per head nothing was lost") == 1, "said twice"
+    assert "what rkv's evictions cost, by tokens per head (a round every" in shown.output
+    columns = [line.split("│")[1:-1] for line in shown.output.splitlines() if line.count("│") == 4]
+    grid = ra.DemandProfile.load(tmp_path / "wave.json").grids["rkv"].budgets
+    assert [int(budget) for budget, attention, nats in columns] == list(grid)
+    assert all(attention.strip().endswith("%") and float(nats) is not None for _, attention, nats in columns)
     for method in ("reasonalloc", "missalloc", "lossalloc"):
         used = run(
             "generate", "-m", model_folder, "-p", "w3 w4", "-b", 24, "--method", method, "--max-new-tokens", 20,
