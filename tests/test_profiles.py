@@ -318,7 +318,9 @@ def test_miss_curves_are_shown(tmp_path):
     profile = profile_of(WAVE, 0.1, 4, misses=misses, grids={"h2o": MissGrid((16, 32), 128)})
     (tmp_path / "a.json").write_bytes(profile.to_json())
     done = run("profile", "show", tmp_path / "a.json", "--plot", tmp_path / "a.png")
-    assert "h2o had evicted (every 128 tokens), by budget: 16: 40.0% 32: 10.0%" in " ".join(done.output.split())
+    told = " ".join(done.output.split())
+    assert "what h2o's evictions cost, by tokens per head (a round every 128 tokens):" in told
+    assert "│ 16 │ 40.0% │ │ 32 │ 10.0% │" in told
     assert (tmp_path / "a.png").exists()
 
 
