@@ -353,7 +353,9 @@ def test_auto_calibrates_once_and_keeps_it(model_folder, tmp_path, monkeypatch, 
 
 
 def test_wave_without_a_profile_names_the_command():
-    with pytest.raises(ValueError, match=r"WaveLayers needs .* `reasonalloc calibrate --model MODEL -o wave\.json`"):
+    with pytest.raises(
+        ValueError, match=r"layers='wave' needs .* `reasonalloc calibrate --model MODEL -o profile\.json`"
+    ):
         ra.Compression(64, layers="wave")
 
 
