@@ -478,7 +478,7 @@ def test_miss_curves_with_other_allocators():
         model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=40)
         assert sum(sum(sum(row) for row in layer) for layer in cache.stats().kept) <= 9 * (32 + 16)
         assert np.array(cache.stats().budgets).sum() == 9 * 32
-    with pytest.raises(ValueError, match=r"MissCurveHeads needs the model's demand profile.*--miss rkv"):
+    with pytest.raises(ValueError, match=r"heads='miss-curve' needs the model's demand profile.*--miss rkv"):
         ra.Compression(32, layers="uniform", heads="miss-curve")
     bare = ra.Compression.method("missalloc", 32, profile=ra.DemandProfile.of_layers((1.0, 2.0, 3.0), profile.shape))
     with pytest.raises(ValueError, match="no miss curves of 'rkv'"):

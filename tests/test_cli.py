@@ -70,12 +70,32 @@ def test_generate_writes_text_record_and_statistics(model_folder, tmp_path, meth
     found = json.loads(stats.read_text())
     assert found["seen"] == 55 + 59
     assert (found["evicted"] > 0) == (method != "full")
+    assert found["full_bytes"] == (55 + 59) * 3 * 3 * 2 * 16 * 4, "layers, heads, keys and values, channels, float32"
+    told = said(result)
+    assert "; stopped at --max-new-tokens 60" in told
+    if method == "full":
+        assert found["kv_bytes"] > found["full_bytes"]
+        assert "keys and values 128.2 KiB for 114 tokens (" in told
+        assert "scorer" not in told
+    else:
+        assert "budget 24 (+ up to 16 between rounds), in which the prompt's 55 tokens compete" in told
+        assert f"a full cache of this text takes 128.2 KiB ({found['kv_bytes'] / found['full_bytes']:.0%})" in told
+    assert all(len(line) <= 80 for line in result.stderr.splitlines()[-5:]), result.stderr
     if method == "reasonalloc":
         picture = tmp_path / "budgets.png"
         drawn = run("plot", "budgets", record, "-o", picture)
         assert drawn.exit_code == 0, drawn.output
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert len(ra.Recorder.load(record).arrays()["step"]) >= 3
+
+
+def test_generate_says_where_the_prompt_is_kept(model_folder):
+    ask = ("generate", "-m", model_folder, "-p", PROMPT, "-b", 40, "--method", "rkv", "--max-new-tokens", 9)
+    assert "between rounds) beside the prompt's 55 tokens" in said(run(*ask, "--protect-prompt"))
+    assert "between rounds), 30 of them for the prompt's 55 tokens" in said(run(*ask, "--pin-prompt"))
+    assert "4,096 positions and the longest prompt 55 tokens" not in said(run(*ask))
+    few = said(run(*ask[:-4], "--method", "rkv", "--max-new-tokens", 9, "-p", "w5 w6"))
+    assert "; nothing was evicted" in few
 
 
 def test_generate_is_greedy_and_repeatable_and_streams(model_folder):
@@ -311,6 +331,8 @@ def test_every_command_prints_names_as_they_are(bracketed):
         "--samples", 1, "--max-new-tokens", 24, "--window", 4,
     )  # fmt: skip
     assert f"{name}/results: done." in said(asked)
+    assert "4 answers: 2 questions x 1 sample x 2 caches, of at most 24 tokens each" in said(asked)
+    assert "positions" not in said(asked)
     assert json.loads((results / "study.json").read_text())["common"]["window"] == 4
     assert f"{name}/results/report/report.html" in said(run("report", results))
     assert "unknown method '[/x][bold]rkv'" in said(run("eval", "-m", model, "-o", bracketed / "r2", "--task", "maps:6",
@@ -558,6 +580,17 @@ def test_a_smaller_window_can_be_asked_for(model_folder):
     command = ("generate", "-m", model_folder, "-p", PROMPT, "-b", 8, "--interval", 8, "--max-new-tokens", 16)
     assert "or pass a smaller window" in said(run(*command), 2)
     said(run(*command, "--window", 2))
+
+
+def test_answers_beyond_the_model_s_positions_are_told_of(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("reasonalloc.evaluation.executors.run_local", lambda *args: None)
+    ask = ("eval", "-m", model_folder, "--task", "maps:6", "--count", 2, "--methods", "full,rkv", "--budgets", "24,32")
+    told = said(run(*ask, "-o", tmp_path / "far"))
+    assert "48 answers: 2 questions x 8 samples x 3 caches, of at most 32,768 tokens each" in told
+    room = int(told.partition("--max-new-tokens ")[2].partition(")")[0])
+    assert f"the model has 4,096 positions and the longest prompt {4096 - room} tokens" in told
+    assert "positions" not in said(run(*ask, "-o", tmp_path / "near", "--max-new-tokens", room))
+    assert "positions" in said(run(*ask, "-o", tmp_path / "one", "--max-new-tokens", room + 1))
 
 
 def test_a_wrong_field_is_called_by_its_option(bracketed):

@@ -26,6 +26,7 @@ from reasonalloc.evaluation.grading import Grade, after_thought, grade_recall, g
 from reasonalloc.evaluation.questions import load_questions, load_texts
 from reasonalloc.evaluation.recall import recall_question
 from reasonalloc.evaluation.report import (
+    _bytes,
     comparisons_csv,
     curves,
     markdown,
@@ -75,6 +76,23 @@ def study_of(model, **changes):
         "batch": 3,
     }
     return Study.from_dict({**values, **changes})
+
+
+def test_the_extent_of_a_study_is_the_plan_s():
+    tasks = [
+        {"name": "maps:6", "count": 5},
+        {"name": "search:5", "count": 4},
+        {"name": "maps:4", "count": 3, "fidelity": True},
+    ]
+    study = study_of("m", tasks=tasks, samples=2, sampling={"max_new_tokens": 6000}, random_splits=3, random_count=2)
+    sets = study.load_questions()
+    assert study.extent(sets) == (
+        "138 answers: 9 questions x 2 samples x 5 caches + 4 questions x 2 samples x 6 random splits; "
+        "27 readings: 3 texts x 5 caches + 2 texts x 6 random splits, of at most 6,000 tokens each"
+    )
+    assert sum(map(len, study.plan("model", sets))) == 90 + 48 + 15 + 12
+    one = study_of("m", tasks=tasks[:1], variants=["full"], sampling={"temperature": 0, "max_new_tokens": 1})
+    assert one.extent(one.load_questions()) == "5 answers: 5 questions x 1 sample x 1 cache, of at most 1 token each"
 
 
 # ---- questions and grading ----
@@ -667,6 +685,18 @@ def fill(store, study, right, tokens=lambda method: 100, evicted=lambda *unit: N
     return plan
 
 
+@pytest.mark.parametrize(("comparisons", "least"), [(1, 6), (2, 7), (3, 7), (4, 8), (40, 11)])
+def test_the_fewest_problems_that_can_tell_anything(comparisons, least):
+    """By hand: the smallest p of a sign-flip test of n problems is 2 / 2**n."""
+    assert statistics.least_problems(comparisons) == least
+    assert comparisons * 2.0 ** (1 - least) < 0.05 <= comparisons * 2.0 ** (2 - least)
+
+
+def test_bytes_are_written_for_people():
+    found = [_bytes(count) for count in (0, 512, 16_000, 954_368, 1_253_000, 143e6, 5.25e9, 2e12)]
+    assert found == ["0 kB", "0.512 kB", "16 kB", "954 kB", "1.25 MB", "143 MB", "5.25 GB", "2000 GB"]
+
+
 def test_report_says_what_is_real(model, tmp_path):
     study = study_of(
         model, tasks=[{"name": "maps:6", "count": 40}], variants=["full", "rkv", "h2o", "snapkv"], budgets=[16, 32],
@@ -706,6 +736,13 @@ def test_report_says_what_is_real(model, tmp_path):
     assert "At budget 16, rkv (30.0) takes place 1 of 4 among random splits" in text
     assert "At budget 32, snapkv (15.0) takes place 4 of 4 among random splits" in text
     table = markdown(findings)
+    first, last = table.index("| method | budget |"), table.index("## What the words mean")
+    assert first < 250, "before the table stands what was asked, no more"
+    for word in ("cut off", "unreadable", "exposure", "KV bytes", "mean length", "kept tokens", "not inferior"):
+        assert table.index(f"**{word}**: ") > last > table.index("h2o is better than rkv")
+    page = to_html(findings, {})
+    assert page.index("<table>") < page.index("<h2>What the words mean</h2>") < page.index("<dt>unreadable</dt>")
+    assert "| 16 kB |" in table
     assert "| rkv | 16 | 25.0 [" in table
     assert "| 8.0% | 2.5% | 2.5% | 40 | 40 |" in table
     shown = {(line["method"], line["budget"]): line for line in rows(findings, "maps:6")}
@@ -1117,10 +1154,11 @@ def test_the_commands(model, tmp_path):
     assert "tokens/s in this session; right so far: " in lines[-1]
     done = runner.invoke(app, ["report", str(tmp_path / "run"), "--metric", "score", "--margin", "3"])
     assert done.exit_code == 0, done.stderr
-    assert "a margin of 3 points" in done.stdout
+    assert "by more than 3 points" in done.stdout
     default = next(o.default for o in get_command(app).commands["report"].params if o.name == "margin")
     assert default == MARGIN
-    assert "rkv cannot be told from the full cache" in done.stdout
+    assert "Too few problems (3): nothing can be told. With 7 problems a method" in done.stdout
+    assert "cannot be told from" not in done.stdout
     assert (tmp_path / "run" / "report" / "report.html").exists()
     for arguments, message in (
         ([*base, "--methods", "full,rkv", "--budgets", "16"], "another study (different: budgets"),

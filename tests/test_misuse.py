@@ -1,11 +1,13 @@
 """What a tired user gets wrong: each ends in one clear error, before any work is lost."""
 
+import dataclasses
 import json
 import re
+import warnings
 
 import pytest
 import torch
-from reference import compression, prompts, tiny_model
+from reference import compression, prompts, tiny_model, tiny_profile
 from transformers import DeepseekV2Config, Gemma2Config, GptOssConfig, MistralConfig, Qwen2Config, T5Config
 
 import reasonalloc as ra
@@ -28,7 +30,7 @@ from reasonalloc.cache.attention import choose_backend
         ),
         ({"budget": 64, "prompt": "keep"}, "prompt must be one of compete, protect, pin, got 'keep'"),
         ({"budget": 64, "storage_order": "x"}, "storage_order must be one of position, score, got 'x'"),
-        ({"budget": 64, "layers": "wave"}, "WaveLayers needs the model's demand profile"),
+        ({"budget": 64, "layers": "wave"}, "layers='wave' needs the model's demand profile: run"),
         ({"budget": 64, "scorer": "vase"}, "budget 64 leaves nothing beside the window of 64"),
     ],
 )
@@ -42,6 +44,43 @@ def test_unknown_method_suggests_the_nearest():
         ra.Compression.method("reasonaloc", 128)
     with pytest.raises(ValueError, match="method 'rkv' needs a budget"):
         ra.Compression.method("rkv")
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "option"),
+    [
+        ("lossalloc", "loss curves", "--loss rkv"),
+        ("missalloc", "miss curves", "--miss rkv"),
+        ("sensitivity", "loss sensitivity", "--sensitivity"),
+    ],
+)
+def test_a_method_without_its_profile_says_how_to_measure_one(method, kind, option):
+    with pytest.raises(ValueError, match="needs") as raised:
+        ra.Compression.method(method, 64)
+    assert str(raised.value) == (
+        f"method {method!r} needs the model's demand profile with {kind}: run `reasonalloc calibrate --model MODEL "
+        f"{option} -o profile.json` and pass profile='profile.json' (--profile profile.json)"
+    )
+    with pytest.raises(ValueError, match="layers='loss-curve' needs the model's demand profile with loss curves"):
+        ra.Compression.method("rkv", 64, layers="loss-curve", heads="loss-curve")
+
+
+@pytest.mark.parametrize("method", ["lossalloc", "missalloc"])
+@pytest.mark.parametrize("protected", [False, True])
+def test_curves_of_another_prompt_setting_are_warned_of(method, protected):
+    config, found = tiny_model().config, tiny_profile()
+    profile = dataclasses.replace(
+        found, grids={"rkv": dataclasses.replace(found.grids["rkv"], protect_prompt=protected)}
+    )
+    same, others = ("protect", ["compete", "pin"]) if protected else ("compete", ["protect"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ra.Cache(config, ra.Compression.method(method, 64, profile=profile, prompt=same, interval=48))
+        ra.Cache(config, ra.Compression.method("rkv", 64, profile=profile, prompt=others[0]))
+    for prompt in others:
+        with pytest.warns(UserWarning, match=f"but this cache has prompt='{prompt}'.*--protect-prompt") as told:
+            ra.Cache(config, ra.Compression.method(method, 64, profile=profile, prompt=prompt))
+        assert len(told) == 1
 
 
 def test_missing_and_foreign_profile(tmp_path):

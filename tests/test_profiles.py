@@ -273,7 +273,12 @@ def test_calibrate_show_study_merge_and_use(model_folder, tmp_path):
     assert (tmp_path / "all.json").read_bytes() == (tmp_path / "one.json").read_bytes()
 
     assert "with 64 tokens per head nothing was lost" in " ".join(shown.output.split())
-    assert "nats per token lost when rkv holds all heads, by budget: 16: " in shown.output.replace("\n", " ")
+    assert " ".join(shown.output.split()).count("with 64 tokens per head nothing was lost") == 1, "said twice"
+    assert "what rkv's evictions cost, by tokens per head (a round every" in shown.output
+    columns = [line.split("│")[1:-1] for line in shown.output.splitlines() if line.count("│") == 4]
+    grid = ra.DemandProfile.load(tmp_path / "wave.json").grids["rkv"].budgets
+    assert [int(budget) for budget, attention, nats in columns] == list(grid)
+    assert all(attention.strip().endswith("%") and float(nats) is not None for _, attention, nats in columns)
     for method in ("reasonalloc", "missalloc", "lossalloc"):
         used = run(
             "generate", "-m", model_folder, "-p", "w3 w4", "-b", 24, "--method", method, "--max-new-tokens", 20,
@@ -313,7 +318,9 @@ def test_miss_curves_are_shown(tmp_path):
     profile = profile_of(WAVE, 0.1, 4, misses=misses, grids={"h2o": MissGrid((16, 32), 128)})
     (tmp_path / "a.json").write_bytes(profile.to_json())
     done = run("profile", "show", tmp_path / "a.json", "--plot", tmp_path / "a.png")
-    assert "h2o had evicted (every 128 tokens), by budget: 16: 40.0% 32: 10.0%" in " ".join(done.output.split())
+    told = " ".join(done.output.split())
+    assert "what h2o's evictions cost, by tokens per head (a round every 128 tokens):" in told
+    assert "│ 16 │ 40.0% │ │ 32 │ 10.0% │" in told
     assert (tmp_path / "a.png").exists()
 
 
@@ -346,7 +353,9 @@ def test_auto_calibrates_once_and_keeps_it(model_folder, tmp_path, monkeypatch, 
 
 
 def test_wave_without_a_profile_names_the_command():
-    with pytest.raises(ValueError, match=r"WaveLayers needs .* `reasonalloc calibrate --model MODEL -o wave\.json`"):
+    with pytest.raises(
+        ValueError, match=r"layers='wave' needs .* `reasonalloc calibrate --model MODEL -o profile\.json`"
+    ):
         ra.Compression(64, layers="wave")
 
 

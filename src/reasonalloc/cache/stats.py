@@ -17,7 +17,9 @@ class CacheStats:
     Attributes:
         seen: tokens the sequences have seen, padding included (the longest one's length).
         batch: sequences in the cache.
-        kv_bytes: key and value slots, free ones included.
+        kv_bytes: key and value slots, free ones included: a cache without a budget grows ahead, and one with a budget
+            has room for the tokens that come before the next round.
+        full_bytes: keys and values that a full cache without free slots would take for the same tokens.
         index_bytes: positions and accumulated scores, per slot.
         query_bytes: remembered queries.
         kept: tokens held, ``[layers][batch][heads]``.
@@ -31,6 +33,7 @@ class CacheStats:
     seen: int
     batch: int
     kv_bytes: int
+    full_bytes: int
     index_bytes: int
     query_bytes: int
     kept: list[list[list[int]]]
@@ -56,8 +59,9 @@ class CacheStats:
         policies = ", ".join(f"{key} {value}" for key, value in self.method.items())
         lines = [
             f"{self.batch} sequence(s), {self.seen} tokens seen ({policies}; attention: {self.backend})",
-            f"keys and values {_size(self.kv_bytes)}, "
-            f"index {_size(self.index_bytes)}, queries {_size(self.query_bytes)}",
+            f"keys and values {size_text(self.kv_bytes)}, free slots included; a full cache of this text takes "
+            f"{size_text(self.full_bytes)}",
+            f"index {size_text(self.index_bytes)}, queries {size_text(self.query_bytes)}",
             f"kept tokens per head: min {kept.min()}, mean {kept.mean():.1f}, max {kept.max()}",
             f"{self.compressions} compressions, {self.evicted} entries evicted",
             "layer  kept per head (mean over sequences)",
@@ -66,7 +70,8 @@ class CacheStats:
         return "\n".join(lines)
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Bytes in the unit that fits: "812.0 KiB"."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -79,11 +84,13 @@ def collect(ragged: RaggedCache, method: dict[str, str]) -> CacheStats:
     table, pools, totals = ragged.table, ragged.pools, ragged.totals
     table.land()
     rounds = ragged.round
+    slot = sum(states[:1].nbytes for states in (pools[0].keys, pools[0].values)) if table.rows else 0
     layers = np.arange(table.layers) if rounds is None else rounds.numbers
     return CacheStats(
         seen=ragged.columns,
         batch=table.rows,
         kv_bytes=sum(pool.kv_bytes for pool in pools),
+        full_bytes=int(table.seen.sum()) * table.layers * table.heads * slot,
         index_bytes=sum(pool.index_bytes for pool in pools),
         query_bytes=sum(pool.queries.nbytes for pool in pools),
         kept=table.lengths.tolist() if table.rows else [],

@@ -66,7 +66,7 @@ def auto_profile(
         if options not in ("", *(f"--miss {scorer}" for scorer in SETTINGS.miss)):
             raise ValueError(
                 f"profile='auto' measures demand and the miss curves of {', '.join(SETTINGS.miss)} only: "
-                f"run `reasonalloc calibrate --model MODEL {options} -o wave.json` and pass profile='wave.json'"
+                f"run `reasonalloc calibrate --model MODEL {options} -o profile.json` and pass profile='profile.json'"
             )
     path = auto_profile_path(config)
     if path.exists():

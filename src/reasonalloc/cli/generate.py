@@ -25,6 +25,7 @@ from reasonalloc.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from reasonalloc.cache.stats import CacheStats
     from reasonalloc.policies.compression import Compression
 
 
@@ -113,6 +114,7 @@ def _answer(
 
     from reasonalloc.cache.recorder import Recorder
     from reasonalloc.calibration.auto import auto_profile
+    from reasonalloc.engines.models import beyond_positions
     from reasonalloc.engines.transformers import Cache
     from reasonalloc.engines.transformers.loading import encode, load, quiet
     from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
@@ -129,6 +131,9 @@ def _answer(
     recorder = Recorder(tokens=True) if record else None
     cache = Cache(network.config, compression, recorder=recorder)
     inputs = encode(tokenizer, [question], not raw, network.device)
+    beyond = beyond_positions(network.config, inputs["input_ids"].shape[1], generation["max_new_tokens"])
+    if beyond:
+        say(f"note: {beyond}")
     torch.manual_seed(seed)
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     began = time.perf_counter()
@@ -145,10 +150,39 @@ def _answer(
     if not stream:
         print(tokenizer.decode(answer, skip_special_tokens=True))
     found = cache.stats()
-    say(f"\n{len(answer)} tokens in {seconds:.1f} s ({len(answer) / seconds:.1f} tokens/s)")
-    say("\n".join(str(found).splitlines()[:4]))
+    most, end = generation["max_new_tokens"], network.generation_config.eos_token_id
+    cut = len(answer) == most and int(answer[-1]) not in (end if isinstance(end, list) else [end])
+    stopped = f"; stopped at --max-new-tokens {most}" if cut else ""
+    say(f"\n{len(answer)} tokens in {seconds:.1f} s ({len(answer) / seconds:.1f} tokens/s){stopped}")
+    say(_summary(found, compression, inputs["input_ids"].shape[1]))
     if stats is not None:
         write_atomically(stats, json.dumps(found.to_dict()).encode())
     if recorder is not None and record is not None:
         recorder.set_text(tokenizer, out, inputs["attention_mask"])
         recorder.save(record)
+
+
+def _summary(found: CacheStats, compression: Compression, prompt: int) -> str:
+    """What the cache holds in the end, beside what a full one would: four lines, of a full cache two."""
+    from reasonalloc.cache.stats import size_text
+
+    held, full = size_text(found.kv_bytes), size_text(found.full_bytes)
+    if compression.budget is None:
+        return (
+            f"full cache: nothing is evicted (attention: {found.backend})\n"
+            f"keys and values {full} for {found.seen} tokens ({held} with free slots)"
+        )
+    beside = {
+        "compete": f", in which the prompt's {prompt} tokens compete",
+        "protect": f" beside the prompt's {prompt} tokens",
+        "pin": f", {min(prompt, compression.most_pinned)} of them for the prompt's {prompt} tokens",
+    }[compression.prompt]
+    kept = [tokens for layer in found.kept for row in layer for tokens in row]
+    rounds = f"evicted {found.compressions} times" if found.compressions else "nothing was evicted"
+    policies = ", ".join(f"{name} {policy}" for name, policy in found.method.items())
+    return (
+        f"budget {compression.budget} (+ up to {compression.interval} between rounds){beside}\n"
+        f"kept tokens per head: min {min(kept)}, mean {sum(kept) / len(kept):.1f}, max {max(kept)}; {rounds}\n"
+        f"keys and values {held}; a full cache of this text takes {full} ({found.kv_bytes / found.full_bytes:.0%})\n"
+        f"{policies}; attention: {found.backend}"
+    )

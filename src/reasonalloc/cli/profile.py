@@ -47,9 +47,7 @@ def show(profile: File, budget: Budget = 128, plot: Picture = None) -> None:
 
 def print_profile(profile: DemandProfile, bands: Stability) -> None:
     """The tables of ``profile show``."""
-    import numpy as np
-
-    from reasonalloc.calibration.stability import bootstrap_miss_curves, head_skew
+    from reasonalloc.calibration.stability import head_skew
 
     rho, budget = profile.reference_rho, bands.budget
     error, heads = profile.layer_standard_error(rho), profile.head_demand(rho)
@@ -82,51 +80,72 @@ def print_profile(profile: DemandProfile, bands: Stability) -> None:
         f"inside a layer the neediest query head asks for {skew:.1f}{between} times as much as the least needy one "
         "(median over layers)",
     )
-    for scorer, grid in profile.grids.items():
-        mean = profile.miss_curves(scorer).mean((1, 2))
-        curve = "  ".join(f"{b}: {m:.1%}" for b, m in zip(grid.budgets, mean, strict=True))
-        how = f"every {grid.interval} tokens" + (", the prompt protected" if grid.protect_prompt else "")
-        console.print(f"attention on tokens that {scorer} had evicted ({how}), by budget: {curve}")
-        if scorer in profile.prompts[0].losses:
-            mean = profile.loss_curves(scorer).sum((1, 2))
-            curve = "  ".join(f"{b}: {m:.3g}" for b, m in zip(grid.budgets, mean, strict=True))
-            console.print(
-                f"nats per token lost when {scorer} holds all heads, by budget: {curve}",
-            )
-            _print_losses(profile, scorer, budget)
-        try:
-            split = bootstrap_miss_curves(profile, scorer, budget)
-        except ValueError as error:
-            console.print(f"  {error}")
-        else:
-            console.print(
-                f"  miss-curve budgets at {budget}: {split.budgets.min()} to {split.budgets.max()} tokens per KV head; "
-                f"{bands.level:.0%} bands {float(np.median(split.widths)):.0%} of the budget wide in the median, "
-                f"{float(split.widths.max()):.0%} at most",
-            )
+    for scorer in profile.grids:
+        _print_curves(profile, scorer)
+        for line in dict.fromkeys([*_by_losses(profile, scorer, budget), *_by_misses(profile, scorer, bands)]):
+            console.print(line)
     advice = bands.advice()
     if advice:
         console.print(Text.assemble(("note:", "yellow"), f" {advice}."))
 
 
-def _print_losses(profile: DemandProfile, scorer: str, budget: int) -> None:
-    """What ``lossalloc`` makes of a profile, and whether it agrees with the wave."""
+def _print_curves(profile: DemandProfile, scorer: str) -> None:
+    """What a scorer's evictions cost at each budget."""
+    grid, losses = profile.grids[scorer], scorer in profile.prompts[0].losses
+    how = f"a round every {grid.interval} tokens" + (", the prompt protected" if grid.protect_prompt else "")
+    console.print(f"what {scorer}'s evictions cost, by tokens per head ({how}):")
+    table = Table()
+    headings = ("budget", "attention on evicted tokens", *(("nats per token lost",) if losses else ()))
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    columns = [[f"{budget}" for budget in grid.budgets], [f"{x:.1%}" for x in profile.miss_curves(scorer).mean((1, 2))]]
+    if losses:
+        columns.append([f"{x:.3g}" for x in profile.loss_curves(scorer).sum((1, 2))])
+    for row in zip(*columns, strict=True):
+        table.add_row(*row)
+    console.print(table)
+
+
+def _by_misses(profile: DemandProfile, scorer: str, bands: Stability) -> list[str]:
+    """What ``missalloc`` makes of a profile and how far that can be trusted, or why it makes nothing of it."""
+    import numpy as np
+
+    from reasonalloc.calibration.stability import bootstrap_miss_curves
+
+    try:
+        split = bootstrap_miss_curves(profile, scorer, bands.budget)
+    except ValueError as error:
+        return [str(error)]
+    median, most = float(np.median(split.widths)), float(split.widths.max())
+    uncertain = (
+        f"; uncertain: the {bands.level:.0%} band of a head's budget is {median:.0%} of it wide for the median head, "
+        f"{most:.0%} for the least certain one"
+    )
+    return [
+        f"budgets by miss curves (missalloc) at {bands.budget}: {split.budgets.min()} to {split.budgets.max()} tokens "
+        f"per KV head{uncertain if bands.prompts > 1 else ''}"
+    ]
+
+
+def _by_losses(profile: DemandProfile, scorer: str, budget: int) -> list[str]:
+    """What ``lossalloc`` makes of a profile, and whether it agrees with the wave; nothing without loss curves."""
     from reasonalloc.calibration.compare import correlation
     from reasonalloc.policies.allocation import LossCurveLayers
     from reasonalloc.policies.compression import Compression
 
+    if scorer not in profile.prompts[0].losses:
+        return []
     try:
         policy = LossCurveLayers(scorer=scorer)
         window = Compression(budget, scorer, layers="uniform", heads="uniform").kept_window
         budgets = policy.budgets(profile.shape, budget, window, profile)
         related, low, high = correlation(profile.layer_demand(profile.reference_rho), budgets.mean(1))
     except ValueError as error:
-        console.print(f"  {error}")
-        return
-    console.print(
-        f"  loss-curve budgets at {budget}: {budgets.min()} to {budgets.max()} tokens per KV head; layers' shares "
-        f"correlate with their demand by {related:.2f} [{low:.2f}, {high:.2f}]",
-    )
+        return [str(error)]
+    return [
+        f"budgets by loss curves (lossalloc) at {budget}: {budgets.min()} to {budgets.max()} tokens per KV head; "
+        f"layers' shares correlate with their demand by {related:.2f} [{low:.2f}, {high:.2f}]"
+    ]
 
 
 @profile_app.command("study")

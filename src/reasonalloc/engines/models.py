@@ -44,6 +44,33 @@ def model_shape(config: Any) -> ModelShape:
     return ModelShape(text.num_hidden_layers, kv_heads, heads, head_dim)
 
 
+def positions(config: Any) -> int | None:
+    """Positions that the model was made for; None where its configuration does not say."""
+    found: int | None = getattr(decoder_config(config), "max_position_embeddings", None)
+    return found
+
+
+def beyond_positions(config: Any, prompt: int, most: int) -> str:
+    """What to say where an answer of ``most`` tokens may pass the model's last position; "" where it cannot.
+
+    Args:
+        config: the model's.
+        prompt: tokens of the longest prompt.
+        most: the longest answer, in tokens.
+    """
+    there = positions(config)
+    if there is None or prompt + most <= there:
+        return ""
+    start = f"the model has {there:,} positions and the longest prompt {prompt:,} tokens"
+    room = there - prompt
+    if room < 1:
+        return f"{start}: none is left for an answer; ask for less in the prompt"
+    return (
+        f"{start}: an answer of more than {room:,} tokens goes beyond what the model was made for; "
+        f"max_new_tokens={room} (--max-new-tokens {room}) ends it there"
+    )
+
+
 def refusal(model_type: str, reasons: Sequence[str]) -> str:
     """What to say of a model that cannot be served."""
     return (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reasonalloc.evaluation.findings import NLL, CellResult, Compared, Findings, Interaction, Metric, paired
-from reasonalloc.evaluation.statistics import rank_among
+from reasonalloc.evaluation.statistics import least_problems, rank_among
 from reasonalloc.files import write_atomically
 
 _SELDOM = 0.5  # an exposure below is warned of
@@ -21,7 +21,7 @@ _VERDICTS = {"better": "is better than", "worse": "is worse than", "undecided": 
 
 def sentences(findings: Findings, task: str) -> list[str]:
     """Which differences are real, in words; and which cells say little."""
-    lines = [_sentence(found) for found in findings.comparisons[task]]
+    lines = _differences(findings, task)
     metric = findings.metric_of(task)
     for budget in findings.study.budgets:
         control = findings.of(task, budget, control=True)
@@ -44,6 +44,26 @@ def sentences(findings: Findings, task: str) -> list[str]:
         if cell.budget is not None and cell.exposure is not None and cell.exposure < _SELDOM
     ]
     return lines
+
+
+def _differences(findings: Findings, task: str) -> list[str]:
+    """A sentence for each comparison; one for all where the problems are too few for any to be real."""
+    compared = findings.comparisons[task]
+    needed = 0
+    for whole in (False, True):  # those with the base line, and those with the full cache, are corrected apart
+        family = [found for found in compared if (found.base.budget is None) == whole]
+        if family:
+            least = least_problems(len(family))
+            if any(found.problems >= least or found.comparison.real for found in family):
+                return [_sentence(found) for found in compared]
+            needed = max(needed, least)
+    if not needed or any(found.inferiority not in ("", "undecided") for found in compared):
+        return [_sentence(found) for found in compared]
+    most = max(found.problems for found in compared)
+    return [
+        f"Too few problems ({most}): nothing can be told. With {needed} problems a method that is better on all of "
+        "them could be told from another."
+    ]
 
 
 def _sentence(found: Compared) -> str:
@@ -83,58 +103,85 @@ def rows(findings: Findings, task: str) -> list[dict[str, str]]:
         ratio = "" if full is None else f" ({cell.tokens / full.tokens:.2f}x)"
         line |= {"mean length": f"{cell.tokens:.0f}{ratio}"}
         line |= {"exposure": "-" if cell.exposure is None else f"{cell.exposure:.1%}"}
-        line |= {"kept tokens": f"{cell.kept:.0f}", "KV bytes": f"{cell.kv_bytes:.0f}"}
+        line |= {"kept tokens": f"{cell.kept:.0f}", "KV bytes": _bytes(cell.kv_bytes)}
         line |= {"of full": f"{cell.kv_bytes / full.kv_bytes:.1%}" if full is not None and full.kv_bytes else ""}
         line |= {"cut off": f"{cell.cut_off:.1%}", "unreadable": f"{cell.unreadable:.1%}"}
         lines.append({**line, "problems": str(len(cell.problems)), "answers": str(cell.answers)})
     return lines
 
 
+def _bytes(count: float) -> str:
+    """In kB, MB or GB, three digits at least: "954 kB", "1.25 MB"."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:.0f} {unit}"
+    return f"{count / 1e3:.3g} kB"
+
+
 def markdown(findings: Findings) -> str:
-    """Tables and sentences."""
-    parts = [f"# {findings.study.model}", "", _preamble(findings)]
+    """Tables and sentences, and below them what their words mean."""
+    parts = [f"# {findings.study.model}", "", _asked(findings)]
+    parts += [line for warning in _warnings(findings) for line in ("", f"**{warning}**")]
     for task in findings.tasks():
         table = rows(findings, task)
         parts += ["", f"## {task}", "", "| " + " | ".join(table[0]) + " |", "|---" * len(table[0]) + "|"]
         parts += ["| " + " | ".join(line.values()) + " |" for line in table]
         parts += ["", *(f"- {sentence}" for sentence in sentences(findings, task))]
+    parts += ["", "## What the words mean", ""]
+    parts += [f"- **{word}**: {meaning}" for word, meaning in _meanings(findings).items()]
     return "\n".join(parts) + "\n"
 
 
-def _preamble(findings: Findings) -> str:
+def _asked(findings: Findings) -> str:
     study, sampling = findings.study, findings.study.sampling
     how = f"temperature {sampling.temperature}, top-p {sampling.top_p}" if sampling.temperature else "greedy"
-    text = (
-        f"{study.samples} answer(s) to each question, {how}, at most {sampling.max_new_tokens} tokens. Intervals: "
-        f"95 %, bootstrap over problems. Comparisons: paired by problem ({findings.metric.name} of answers, {NLL.name} "
-        "of texts that are read), sign-flip test of the mean, Holm's correction over all of a task's comparisons with "
-        "the same method; beside it the exact sign test over the problems that differ, not corrected. Not inferior "
-        f"by more than {findings.margin:g} points: all of the difference's interval lies above -{findings.margin:g}; "
-        "inferior: all of it lies below; not corrected. "
-        "accuracy: all of the answer right; score: share of it. nll: negative log-likelihood of the text, nats "
-        "per token; kl: from the full cache's distribution; agreement: same likeliest token. mean length: tokens of "
-        "an answer or text, and how many times the full cache's; tight budgets lengthen traces, so that accuracy may "
-        "be paid for in tokens. exposure: share of answers in which anything was evicted; a budget that nobody "
-        "reached proves nothing. kept tokens: per head, mean over layers, heads, and decoding steps; KV bytes: the "
-        "most that one answer held, free slots of its own included."
-    )
+    return f"{study.samples} answer(s) to each question, {how}, at most {sampling.max_new_tokens} tokens."
+
+
+def _meanings(findings: Findings) -> dict[str, str]:
+    """Of every word in tables and sentences what it means."""
+    return {
+        "[low, high]": "the 95 % interval of a mean, by bootstrap over problems.",
+        "comparisons": f"paired by problem ({findings.metric.name} of answers, {NLL.name} of texts that are read): "
+        "sign-flip test of the mean, Holm's correction over all of a task's comparisons with the same method; beside "
+        "it the exact sign test over the problems that differ, not corrected.",
+        "not inferior": f"by more than {findings.margin:g} points: all of the difference's interval lies above "
+        f"-{findings.margin:g}; inferior: all of it lies below; not corrected.",
+        "accuracy, score": "all of the answer right; share of it that is right.",
+        "nll, kl, agreement": "negative log-likelihood of a text that is read, nats per token; divergence from the "
+        "full cache's distribution; how often the likeliest token is the same.",
+        "mean length": "tokens of an answer or text, and how many times the full cache's; tight budgets lengthen "
+        "traces, so that accuracy may be paid for in tokens.",
+        "exposure": "share of answers in which anything was evicted; a budget that nobody reached proves nothing.",
+        "kept tokens": "per head, mean over layers, heads, and decoding steps.",
+        "KV bytes": "the most that one answer held, free slots of its own included, mean over answers; 1 kB is 1,000 "
+        "bytes.",
+        "cut off": "share of answers that the length limit ended; they count as they stand, mostly as wrong.",
+        "unreadable": "share of answers in which no result could be found; they count as wrong. An answer that was "
+        "cut off before its result is both.",
+    }
+
+
+def _warnings(findings: Findings) -> list[str]:
+    """What readers must know before the first number."""
+    found = []
     if findings.missing:
-        text += (
-            f" **INCOMPLETE: {findings.missing} answers are missing; every task is judged by the problems that all its "
-            "methods have.**"
+        found.append(
+            f"INCOMPLETE: {findings.missing} answers are missing; every task is judged by the problems that all its "
+            "methods have."
         )
     if findings.other_base:
-        text += (
-            f" **Compared with {findings.study.compared_with}; the study's own base line is {findings.other_base}.**"
+        found.append(
+            f"Compared with {findings.study.compared_with}; the study's own base line is {findings.other_base}."
         )
     if findings.passed_over:
-        text += f" **Not reported, though the study has them: {'; '.join(findings.passed_over)}.**"
-    for task in findings.left_out:
-        text += f" **{task} is left out: no problem can be judged for all methods.**"
+        found.append(f"Not reported, though the study has them: {'; '.join(findings.passed_over)}.")
+    found += [f"{task} is left out: no problem can be judged for all methods." for task in findings.left_out]
     ungradable = {cell.task: cell.ungradable for cell in findings.cells if cell.ungradable}
-    for task, count in ungradable.items():
-        text += f" **{task}: {count} problem(s) left out, whose reference answer cannot be read.**"
-    return text
+    return found + [
+        f"{task}: {count} problem(s) left out, whose reference answer cannot be read."
+        for task, count in ungradable.items()
+    ]
 
 
 def to_csv(findings: Findings) -> str:
@@ -184,7 +231,8 @@ def to_html(findings: Findings, pictures: dict[str, bytes]) -> str:
         "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
         "table{border-collapse:collapse}td,th{padding:.2em .7em;text-align:right;border-bottom:1px solid #ddd}"
         "td:first-child,th:first-child{text-align:left}img{max-width:100%}</style>",
-        f"<h1>{html.escape(findings.study.model)}</h1><p>{html.escape(_preamble(findings)).replace('**', '')}</p>",
+        f"<h1>{html.escape(findings.study.model)}</h1><p>{html.escape(_asked(findings))}</p>",
+        *(f"<p><strong>{html.escape(warning)}</strong></p>" for warning in _warnings(findings)),
     ]
     for task in findings.tasks():
         parts.append(f"<h2>{html.escape(task)}</h2>")
@@ -200,6 +248,9 @@ def to_html(findings: Findings, pictures: dict[str, bytes]) -> str:
         parts.append("</table><ul>")
         parts += [f"<li>{html.escape(sentence)}</li>" for sentence in sentences(findings, task)]
         parts.append("</ul>")
+    parts.append("<h2>What the words mean</h2><dl>")
+    parts += [f"<dt>{html.escape(w)}</dt><dd>{html.escape(m)}</dd>" for w, m in _meanings(findings).items()]
+    parts.append("</dl>")
     return "\n".join(parts) + "</html>\n"
 
 

@@ -121,6 +121,14 @@ def correct(comparisons: list[Comparison]) -> list[Comparison]:
     return [replace(c, corrected=p) for c, p in zip(comparisons, corrected, strict=True)]
 
 
+def least_problems(comparisons: int) -> int:
+    """Problems that so many comparisons need, so that a difference of one sign on all of them would be real.
+
+    With fewer the sign-flip test's smallest p, ``2 ** (1 - problems)``, does not pass Holm's correction.
+    """
+    return math.floor(1 + math.log2(comparisons / (1 - LEVEL))) + 1
+
+
 def inferior(difference: Estimate, margin: float) -> bool | None:
     """Whether the first is worse than the second by more than a margin, where higher is better.
 

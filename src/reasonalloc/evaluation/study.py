@@ -234,6 +234,29 @@ class Study:
         """The questions of all tasks. Raises as ``load_questions``."""
         return [task.load() for task in self.tasks]
 
+    def extent(self, sets: list[QuestionSet]) -> str:
+        """How much work all of it is, in words: how many answers and readings, of what, and how long they may be.
+
+        Args:
+            sets: what ``load_questions`` found.
+        """
+        random = sum(cell.method.startswith(RANDOM) for cell in self.cells)
+        parts = []
+        for read, one, many in ((False, "answer", "question"), (True, "reading", "text")):
+            asked = [found for found in sets if (found.grader == FIDELITY) == read]
+            few = [found.first(self.random_count) for found in asked]
+            samples = 1 if read else self.samples
+            total, factors = 0, []
+            for questions, caches, name in ((asked, len(self.cells) - random, "cache"), (few, random, "random split")):
+                count = sum(len(found.questions) for found in questions)
+                if count * caches:
+                    total += count * samples * caches
+                    sizes = [(count, many), *([] if read else [(samples, "sample")]), (caches, name)]
+                    factors.append(" x ".join(_counted(*size) for size in sizes))
+            if total:
+                parts.append(f"{_counted(total, one)}: {' + '.join(factors)}")
+        return f"{'; '.join(parts)}, of at most {_counted(self.sampling.max_new_tokens, 'token')} each"
+
     @cached_property
     def cells(self) -> list[Cell]:
         """Every method at every budget."""
@@ -361,6 +384,11 @@ class Unit:
 
 
 Batch = tuple[Unit, ...]
+
+
+def _counted(count: int, name: str) -> str:
+    """ "1 answer", "1,320 answers"."""
+    return f"{count:,} {name}{'' if count == 1 else 's'}"
 
 
 @lru_cache(maxsize=8)

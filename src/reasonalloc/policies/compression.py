@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from reasonalloc.policies.allocation import (
     DynamicLayers,
     HeadAllocator,
     LayerAllocator,
+    ModelShape,
 )
 from reasonalloc.policies.allocation.curves import CurveBudgets
 from reasonalloc.policies.allocation.layers import no_profile
@@ -164,6 +166,30 @@ class Compression:
             return "prompt='protect' has no bound: use prompt='pin', which keeps the prompt inside the budget"
         return ""
 
+    def check_profile(self, shape: ModelShape, architecture: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` if the profile is of another model.
+
+        Warn where its curves were measured with the prompt protected and this cache does not protect it, or the other
+        way round: then they say what another cache loses.
+        """
+        if self.demand_profile is None:
+            return
+        self.demand_profile.check(shape, architecture)
+        for policy in (self.layer_allocator, self.head_allocator):
+            grid = self.demand_profile.grids.get(policy.scorer) if isinstance(policy, CurveBudgets) else None
+            if grid is not None and grid.protect_prompt != (self.prompt == "protect"):
+                measured, remedy = (
+                    ("with the prompt protected", "prompt='protect' (--protect-prompt), or calibrate without it")
+                    if grid.protect_prompt
+                    else ("without protecting the prompt", "a profile of `reasonalloc calibrate --protect-prompt ...`")
+                )
+                warnings.warn(
+                    f"the profile's curves were measured {measured}, but this cache has prompt={self.prompt!r}: they "
+                    f"describe another cache; use {remedy}",
+                    stacklevel=2,
+                )
+                return
+
     def describe(self) -> dict[str, Any]:
         """The configuration as plain JSON values; policies by name and settings, the profile by its hash."""
 
@@ -274,9 +300,15 @@ def _check(made: Compression) -> None:
     for name, allowed in (("prompt", get_args(Prompt)), ("storage_order", get_args(StorageOrder))):
         if getattr(made, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(made, name))}")
-    for policy in (made.layer_allocator, made.head_allocator):
+    for level, policy, known in (
+        ("layers", made.layer_allocator, LAYER_ALLOCATORS),
+        ("heads", made.head_allocator, HEAD_ALLOCATORS),
+    ):
         if made.profile is None and policy.needs_profile:
-            raise ValueError(no_profile(policy))
+            assert made.asked is not None
+            own = made.asked.method and level not in made.asked.given
+            written = f"method {made.asked.method!r}" if own else f"{level}={known.name_of(policy)!r}"
+            raise ValueError(no_profile(policy, written))
         if isinstance(policy, CurveBudgets) and policy.scorer != SCORERS.name_of(made.token_scorer):
             raise ValueError(
                 f"curves of {policy.scorer!r} do not describe scorer {SCORERS.name_of(made.token_scorer)!r}: "

@@ -264,8 +264,7 @@ class Cache(cache_utils.Cache):
             source = profile_source(AUTO_PROFILE)
             compression = compression.replace(profile=source(config, compression))
         self.compression = compression
-        if compression.demand_profile is not None:
-            compression.demand_profile.check(whole, architecture(config))
+        compression.check_profile(whole, architecture(config))
         if tensor_parallel > 1:
             check_ranks(compression)
         self.ragged = RaggedCache(

@@ -39,8 +39,7 @@ class ServedModel:
         compression, ranks = settings.compression, vllm_config.parallel_config.tensor_parallel_size
         config = vllm_config.model_config.hf_text_config
         whole = model_shape(config)
-        if compression.demand_profile is not None:
-            compression.demand_profile.check(whole, architecture(config))
+        compression.check_profile(whole, architecture(config))
         shape = whole.split(ranks)
         if ranks > 1:
             check_ranks(compression)

@@ -68,16 +68,29 @@ class ReadsProfile(Protocol):
         """As for ``LayerAllocator``."""
 
 
-def no_profile(policy: ReadsProfile) -> str:
-    """What is wrong where an allocator that needs a profile has none, and what to do."""
+def no_profile(policy: ReadsProfile, name: str = "") -> str:
+    """What is wrong where an allocator that needs a profile has none, and what to do.
+
+    Args:
+        policy: the allocator.
+        name: what asked for it, as its user wrote it, for instance "method 'lossalloc'"; "" for the policy's class.
+    """
     options = policy.calibrate_options
-    command = " ".join(filter(None, ("reasonalloc calibrate --model MODEL", options, "-o wave.json")))
+    kind = next((words for option, words in _MEASURED.items() if options.startswith(option)), "")
+    command = " ".join(filter(None, ("reasonalloc calibrate --model MODEL", options, "-o profile.json")))
     return (
-        f"{type(policy).__name__} needs the model's demand profile: run `{command}` and pass profile='wave.json' "
-        "(--profile wave.json)"
-        + ("" if options else ", or profile='auto' to calibrate once and keep the result")
-        + "; layers='dynamic' (method 'reasonalloc-dynamic') measures demand while it decodes and needs none"
+        f"{name or type(policy).__name__} needs the model's demand profile{kind and f' with {kind}'}: run `{command}` "
+        "and pass profile='profile.json' (--profile profile.json)"
+        + (
+            ""
+            if options
+            else ", or profile='auto' to calibrate once and keep the result; layers='dynamic' (method "
+            "'reasonalloc-dynamic') measures demand while it decodes and needs none"
+        )
     )
+
+
+_MEASURED = {"--miss": "miss curves", "--loss": "loss curves", "--sensitivity": "loss sensitivity"}
 
 
 def check_rho(rho: float) -> None:
