@@ -54,6 +54,9 @@ class FakeWorker:
     def __init__(self, *arguments, **options):
         pass
 
+    def beyond_positions(self, study, sets):
+        return ""
+
     def auto_profile(self, study, *more):
         return PROFILE
 

@@ -28,8 +28,6 @@ from reasonalloc.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from reasonalloc.evaluation.executors import Worker
-    from reasonalloc.evaluation.questions import QuestionSet
     from reasonalloc.evaluation.store import Result, Store
     from reasonalloc.evaluation.study import Batch, Study, Unit
 
@@ -193,7 +191,10 @@ def _run(
         where = "cpu" if ray_workers else device  # the GPUs are the actors'
         worker = Worker(study, where, tensor_parallel, loading.progress, say)
     if worker.writes:
-        _say_extent(study, sets, worker)
+        say(study.extent(sets))
+        beyond = worker.beyond_positions(study, sets)
+        if beyond:
+            say(f"note: {beyond}")
     with Calibrating() as shown:
         profile = store.profile() or worker.auto_profile(study, shown.report, say)
     store.begin(study, worker.fingerprint, sets, profile)
@@ -207,23 +208,6 @@ def _run(
             run_ray(study, store, plan, ray_workers, ray_gpus, watch.done, device)
         else:
             run_local(worker, store, batches, watch.done, watch.written)
-
-
-def _say_extent(study: Study, sets: list[QuestionSet], worker: Worker) -> None:
-    """What is to be done, and whether answers may pass the model's last position."""
-    import torch
-
-    from reasonalloc.engines.models import beyond_positions
-    from reasonalloc.engines.transformers.loading import encode
-    from reasonalloc.evaluation.questions import FIDELITY
-
-    say(study.extent(sets))
-    prompts = [question.prompt for found in sets if found.grader != FIDELITY for question in found.questions]
-    if prompts:
-        longest = encode(worker.tokenizer, prompts, True, torch.device("cpu"))["input_ids"].shape[1]
-        beyond = beyond_positions(worker.model.config, longest, study.sampling.max_new_tokens)
-        if beyond:
-            say(f"note: {beyond}")
 
 
 _ANYWHERE = {"tensor_parallel", "output", "device", "shard", "ray_workers", "ray_gpus"}

@@ -13,10 +13,11 @@ import torch
 
 from reasonalloc.calibration.auto import auto_profile
 from reasonalloc.calibration.calibrate import Progress
-from reasonalloc.engines.transformers.loading import load, quiet, ranks, to_stderr
+from reasonalloc.engines.models import beyond_positions
+from reasonalloc.engines.transformers.loading import encode, load, quiet, ranks, to_stderr
 from reasonalloc.evaluation.answering import answer
 from reasonalloc.evaluation.fidelity import Reading, make_trace, read_alike
-from reasonalloc.evaluation.questions import FIDELITY
+from reasonalloc.evaluation.questions import FIDELITY, QuestionSet
 from reasonalloc.evaluation.store import Result, Store
 from reasonalloc.evaluation.study import Batch, Study, Unit, digest
 from reasonalloc.policies.allocation import DemandProfile
@@ -53,6 +54,14 @@ class Worker:
         self.together = ranks(self.model) > 1
         self.writes = not self.together or torch.distributed.get_rank() == 0
         self.fingerprint = fingerprint(self.model, self.tokenizer)
+
+    def beyond_positions(self, study: Study, sets: list[QuestionSet]) -> str:
+        """What to say where answers may pass the model's last position; "" where they cannot."""
+        prompts = [question.prompt for found in sets if found.grader != FIDELITY for question in found.questions]
+        if not prompts:
+            return ""
+        longest = encode(self.tokenizer, prompts, True, torch.device("cpu"))["input_ids"].shape[1]
+        return beyond_positions(self.model.config, longest, study.sampling.max_new_tokens)
 
     def auto_profile(
         self, study: Study, progress: Progress | None = None, say: Callable[[str], None] = to_stderr

@@ -111,7 +111,7 @@ def rows(findings: Findings, task: str) -> list[dict[str, str]]:
 
 
 def _bytes(count: float) -> str:
-    """In kB, MB or GB, three digits at least: "954 kB", "1.25 MB"."""
+    """In kB, MB or GB: "954 kB", "1.25 MB"."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:.0f} {unit}"

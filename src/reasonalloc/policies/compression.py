@@ -178,15 +178,20 @@ class Compression:
         for policy in (self.layer_allocator, self.head_allocator):
             grid = self.demand_profile.grids.get(policy.scorer) if isinstance(policy, CurveBudgets) else None
             if grid is not None and grid.protect_prompt != (self.prompt == "protect"):
-                measured, remedy = (
-                    ("with the prompt protected", "prompt='protect' (--protect-prompt), or calibrate without it")
-                    if grid.protect_prompt
-                    else ("without protecting the prompt", "a profile of `reasonalloc calibrate --protect-prompt ...`")
-                )
+                if grid.protect_prompt:
+                    measured, remedy = (
+                        "with the prompt protected",
+                        "prompt='protect' (--protect-prompt), or curves measured without it",
+                    )
+                else:
+                    measured, remedy = (
+                        "without protecting the prompt",
+                        "a profile of `reasonalloc calibrate ... --protect-prompt`",
+                    )
                 warnings.warn(
                     f"the profile's curves were measured {measured}, but this cache has prompt={self.prompt!r}: they "
                     f"describe another cache; use {remedy}",
-                    stacklevel=2,
+                    stacklevel=3,  # where the cache is made
                 )
                 return
 
@@ -300,14 +305,12 @@ def _check(made: Compression) -> None:
     for name, allowed in (("prompt", get_args(Prompt)), ("storage_order", get_args(StorageOrder))):
         if getattr(made, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(made, name))}")
-    for level, policy, known in (
-        ("layers", made.layer_allocator, LAYER_ALLOCATORS),
-        ("heads", made.head_allocator, HEAD_ALLOCATORS),
-    ):
+    layers, heads = LAYER_ALLOCATORS.name_of(made.layer_allocator), HEAD_ALLOCATORS.name_of(made.head_allocator)
+    for level, name, policy in (("layers", layers, made.layer_allocator), ("heads", heads, made.head_allocator)):
         if made.profile is None and policy.needs_profile:
             assert made.asked is not None
             own = made.asked.method and level not in made.asked.given
-            written = f"method {made.asked.method!r}" if own else f"{level}={known.name_of(policy)!r}"
+            written = f"method {made.asked.method!r}" if own else f"{level}={name!r}"
             raise ValueError(no_profile(policy, written))
         if isinstance(policy, CurveBudgets) and policy.scorer != SCORERS.name_of(made.token_scorer):
             raise ValueError(
