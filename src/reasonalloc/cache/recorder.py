@@ -10,17 +10,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from reprlib import repr as _brief
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from reasonalloc.cache.packed import pack, unpack
+from reasonalloc.cache.packed import MOST_BYTES, pack, unpack
 from reasonalloc.cache.token_record import Text, TokenRecord
 from reasonalloc.files import parse_json, sealed, unsealed, write_atomically
 
 SCHEMA = 1
 _TABLES = ("budgets", "kept", "held")  # a routing's numbers per sequence and head
 _MOST_LAYERS = 1000  # of a record; arrays have a place for each, whether it routed or not
+_BLOCK = 1 << 20  # bytes that are read at once, where only their number counts
 _NOT_YET = -1  # stands in the arrays where a layer has not routed yet
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -243,7 +244,7 @@ class Recorder:
         and their text goes along.
 
         Raises:
-            ValueError: another suffix.
+            ValueError: another suffix, or more recorded tokens than a file may hold.
         """
         path = Path(path)
         if path.suffix == ".json":
@@ -440,15 +441,26 @@ def _from_npz(content: bytes) -> _Content:
 
 
 def _check_sizes(content: bytes) -> None:
-    """Raise ``ValueError`` where an array's header claims more than there is: numpy would make room for the claim."""
+    """Raise ``ValueError`` where an array is too large, or shorter than it says: numpy would make room for it first."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for name in archive.namelist():
             with archive.open(name) as member:
                 version = np.lib.format.read_magic(member)
                 read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
                 shape, _, kind = read[version](member)
-                if math.prod(shape) * kind.itemsize > len(member.read()):
+                claimed = math.prod(shape) * kind.itemsize
+                if claimed > MOST_BYTES:
+                    raise ValueError(f"its array {name!r} of {claimed} bytes is too large: {MOST_BYTES} are the most")
+                if claimed > _length(member):
                     raise ValueError(f"its array {name!r} is shorter than it says")
+
+
+def _length(file: IO[bytes]) -> int:
+    """How many bytes follow in a file; few of them are in memory at a time."""
+    count = 0
+    while block := file.read(_BLOCK):
+        count += len(block)
+    return count
 
 
 class _Column:
