@@ -101,8 +101,8 @@ class Recorder:
         recorder.save("routing.json")
 
     Args:
-        tokens: record also when each head let go of each token. Each round then waits for the device, and takes some
-            milliseconds more.
+        tokens: record also when each head let go of each token. Each round then waits for the device, and looks at
+            every token so far in every head: its time and memory grow with the text, and are noticed in long ones.
 
     Attributes:
         layers: layers of the model whose cache writes here; 0 if no cache has said so yet.

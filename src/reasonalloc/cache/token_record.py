@@ -160,14 +160,15 @@ class TokenRecord:
             self._let_go = _wider(self._let_go, max(room, 2 * self._let_go.shape[-1]), HELD)
         sequences = self._sequences(rows)
         of = (layers[:, None], sequences)
-        when = self._let_go[of]
+        come = self._let_go[..., :room]  # without the room that is kept for later tokens
+        when = come[of]
         is_token = np.arange(positions.shape[-1]) < lengths[..., None]
         stays = np.zeros(when.shape, dtype=bool)
         layer, row, head, _ = is_token.nonzero()
         stays[layer, row, head, positions[is_token]] = True
         has_come = np.arange(when.shape[-1]) < seen[:, None, None]
         when[has_come & ~stays & (when == HELD)] = len(self.steps) - 1
-        self._let_go[of] = when
+        come[of] = when
         self.rows += [sequences.tolist()] * len(layers)
         self.seen += [seen.tolist()] * len(layers)
 
