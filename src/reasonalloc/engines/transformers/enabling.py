@@ -40,7 +40,8 @@ def enable(model: Model, compression: Compression | None = None) -> Model:
     An assistant of another model (``assistant_model=``) keeps transformers' own cache while it guesses.
 
     The model's attention implementation is set to "reasonalloc", which is sdpa for every other cache. Only this model
-    object is changed: its attribute ``generate``, as transformers itself does for models with code of their own.
+    object is changed: its attribute ``generate``, as transformers itself does for models with code of their own. So the
+    model refers to itself: after ``del model`` its memory is free once Python has collected garbage (``gc.collect()``).
 
     Args:
         model: a transformers model.
