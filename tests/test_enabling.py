@@ -269,6 +269,22 @@ def test_without_enable_the_field_is_not_passed_over(plain, folder):
         ra.enable(model)
 
 
+def test_a_new_generation_config_without_the_field_changes_nothing(plain, folder, monkeypatch):
+    """Wherever the model came from; and its file is not read again at every call."""
+    ids, mask = prompts((40,))
+    made = tiny_model()
+    made.generation_config.reasonalloc = ASKED
+    for model in (made, load(folder)):
+        ra.enable(model)
+        model.generation_config = GenerationConfig()
+        with monkeypatch.context() as patched:
+            patched.setattr("reasonalloc.engines.transformers.asked.saved_field", lambda *_: pytest.fail("read again"))
+            assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), with_cache(plain, ids, mask))
+        model.generation_config.reasonalloc = None
+        with pytest.raises(ValueError, match="nothing says how much to keep"):
+            model.generate(ids, attention_mask=mask, **GREEDY)
+
+
 def test_a_profile_lies_beside_the_model(folder, tmp_path, monkeypatch):
     (folder / "wave.json").write_bytes(tiny_profile().to_json())
     rewrite(folder, reasonalloc={"method": "sensitivity", "budget": 24, "profile": "wave.json"})
