@@ -232,6 +232,17 @@ def test_enabling_sets_the_attention_and_refuses_first():
             ra.generate(nothing, budget=24)
 
 
+def test_the_generate_of_its_class_does_not_pass_over_what_a_model_was_enabled_with(plain):
+    ids, mask = prompts((40,))
+    model = ra.enable(tiny_model(), SMALL)
+    with pytest.raises(ValueError, match=r"this model was enabled.*: call model\.generate, or pass a cache"):
+        type(model).generate(model, ids, attention_mask=mask, **GREEDY)
+    everything = {CACHE_ARGUMENT: DynamicCache(config=model.config)}
+    assert torch.equal(type(model).generate(model, ids, attention_mask=mask, **everything, **GREEDY),
+                       full(plain, ids, mask))  # fmt: skip
+    model.generate(ids, attention_mask=mask, assistant_model=ra.enable(tiny_model(), SMALL), **GREEDY)
+
+
 def test_a_copy_of_an_enabled_model_runs_itself(plain):
     ids, mask = prompts((40, 33))
     model = ra.enable(tiny_model(), SMALL)
