@@ -443,6 +443,24 @@ def test_tokens_that_do_not_fit_together_are_refused(tmp_path: Path, record: Rec
 
 
 @pytest.mark.parametrize("suffix", ["json", "npz"])
+@pytest.mark.parametrize("layers", [2, 4, 900])
+def test_tokens_are_of_as_many_layers_as_the_model(tmp_path: Path, record: Recorder, suffix: str, layers: int) -> None:
+    path = tmp_path / f"routing.{suffix}"
+    record.layers = layers
+    record.save(path)
+    with pytest.raises(ValueError, match=f"its tokens are of 3 layers, and the record of {layers}"):
+        Recorder.load(path)
+
+
+@pytest.mark.parametrize("suffix", ["json", "npz"])
+def test_a_record_without_a_round_comes_back(tmp_path: Path, suffix: str) -> None:
+    recorder, path = Recorder(tokens=True), tmp_path / f"routing.{suffix}"
+    ra.Cache(tiny_model().config, compression_of("h2o"), recorder=recorder)
+    recorder.save(path)
+    assert Recorder.load(path).layers == 3
+
+
+@pytest.mark.parametrize("suffix", ["json", "npz"])
 def test_arrays_longer_than_what_was_seen_are_refused(tmp_path: Path, record: Recorder, suffix: str) -> None:
     """Zeros deflate to nothing: a small file must not claim as much memory as it likes."""
     path, tokens = tmp_path / f"routing.{suffix}", record.tokens

@@ -282,7 +282,7 @@ class Recorder:
                 raise ValueError(f"layers must be whole numbers of at least 0 and at most {_MOST_LAYERS}, got {layers}")
             recorder.layers = layers
             if recorder.tokens is not None:
-                _check_tokens(recorder.tokens, recorder._routings)
+                _check_tokens(recorder.tokens, recorder._routings, layers)
         except Exception as error:  # zipfile, zlib, numpy and json have dozens of errors for damaged bytes
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{path} is not a record of routings, or damaged: {reason}") from error
@@ -311,13 +311,15 @@ def _lists(numbers: Any) -> list[list[int]]:
     return rows
 
 
-def _check_tokens(tokens: TokenRecord, routings: list[Routing]) -> None:
-    """Raise ``ValueError`` where a record of tokens is not one of these routings."""
+def _check_tokens(tokens: TokenRecord, routings: list[Routing], layers: int) -> None:
+    """Raise ``ValueError`` where a record of tokens is not one of these routings, of a model of so many layers."""
     if [len(rows) for rows in tokens.rows] != [len(r.total) for r in routings]:
         raise ValueError("its tokens are not those of its routings")
     if sorted({r.step for r in routings}) != tokens.steps:
         raise ValueError("its tokens are of other rounds than its routings")
     shape = tokens.let_go.shape
+    if tokens.steps and shape[0] != layers:
+        raise ValueError(f"its tokens are of {shape[0]} layers, and the record of {layers}")
     if any(r.layer >= shape[0] or r.shape[1] != shape[2] for r in routings):
         raise ValueError("its tokens are of other layers or heads than its routings")
 
