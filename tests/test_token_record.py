@@ -242,12 +242,13 @@ def test_a_recorder_of_tokens_is_for_one_generation() -> None:
         tiny_model()(text, **{CACHE_ARGUMENT: cache})
 
 
-def test_a_recorder_of_tokens_is_for_one_cache(record: Recorder) -> None:
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_recorder_is_for_one_cache(record: Recorder, tokens: bool) -> None:
     """Two that take turns would be one record, of neither."""
-    model, recorder = tiny_model(), Recorder(tokens=True)
+    model, recorder = tiny_model(), Recorder(tokens)
     ra.Cache(model.config, compression_of("h2o"), attention="rows", recorder=recorder)
     for used in (recorder, record):
-        with pytest.raises(ValueError, match="records the tokens of another cache: give each generation a Recorder"):
+        with pytest.raises(ValueError, match="this recorder is another cache's: give each generation a Recorder"):
             ra.Cache(model.config, compression_of("h2o"), attention="rows", recorder=used)
 
 

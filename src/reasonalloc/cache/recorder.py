@@ -174,17 +174,15 @@ class Recorder:
 
         Raises:
             TypeError: neither a ``Recorder`` nor None.
-            ValueError: it records tokens, and another cache has it already.
+            ValueError: another cache has it already.
         """
         if recorder is None:
             return None
         if not isinstance(recorder, Recorder):
             what = f"the class {recorder.__name__}" if isinstance(recorder, type) else repr(recorder)
             raise TypeError(f"recorder must be None or a recorder, made with reasonalloc.Recorder(), got {what}")
-        if recorder.tokens is not None and recorder.layers:
-            raise ValueError(
-                "this recorder records the tokens of another cache: give each generation a Recorder of its own"
-            )
+        if recorder.layers:
+            raise ValueError("this recorder is another cache's: give each generation a Recorder of its own")
         recorder.layers, recorder.about = layers, about
         return recorder
 
