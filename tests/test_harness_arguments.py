@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 import reasonalloc as ra
 from reasonalloc.cli import app
-from reasonalloc.harness.arguments import COMPRESSION, Arguments
+from reasonalloc.harness.arguments import Arguments
+from reasonalloc.policies.written import FIELDS
 
 OWN = ["pretrained", "dtype", "device", "batch_size", "max_batch_size", "backend", "peft", "tp_plan", "softmax_dtype"]
 
@@ -23,7 +24,7 @@ def test_every_field_of_a_compression_is_an_argument():
         "profile": None, "interval": 32, "window": 4, "prompt": "pin", "pin_share": 0.5, "storage_order": "score",
         "seed": 3,
     }  # fmt: skip
-    assert set(given) == set(COMPRESSION)
+    assert set(given) == set(FIELDS)
     found = arguments(**given, dtype="float32", max_gen_toks=1000)
     assert found.compression == ra.Compression.method(**{"name": given.pop("method"), **given})
     assert (found.max_gen_toks, found.own) == (1000, {"pretrained": "x", "dtype": "float32"})
@@ -41,7 +42,7 @@ def test_defaults():
     ("given", "sentence"),
     [
         ({"budgt": 5}, "unknown argument of the model type reasonalloc: 'budgt'. Did you mean 'budget'?"),
-        ({"budget": None}, "method 'reasonalloc' needs a budget"),
+        ({"budget": None}, "--model_args: method 'reasonalloc' needs a budget"),
         ({"budget": "many"}, "budget must be a whole number of tokens, at least 1, got 'many'"),
         ({"method": "rvk"}, "unknown method 'rvk'. Did you mean 'rkv'?"),
         ({"method": "full"}, "takes no budget, got 64"),
