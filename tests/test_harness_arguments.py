@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from reference import tiny_model
 from typer.testing import CliRunner
 
 import reasonalloc as ra
@@ -79,6 +80,20 @@ def test_the_command_without_the_harness(monkeypatch):
     found = CliRunner().invoke(app, ["lm-eval", "run", "--help"])
     assert found.exit_code == 2
     assert "pip install 'reasonalloc[lm-eval]'" in found.output
+
+
+def test_without_a_field_the_model_says_what_to_keep(tmp_path):
+    model = tiny_model()
+    model.generation_config.reasonalloc = {"method": "rkv", "budget": 24, "interval": 8}
+    model.generation_config._from_model_config = False
+    model.save_pretrained(tmp_path)
+    for source in (str(tmp_path), model):
+        found = Arguments.of({"pretrained": source, "dtype": "float32"}, OWN)
+        assert found.compression == ra.Compression.method("rkv", 24, interval=8)
+        assert Arguments.of({"pretrained": source, "budget": 64}, OWN).compression == arguments().compression
+    model.generation_config.reasonalloc = None
+    with pytest.raises(ValueError, match="needs a budget"):
+        Arguments.of({"pretrained": model}, OWN)
 
 
 def test_settings_of_policies_come_as_json():

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from reasonalloc.engines.transformers.asked import compression_asked, compression_of_name, field_of
 from reasonalloc.policies.compression import Compression
 from reasonalloc.policies.registry import unknown_name
 from reasonalloc.policies.values import shown, tokens
@@ -42,12 +43,13 @@ class Arguments:
         """Take apart what follows ``--model_args``.
 
         Args:
-            given: values by name; ``method`` and all fields of a ``Compression`` among them.
+            given: values by name; ``method`` and all fields of a ``Compression`` among them. Without any of these, the
+                field ``reasonalloc`` of the model's generation_config decides.
             own: names of the arguments that the harness's own model takes.
 
         Raises:
             ValueError: an unknown name (the nearest one is suggested), one that cannot be served, no ``pretrained``, or
-                a value that no ``Compression`` takes.
+                a value that no ``Compression`` takes. Where the model is asked, also that it is not there.
         """
         taken = (set(own) | {*FIELDS, "max_gen_toks", "device_map"}) - {*_REFUSED}
         for name, value in given.items():
@@ -67,7 +69,19 @@ class Arguments:
                 "try out is a dense pass, and says nothing of a compressed cache"
             )
         asked = {name: given[name] for name in FIELDS if name in given}
-        compression = compression_of(asked, "--model_args")
+        compression = (None if asked else _of_model(given)) or compression_of(asked, "--model_args")
         most = tokens("max_gen_toks", given.get("max_gen_toks", MOST_TOKENS_WRITTEN), 1)
         rest = {name: given[name] for name in given if name in taken and name not in (*FIELDS, "max_gen_toks")}
         return cls(compression, most, rest)
+
+
+def _of_model(given: Mapping[str, Any]) -> Compression | None:
+    """What the model asks for itself, by its name or as an object; None if it asks for nothing, or is a GGUF file."""
+    model = given["pretrained"]
+    if given.get("gguf_file"):
+        return None
+    if isinstance(model, str):
+        found = compression_of_name(model, given.get("revision"))
+        return None if found is None else found[1]
+    field = field_of(model)
+    return None if field is None else compression_asked(field, model.config)
