@@ -12,7 +12,11 @@ PAGES = sorted(
     for path in [
         *ROOT.glob("*.md"),
         *ROOT.glob("docs/**/*.md"),
-        *(ROOT / folder / "README.md" for folder in ("results", "studies", "profiles")),
+        *(
+            ROOT / folder / "README.md"
+            for folder in ("hub", "profiles", "results", "src/reasonalloc/reasoner/model", "studies")
+        ),
+        ROOT / "benchmarks/NOTES.md",
     ]
     if path.name != "CHANGELOG.md"  # it tells of what is gone, too
 )

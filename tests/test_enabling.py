@@ -232,6 +232,17 @@ def test_enabling_sets_the_attention_and_refuses_first():
             ra.generate(nothing, budget=24)
 
 
+def test_the_generate_of_its_class_does_not_pass_over_what_a_model_was_enabled_with(plain):
+    ids, mask = prompts((40,))
+    model = ra.enable(tiny_model(), SMALL)
+    with pytest.raises(ValueError, match=r"this model was enabled.*: call model\.generate, or pass a cache"):
+        type(model).generate(model, ids, attention_mask=mask, **GREEDY)
+    everything = {CACHE_ARGUMENT: DynamicCache(config=model.config)}
+    assert torch.equal(type(model).generate(model, ids, attention_mask=mask, **everything, **GREEDY),
+                       full(plain, ids, mask))  # fmt: skip
+    model.generate(ids, attention_mask=mask, assistant_model=ra.enable(tiny_model(), SMALL), **GREEDY)
+
+
 def test_a_copy_of_an_enabled_model_runs_itself(plain):
     ids, mask = prompts((40, 33))
     model = ra.enable(tiny_model(), SMALL)
@@ -267,6 +278,22 @@ def test_without_enable_the_field_is_not_passed_over(plain, folder):
     assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), full(plain, ids, mask))
     with pytest.raises(ValueError, match="nothing says how much to keep"):
         ra.enable(model)
+
+
+def test_a_new_generation_config_without_the_field_changes_nothing(plain, folder, monkeypatch):
+    """Wherever the model came from; and its file is not read again at every call."""
+    ids, mask = prompts((40,))
+    made = tiny_model()
+    made.generation_config.reasonalloc = ASKED
+    for model in (made, load(folder)):
+        ra.enable(model)
+        model.generation_config = GenerationConfig()
+        with monkeypatch.context() as patched:
+            patched.setattr("reasonalloc.engines.transformers.asked.saved_field", lambda *_: pytest.fail("read again"))
+            assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), with_cache(plain, ids, mask))
+        model.generation_config.reasonalloc = None
+        with pytest.raises(ValueError, match="nothing says how much to keep"):
+            model.generate(ids, attention_mask=mask, **GREEDY)
 
 
 def test_a_profile_lies_beside_the_model(folder, tmp_path, monkeypatch):

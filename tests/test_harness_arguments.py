@@ -4,11 +4,13 @@ import json
 import sys
 
 import pytest
+from reference import tiny_model
 from typer.testing import CliRunner
 
 import reasonalloc as ra
 from reasonalloc.cli import app
-from reasonalloc.harness.arguments import COMPRESSION, Arguments
+from reasonalloc.harness.arguments import Arguments
+from reasonalloc.policies.written import FIELDS
 
 OWN = ["pretrained", "dtype", "device", "batch_size", "max_batch_size", "backend", "peft", "tp_plan", "softmax_dtype"]
 
@@ -23,7 +25,7 @@ def test_every_field_of_a_compression_is_an_argument():
         "profile": None, "interval": 32, "window": 4, "prompt": "pin", "pin_share": 0.5, "storage_order": "score",
         "seed": 3,
     }  # fmt: skip
-    assert set(given) == set(COMPRESSION)
+    assert set(given) == set(FIELDS)
     found = arguments(**given, dtype="float32", max_gen_toks=1000)
     assert found.compression == ra.Compression.method(**{"name": given.pop("method"), **given})
     assert (found.max_gen_toks, found.own) == (1000, {"pretrained": "x", "dtype": "float32"})
@@ -41,7 +43,7 @@ def test_defaults():
     ("given", "sentence"),
     [
         ({"budgt": 5}, "unknown argument of the model type reasonalloc: 'budgt'. Did you mean 'budget'?"),
-        ({"budget": None}, "method 'reasonalloc' needs a budget"),
+        ({"budget": None}, "--model_args: method 'reasonalloc' needs a budget"),
         ({"budget": "many"}, "budget must be a whole number of tokens, at least 1, got 'many'"),
         ({"method": "rvk"}, "unknown method 'rvk'. Did you mean 'rkv'?"),
         ({"method": "full"}, "takes no budget, got 64"),
@@ -78,6 +80,20 @@ def test_the_command_without_the_harness(monkeypatch):
     found = CliRunner().invoke(app, ["lm-eval", "run", "--help"])
     assert found.exit_code == 2
     assert "pip install 'reasonalloc[lm-eval]'" in found.output
+
+
+def test_without_a_field_the_model_says_what_to_keep(tmp_path):
+    model = tiny_model()
+    model.generation_config.reasonalloc = {"method": "rkv", "budget": 24, "interval": 8}
+    model.generation_config._from_model_config = False
+    model.save_pretrained(tmp_path)
+    for source in (str(tmp_path), model):
+        found = Arguments.of({"pretrained": source, "dtype": "float32"}, OWN)
+        assert found.compression == ra.Compression.method("rkv", 24, interval=8)
+        assert Arguments.of({"pretrained": source, "budget": 64}, OWN).compression == arguments().compression
+    model.generation_config.reasonalloc = None
+    with pytest.raises(ValueError, match="needs a budget"):
+        Arguments.of({"pretrained": model}, OWN)
 
 
 def test_settings_of_policies_come_as_json():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from reference import method_of, prompts, tiny_model, tiny_profile, word_tokeniz
 
 import reasonalloc as ra
 from reasonalloc import Recorder
-from reasonalloc.cache.packed import pack, unpack
+from reasonalloc.cache.packed import MOST_BYTES, pack, unpack
 from reasonalloc.cache.token_record import HELD, NO_SCORE, Text, TokenRecord
 from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
 
@@ -239,12 +242,13 @@ def test_a_recorder_of_tokens_is_for_one_generation() -> None:
         tiny_model()(text, **{CACHE_ARGUMENT: cache})
 
 
-def test_a_recorder_of_tokens_is_for_one_cache(record: Recorder) -> None:
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_recorder_is_for_one_cache(record: Recorder, tokens: bool) -> None:
     """Two that take turns would be one record, of neither."""
-    model, recorder = tiny_model(), Recorder(tokens=True)
+    model, recorder = tiny_model(), Recorder(tokens)
     ra.Cache(model.config, compression_of("h2o"), attention="rows", recorder=recorder)
     for used in (recorder, record):
-        with pytest.raises(ValueError, match="records the tokens of another cache: give each generation a Recorder"):
+        with pytest.raises(ValueError, match="this recorder is another cache's: give each generation a Recorder"):
             ra.Cache(model.config, compression_of("h2o"), attention="rows", recorder=used)
 
 
@@ -445,6 +449,67 @@ def test_tokens_that_do_not_fit_together_are_refused(tmp_path: Path, record: Rec
         Recorder.load(path)
 
 
+@pytest.mark.parametrize("suffix", ["json", "npz"])
+@pytest.mark.parametrize("layers", [2, 4, 900])
+def test_tokens_are_of_as_many_layers_as_the_model(tmp_path: Path, record: Recorder, suffix: str, layers: int) -> None:
+    path = tmp_path / f"routing.{suffix}"
+    record.layers = layers
+    record.save(path)
+    with pytest.raises(ValueError, match=f"its tokens are of 3 layers, and the record of {layers}"):
+        Recorder.load(path)
+
+
+@pytest.mark.parametrize("suffix", ["json", "npz"])
+def test_a_record_without_a_round_comes_back(tmp_path: Path, suffix: str) -> None:
+    recorder, path = Recorder(tokens=True), tmp_path / f"routing.{suffix}"
+    ra.Cache(tiny_model().config, compression_of("h2o"), recorder=recorder)
+    recorder.save(path)
+    assert Recorder.load(path).layers == 3
+
+
+@pytest.mark.parametrize("suffix", ["json", "npz"])
+def test_arrays_longer_than_what_was_seen_are_refused(tmp_path: Path, record: Recorder, suffix: str) -> None:
+    """Zeros deflate to nothing: a small file must not claim as much memory as it likes."""
+    path, tokens = tmp_path / f"routing.{suffix}", record.tokens
+    assert tokens is not None
+    arrays = {name: np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 500)]) for name, x in tokens.arrays().items()}
+    tokens.arrays = lambda: arrays  # type: ignore[method-assign]
+    record.save(path)
+    with pytest.raises(ValueError, match=r"or damaged: its tokens are of .* longer or shorter ones, than its arrays"):
+        Recorder.load(path)
+
+
+def test_an_npz_is_measured_without_being_held(tmp_path: Path) -> None:
+    path, size = tmp_path / "routing.npz", 1 << 25
+    np.savez_compressed(path, schema=np.array(2), other=np.zeros(size, np.uint8))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="its schema is 2"):
+            Recorder.load(path)
+        assert tracemalloc.get_traced_memory()[1] < size / 2
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_npz_with_a_huge_array_is_refused(tmp_path: Path) -> None:
+    path, member = tmp_path / "routing.npz", io.BytesIO()
+    header = {"descr": "|u1", "fortran_order": False, "shape": (MOST_BYTES + 1,)}
+    np.lib.format.write_array_header_1_0(member, header)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tokens_let_go.npy", member.getvalue())
+    with pytest.raises(ValueError, match=r"'tokens_let_go.npy' of \d+ bytes is too large"):
+        Recorder.load(path)
+
+
+@pytest.mark.parametrize("suffix", ["json", "npz"])
+def test_tokens_too_many_to_be_loaded_again_are_not_saved(
+    tmp_path: Path, record: Recorder, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr("reasonalloc.cache.token_record.MOST_BYTES", 100)
+    with pytest.raises(ValueError, match=r"\(let_go\) take \d+ bytes.*: record fewer sequences at a time"):
+        record.save(tmp_path / f"routing.{suffix}")
+
+
 def test_a_damaged_npz_with_tokens_says_so(tmp_path: Path, record: Recorder) -> None:
     path = tmp_path / "routing.npz"
     record.save(path)
@@ -484,5 +549,7 @@ def test_packed_arrays_come_back(kind: str) -> None:
 def test_packed_arrays_that_are_damaged_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="a packed array"):
         unpack(pack(np.zeros((2, 3, 4), np.uint8)) | change)
+    with pytest.raises(ValueError, match=r"a packed array of .* bytes is too large"):
+        unpack(pack(np.zeros(3, np.uint8)) | {"shape": [MOST_BYTES + 1]})
     with pytest.raises(ValueError, match="arrays are packed as"):
         pack(np.zeros(3))

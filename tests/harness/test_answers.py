@@ -114,6 +114,14 @@ def test_a_profile_is_found_or_made():
     assert own.get_model_info()["reasonalloc"]["profile"] == own.compression.demand_profile.digest
 
 
+def test_the_version_is_the_codes(monkeypatch):
+    """Not that of an older install beside it, nor is one needed."""
+    monkeypatch.setattr("reasonalloc.harness.model.__version__", "9.9")
+    own = CompressedLM(pretrained=BUILT_IN, method="rkv", budget=64, device="cpu")
+    monkeypatch.setattr(HFLM, "get_model_info", lambda self: {})
+    assert own.get_model_info()["reasonalloc"]["version"] == "9.9"
+
+
 def test_methods_differ(by_eval):
     texts = {method: [answer.text for answer, _ in found] for method, found in by_eval.items()}
     assert texts["full"] != texts["rkv"] != texts["sensitivity"]

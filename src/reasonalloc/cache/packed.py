@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_MOST = 1 << 32  # bytes of an array; more is a damaged file
+MOST_BYTES = 1 << 28  # of an array in a file; few bytes that are not true can claim, and inflate to, far more
 _KINDS = ("uint8", "uint16", "uint32")
 
 
@@ -44,8 +44,8 @@ def unpack(entry: Any) -> npt.NDArray[Any]:
         raise ValueError(f"a packed array of kind {kind!r} and shape {shape!r} is not known")
     dtype = np.dtype(kind).newbyteorder("<")
     wanted = math.prod(shape) * dtype.itemsize
-    if wanted > _MOST:
-        raise ValueError(f"a packed array of shape {shape} is too large")
+    if wanted > MOST_BYTES:
+        raise ValueError(f"a packed array of {wanted} bytes is too large: {MOST_BYTES} are the most")
     inflate = zlib.decompressobj()
     try:
         content = inflate.decompress(base64.b64decode(text, validate=True), wanted + 1)  # no more, whatever it claims
@@ -53,4 +53,4 @@ def unpack(entry: Any) -> npt.NDArray[Any]:
         raise ValueError(f"a packed array is damaged: {error}") from error
     if len(content) != wanted or not inflate.eof:
         raise ValueError(f"a packed array has not the bytes of its shape {shape}")
-    return np.frombuffer(content, dtype).reshape(shape).astype(np.dtype(kind))
+    return np.frombuffer(content, dtype).reshape(shape).astype(np.dtype(kind), copy=False)

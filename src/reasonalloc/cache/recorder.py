@@ -10,17 +10,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from reprlib import repr as _brief
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from reasonalloc.cache.packed import pack, unpack
+from reasonalloc.cache.packed import MOST_BYTES, pack, unpack
 from reasonalloc.cache.token_record import Text, TokenRecord
 from reasonalloc.files import parse_json, sealed, unsealed, write_atomically
 
 SCHEMA = 1
 _TABLES = ("budgets", "kept", "held")  # a routing's numbers per sequence and head
 _MOST_LAYERS = 1000  # of a record; arrays have a place for each, whether it routed or not
+_BLOCK = 1 << 20  # bytes that are read at once, where only their number counts
 _NOT_YET = -1  # stands in the arrays where a layer has not routed yet
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -100,8 +101,8 @@ class Recorder:
         recorder.save("routing.json")
 
     Args:
-        tokens: record also when each head let go of each token. Each round then waits for the device, and takes some
-            milliseconds more.
+        tokens: record also when each head let go of each token. Each round then waits for the device, and looks at
+            every token so far in every head: its time and memory grow with the text, and are noticed in long ones.
 
     Attributes:
         layers: layers of the model whose cache writes here; 0 if no cache has said so yet.
@@ -175,17 +176,15 @@ class Recorder:
 
         Raises:
             TypeError: neither a ``Recorder`` nor None.
-            ValueError: it records tokens, and another cache has it already.
+            ValueError: another cache has it already.
         """
         if recorder is None:
             return None
         if not isinstance(recorder, Recorder):
             what = f"the class {recorder.__name__}" if isinstance(recorder, type) else repr(recorder)
             raise TypeError(f"recorder must be None or a recorder, made with reasonalloc.Recorder(), got {what}")
-        if recorder.tokens is not None and recorder.layers:
-            raise ValueError(
-                "this recorder records the tokens of another cache: give each generation a Recorder of its own"
-            )
+        if recorder.layers:
+            raise ValueError("this recorder is another cache's: give each generation a Recorder of its own")
         recorder.layers, recorder.about = layers, about
         return recorder
 
@@ -245,7 +244,7 @@ class Recorder:
         and their text goes along.
 
         Raises:
-            ValueError: another suffix.
+            ValueError: another suffix, or more recorded tokens than a file may hold.
         """
         path = Path(path)
         if path.suffix == ".json":
@@ -286,7 +285,7 @@ class Recorder:
             if not _whole([recorder.entry_bytes]):
                 raise ValueError(f"entry_bytes must be a whole number of at least 0, got {recorder.entry_bytes!r}")
             if recorder.tokens is not None:
-                _check_tokens(recorder.tokens, recorder._routings)
+                _check_tokens(recorder.tokens, recorder._routings, layers)
         except Exception as error:  # zipfile, zlib, numpy and json have dozens of errors for damaged bytes
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{path} is not a record of routings, or damaged: {reason}") from error
@@ -315,13 +314,15 @@ def _lists(numbers: Any) -> list[list[int]]:
     return rows
 
 
-def _check_tokens(tokens: TokenRecord, routings: list[Routing]) -> None:
-    """Raise ``ValueError`` where a record of tokens is not one of these routings."""
+def _check_tokens(tokens: TokenRecord, routings: list[Routing], layers: int) -> None:
+    """Raise ``ValueError`` where a record of tokens is not one of these routings, of a model of so many layers."""
     if [len(rows) for rows in tokens.rows] != [len(r.total) for r in routings]:
         raise ValueError("its tokens are not those of its routings")
     if sorted({r.step for r in routings}) != tokens.steps:
         raise ValueError("its tokens are of other rounds than its routings")
     shape = tokens.let_go.shape
+    if tokens.steps and shape[0] != layers:
+        raise ValueError(f"its tokens are of {shape[0]} layers, and the record of {layers}")
     if any(r.layer >= shape[0] or r.shape[1] != shape[2] for r in routings):
         raise ValueError("its tokens are of other layers or heads than its routings")
 
@@ -448,15 +449,26 @@ def _from_npz(content: bytes) -> _Content:
 
 
 def _check_sizes(content: bytes) -> None:
-    """Raise ``ValueError`` where an array's header claims more than there is: numpy would make room for the claim."""
+    """Raise ``ValueError`` where an array is too large, or shorter than it says: numpy would make room for it first."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for name in archive.namelist():
             with archive.open(name) as member:
                 version = np.lib.format.read_magic(member)
                 read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
                 shape, _, kind = read[version](member)
-                if math.prod(shape) * kind.itemsize > len(member.read()):
+                claimed = math.prod(shape) * kind.itemsize
+                if claimed > MOST_BYTES:
+                    raise ValueError(f"its array {name!r} of {claimed} bytes is too large: {MOST_BYTES} are the most")
+                if claimed > _length(member):
                     raise ValueError(f"its array {name!r} is shorter than it says")
+
+
+def _length(file: IO[bytes]) -> int:
+    """How many bytes follow in a file; few of them are in memory at a time."""
+    count = 0
+    while block := file.read(_BLOCK):
+        count += len(block)
+    return count
 
 
 class _Column:

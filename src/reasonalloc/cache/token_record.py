@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from reasonalloc.cache.packed import MOST_BYTES
+
 HELD = -1  # stands in ``let_go`` for a token that the head still holds
 NO_SCORE = 255  # stands in ``scores`` for a token that no head scored in the round
 
@@ -158,14 +160,15 @@ class TokenRecord:
             self._let_go = _wider(self._let_go, max(room, 2 * self._let_go.shape[-1]), HELD)
         sequences = self._sequences(rows)
         of = (layers[:, None], sequences)
-        when = self._let_go[of]
+        come = self._let_go[..., :room]  # without the room that is kept for later tokens
+        when = come[of]
         is_token = np.arange(positions.shape[-1]) < lengths[..., None]
         stays = np.zeros(when.shape, dtype=bool)
         layer, row, head, _ = is_token.nonzero()
         stays[layer, row, head, positions[is_token]] = True
         has_come = np.arange(when.shape[-1]) < seen[:, None, None]
         when[has_come & ~stays & (when == HELD)] = len(self.steps) - 1
-        self._let_go[of] = when
+        come[of] = when
         self.rows += [sequences.tolist()] * len(layers)
         self.seen += [seen.tolist()] * len(layers)
 
@@ -225,9 +228,20 @@ class TokenRecord:
         return {"rows": self.rows, "seen": self.seen, "steps": self.steps, "texts": [vars(text) for text in self.texts]}
 
     def arrays(self) -> dict[str, Ints]:
-        """The two arrays as files hold them; ``let_go`` plus one, in as few bytes as it fits in."""
+        """The two arrays as files hold them; ``let_go`` plus one, in as few bytes as it fits in.
+
+        Raises:
+            ValueError: one is larger than a file may hold.
+        """
         let_go = self.let_go + 1
-        return {"let_go": let_go.astype(np.min_scalar_type(int(let_go.max(initial=0)))), "scores": self.scores}
+        arrays = {"let_go": let_go.astype(np.min_scalar_type(int(let_go.max(initial=0)))), "scores": self.scores}
+        for name, array in arrays.items():
+            if array.nbytes > MOST_BYTES:
+                raise ValueError(
+                    f"the recorded tokens ({name}) take {array.nbytes} bytes, and a file holds at most {MOST_BYTES} of "
+                    "them: record fewer sequences at a time"
+                )
+        return arrays
 
     @classmethod
     def of(cls, document: Any, let_go: Ints, scores: Ints) -> TokenRecord:
@@ -242,7 +256,8 @@ class TokenRecord:
         record = cls()
         record.rows, record.seen, record.steps = document["rows"], document["seen"], document["steps"]
         _check(record.rows, record.seen, record.steps, let_go, scores)
-        record._let_go, record._scores = let_go.astype(np.int32) - 1, list(scores)
+        record._let_go, record._scores = let_go.astype(np.int32), list(scores)
+        record._let_go -= 1
         record._is_over = True
         record.set_texts(_text(entry) for entry in document["texts"]) if document["texts"] else None
         return record
@@ -291,7 +306,8 @@ def _check(rows: Any, seen: Any, steps: Any, let_go: Ints, scores: Ints) -> None
         raise ValueError("the arrays of its tokens are of the wrong kind")
     if scores.shape != (len(steps), *let_go.shape[1::2]) or steps != sorted(set(steps)):
         raise ValueError("the arrays of its tokens do not fit together")
-    if any(x >= let_go.shape[1] for y in rows for x in y) or any(x > let_go.shape[3] for y in seen for x in y):
-        raise ValueError("its tokens are of more sequences, or longer ones, than its arrays")
-    if let_go.max(initial=0) > len(steps) or ((scores > 100) & (scores != NO_SCORE)).any():
+    longest = max((x for y in seen for x in y), default=0)
+    if any(x >= let_go.shape[1] for y in rows for x in y) or longest != let_go.shape[3]:
+        raise ValueError("its tokens are of more sequences, or of longer or shorter ones, than its arrays")
+    if let_go.max(initial=0) > len(steps) or any(((x > 100) & (x != NO_SCORE)).any() for x in scores):
         raise ValueError("its tokens have numbers that cannot be")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
+from reasonalloc.engines.transformers.asked import compression_asked, compression_of_name, field_of
 from reasonalloc.policies.compression import Compression
 from reasonalloc.policies.registry import unknown_name
 from reasonalloc.policies.values import shown, tokens
+from reasonalloc.policies.written import FIELDS, compression_of
 
-COMPRESSION = ("method", *(field.name for field in fields(Compression) if field.name != "asked"))
 MOST_TOKENS_WRITTEN = 256  # where a task does not say; the harness's own number
 _REFUSED = {  # what the harness's own model takes, and this one does not
     "attn_implementation": "the ragged cache has an attention of its own, which is always set: leave it out",
@@ -42,14 +43,15 @@ class Arguments:
         """Take apart what follows ``--model_args``.
 
         Args:
-            given: values by name; ``method`` and all fields of a ``Compression`` among them.
+            given: values by name; ``method`` and all fields of a ``Compression`` among them. Without any of these, the
+                field ``reasonalloc`` of the model's generation_config decides.
             own: names of the arguments that the harness's own model takes.
 
         Raises:
             ValueError: an unknown name (the nearest one is suggested), one that cannot be served, no ``pretrained``, or
-                a value that no ``Compression`` takes.
+                a value that no ``Compression`` takes. Where the model is asked, also that it is not there.
         """
-        taken = (set(own) | {*COMPRESSION, "max_gen_toks", "device_map"}) - {*_REFUSED}
+        taken = (set(own) | {*FIELDS, "max_gen_toks", "device_map"}) - {*_REFUSED}
         for name, value in given.items():
             if name in _REFUSED and value not in (None, False):
                 raise ValueError(
@@ -66,8 +68,20 @@ class Arguments:
                 f"batch_size must be a whole number, at least 1, got {shown(given['batch_size'])}: what 'auto' would "
                 "try out is a dense pass, and says nothing of a compressed cache"
             )
-        asked = {name: given[name] for name in COMPRESSION if name in given}
-        compression = Compression.method(asked.pop("method", "reasonalloc"), **asked)
+        asked = {name: given[name] for name in FIELDS if name in given}
+        compression = (None if asked else _of_model(given)) or compression_of(asked, "--model_args")
         most = tokens("max_gen_toks", given.get("max_gen_toks", MOST_TOKENS_WRITTEN), 1)
-        rest = {name: given[name] for name in given if name in taken and name not in (*COMPRESSION, "max_gen_toks")}
+        rest = {name: given[name] for name in given if name in taken and name not in (*FIELDS, "max_gen_toks")}
         return cls(compression, most, rest)
+
+
+def _of_model(given: Mapping[str, Any]) -> Compression | None:
+    """What the model asks for itself, by its name or as an object; None if it asks for nothing, or is a GGUF file."""
+    model = given["pretrained"]
+    if given.get("gguf_file"):
+        return None
+    if isinstance(model, str):
+        found = compression_of_name(model, given.get("revision"))
+        return None if found is None else found[1]
+    field = field_of(model)
+    return None if field is None else compression_asked(field, model.config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from reasonalloc.evaluation.footprint import Footprint
 from reasonalloc.harness.arguments import Arguments
 from reasonalloc.harness.stopping import Until
 from reasonalloc.policies.compression import AUTO_PROFILE, Compression
+from reasonalloc.version import __version__
 
 _OWN = [name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")]
 _KEY = "reasonalloc"  # in results, and in a file of kept answers
@@ -188,7 +188,7 @@ class CompressedLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the results say of the model: the harness's own part, the cache, and how often it forgot anything."""
-        own = {"version": version("reasonalloc"), **self.compression.describe()}
+        own = {"version": __version__, **self.compression.describe()}
         if self.compression.budget is not None:
             own |= {"texts": self._texts, "texts_evicted": self._evicted}
         return {**super().get_model_info(), _KEY: own}

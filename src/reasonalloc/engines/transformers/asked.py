@@ -29,11 +29,12 @@ def field_of(model: Any) -> Any:
     return saved_field(model.config.name_or_path, _revision(model.config))
 
 
-def compression_of_name(model: str) -> tuple[dict[str, Any], Compression] | None:
+def compression_of_name(model: str, revision: str | None = None) -> tuple[dict[str, Any], Compression] | None:
     """What the field of a model that is not loaded asks for; None if it has none.
 
     Args:
         model: as for ``load``.
+        revision: on the hub.
 
     Returns:
         The field, a profile in it as a path, and what it stands for.
@@ -43,10 +44,10 @@ def compression_of_name(model: str) -> tuple[dict[str, Any], Compression] | None
     """
     path = local_path(model)
     source, local = (model, not on_hub(model)) if path is None else (str(path), True)
-    field = saved_field(source, local=local)
+    field = saved_field(source, revision, local)
     if field is None:
         return None
-    found = with_profile(field, source, local=local)
+    found = with_profile(field, source, revision, local)
     return found, compression_of(found, where(source))
 
 

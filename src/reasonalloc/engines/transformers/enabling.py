@@ -40,7 +40,8 @@ def enable(model: Model, compression: Compression | None = None) -> Model:
     An assistant of another model (``assistant_model=``) keeps transformers' own cache while it guesses.
 
     The model's attention implementation is set to "reasonalloc", which is sdpa for every other cache. Only this model
-    object is changed: its attribute ``generate``, as transformers itself does for models with code of their own.
+    object is changed: its attribute ``generate``, as transformers itself does for models with code of their own. So the
+    model refers to itself: after ``del model`` its memory is free once Python has collected garbage (``gc.collect()``).
 
     Args:
         model: a transformers model.
@@ -121,7 +122,8 @@ class Enabled:
         return _run(self.inner, self.model, chosen, inputs, arguments)
 
     def _default(self) -> Compression:
-        if self.field is not None and field_of(self.model) != self.field:  # changed since
+        now = getattr(self.model.generation_config, FIELD, self.field)  # a new one that does not name it: unchanged
+        if self.field is not None and now != self.field:
             return _of_model(self.model)[0]
         return self.compression
 
@@ -177,7 +179,8 @@ def _chosen(
         return None
     if written is None:
         written = getattr(passed, FIELD, None)
-        written = None if written == field_of(model) else written  # a copy of the model's own
+        if written is not None and written == field_of(model):  # a copy of the model's own
+            written = None
     return default() if written is None else compression_asked(written, model.config)
 
 

@@ -23,15 +23,15 @@ def check_presence(module: Module) -> None:
     have been given the cache that ``generate`` was. Only a model's first layer asks, so this is done once a pass, and
     never in a pass with a ragged cache.
 
+    A compression that the model's generation_config or ``enable`` asks for is nothing that the ``generate`` of the
+    model's class knows of. It is refused here where no cache was passed, rather than left without effect.
+
     Args:
         module: the attention.
 
-    A compression that the model's generation_config asks for is nothing that ``generate`` knows of. It is refused here
-    where no cache was passed, rather than left without effect.
-
     Raises:
         UnsupportedModelError: it was given another one, or none.
-        ValueError: a compression is asked for, and the model was not enabled.
+        ValueError: a compression is asked for, and the call has no cache.
     """
     if getattr(module, "layer_idx", None) != 0:
         return
@@ -58,9 +58,16 @@ def _compare(given: Any, passed: dict[str, Any]) -> None:
 
 def _check_asked(call: dict[str, Any]) -> None:
     config: Any = call.get("generation_config")
-    if getattr(config, FIELD, None) is None or config.is_assistant:  # an assistant is passed the other model's
+    if getattr(config, "is_assistant", False):  # an assistant is passed the other model's
         return
-    if not any(call.get("kwargs", {}).get(name) is not None for name in CACHE_NAMES):
+    if any(call.get("kwargs", {}).get(name) is not None for name in CACHE_NAMES):
+        return
+    if hasattr(vars(call["self"]).get("generate"), "compression"):
+        raise ValueError(
+            "this model was enabled, and this call of its class's generate has no cache: call model.generate, or pass "
+            "a cache"
+        )
+    if getattr(config, FIELD, None) is not None:
         raise ValueError(
             f"generation_config asks for a compression in its field {FIELD!r}, and this call of generate has no cache: "
             "call ra.enable(model) once, which makes one for every call, or pass a cache, or set the field to None"
