@@ -15,7 +15,10 @@ def compare(
     second: Annotated[Path, typer.Argument(help="A record of the same prompt, with another method.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("compare.html"),
 ) -> None:
-    """Compare two records of one prompt: where the texts part, and what had been forgotten there."""
+    """Compare two records of one prompt: where their texts part.
+
+    The page also shows what each had forgotten there.
+    """
     with clear_errors():
         from reasonalloc.pages.compare import compare as compare_records
 

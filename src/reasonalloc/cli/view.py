@@ -17,7 +17,7 @@ def view(
     ] = None,
     sequence: Annotated[int, typer.Option(min=0, help="Which sequence of the batch.")] = 0,
 ) -> None:
-    """Make a page of a record: where memory went, and what was forgotten."""
+    """Make a page of a record: what was kept and what was forgotten."""
     with clear_errors():
         from reasonalloc.pages.view import view as write_view
 
