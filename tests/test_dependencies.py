@@ -61,7 +61,7 @@ def test_only_some_modules_cannot_be_imported_without_an_extra():
     needy = {name for name, imported in at_once.items() if set().union(*map(foreign, imported)) - BASE}
     while more := {name for name, imported in at_once.items() if imported & needy} - needy:
         needy |= more
-    apart = ("kernels", "cache.attention.compiled", "cache.attention.triton_backend", "engines.vllm")
+    apart = ("kernels", "cache.attention.compiled", "cache.attention.triton_backend", "engines.vllm", "harness.model")
     assert {name for name in needy if not any(within(name, f"{TOP}.{part}") for part in apart)} == set()
     assert f"{TOP}.cache.attention.compiled" in needy
 
@@ -100,7 +100,9 @@ def test_every_extra_is_asked_for():
 @pytest.mark.parametrize(("extra", "library", "call"), CALLS, ids=[library for _, library, _ in CALLS])
 def test_a_missing_library_is_named_with_its_extra(monkeypatch, tmp_path, extra, library, call):
     assert canonicalize_name(library) in EXTRAS[extra]
-    monkeypatch.setitem(sys.modules, library.replace("-", "_"), None)  # cannot be imported
+    missing = library.replace("-", "_")
+    for name in {missing, *(name for name in sys.modules if name.startswith(missing + "."))}:
+        monkeypatch.setitem(sys.modules, name, None)  # cannot be imported
     monkeypatch.setattr("reasonalloc.evaluation.grading.version", without(library))
     with pytest.raises((ImportError, ValueError), match=rf"(?i)^[^\n]*{library}[^\n]*reasonalloc\[{extra}\][^\n]*$"):
         call(tmp_path)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_record import forgetting, made, words
 
 import reasonalloc as ra
 from reasonalloc.cache.recorder import Recorder, Routing
@@ -171,12 +172,14 @@ def fuzzed_folder(folder, name, checksum):
     return content if checksum else json.dumps(unsealed(json.loads(content))).encode(), use
 
 
-def fuzzed_record(folder, suffix):
+def fuzzed_record(folder, suffix, tokens=False):
     path, recorder = folder / f"record{suffix}", Recorder()
     for step in (8, 16):
         for layer in range(2):
             recorder.add(Routing(step, layer, [8, 8], [[4, 4]] * 2, [[4, 3], [2, 4]], [[9, 9]] * 2, [0.5, math.inf]))
     recorder.layers = 3
+    if tokens:
+        recorder = made(forgetting(2, 2, [8, 16], 0.3), [8, 16], words(20), 4, "rkv")
     recorder.save(path)
 
     def use(content):
@@ -186,7 +189,8 @@ def fuzzed_record(folder, suffix):
         found.save(path)
         assert repr(Recorder.load(path).routings) == repr(found.routings)  # a threshold may be NaN
 
-    return path.read_bytes(), use
+    content = path.read_bytes()
+    return json.dumps(unsealed(json.loads(content))).encode() if suffix == ".json" else content, use
 
 
 def fuzzed_lines(folder, read):
@@ -231,6 +235,7 @@ TARGETS = {
     "inputs.json": partial(fuzzed_folder, name="inputs.json", checksum=True),
     "inputs.json without checksum": partial(fuzzed_folder, name="inputs.json", checksum=False),
     "record.json": partial(fuzzed_record, suffix=".json"),
+    "record.json with tokens": partial(fuzzed_record, suffix=".json", tokens=True),
     "record.npz": partial(fuzzed_record, suffix=".npz"),
     "questions": partial(fuzzed_lines, read=questions),
     "prompts": partial(fuzzed_lines, read=read_prompts),

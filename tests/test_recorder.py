@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -189,7 +190,7 @@ def test_a_routing_that_does_not_fit_together_is_refused(change: dict[str, Any],
     ids=["empty", "unequal", "changed batch", "infinite, twice, back", "no sequence"],
 )
 def test_both_formats_hold_the_whole_record(tmp_path: Path, suffix: str, recorder: Recorder) -> None:
-    Recorder.attach(recorder, 5)
+    Recorder.attach(recorder := copy.deepcopy(recorder), 5)
     path = tmp_path / f"run.{suffix}"
     recorder.save(path)
     assert left_in(tmp_path) == [path.name]
