@@ -39,7 +39,10 @@ def test_plain_transformers_loads_it(reasoner):
     assert torch.allclose(got, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("task", "wrong"), REFERENCE.items())
+@pytest.mark.parametrize(
+    ("task", "wrong"),
+    [pytest.param(*item, marks=[pytest.mark.slow] * item[0].startswith("search")) for item in REFERENCE.items()],
+)
 def test_it_reasons(reasoner, task, wrong):
     """Greedy, full cache, a fixed set of 32 problems: exactly what was measured when it was shipped."""
     questions = load_questions(task, count=32)

@@ -264,7 +264,7 @@ def lived(seconds, seed, folder):
 
 
 def test_a_short_day(tmp_path):
-    day, _, _ = lived(8, seed=1, folder=tmp_path)
+    day, _, _ = lived(5, seed=1, folder=tmp_path)
     assert set(day.done) == set(day.deeds + day.rare)
 
 

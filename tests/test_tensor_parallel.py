@@ -104,6 +104,7 @@ def test_a_cache_that_was_not_told(parts):
     assert "tensor_parallel=model.tp_size" in parts[0]["untold"]
 
 
+@pytest.mark.slow
 def test_evaluation_by_two_ranks_finds_what_one_process_finds(tmp_path):
     trainer = Trainer(TrainingConfig(**SMALL), tmp_path / "reasoner")
     torch.manual_seed(1)
