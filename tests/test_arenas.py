@@ -129,8 +129,15 @@ def check_equal(mine, row, theirs):
     assert kept(mine, row) == kept(theirs, 0)
 
 
-@pytest.mark.parametrize("layers_at_once", [1, LAYERS])
-@pytest.mark.parametrize("layers", [UNEQUAL, "uniform"], ids=["unequal", "equal"])
+@pytest.mark.parametrize(
+    ("layers", "layers_at_once"),
+    [
+        pytest.param(UNEQUAL, 1, id="unequal-1"),
+        pytest.param(UNEQUAL, LAYERS, id="unequal-all"),
+        pytest.param("uniform", LAYERS, id="equal-all"),
+        pytest.param("uniform", 1, id="equal-1", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_requests_that_come_and_go_equal_single_caches(method, layers, layers_at_once):
     """Prompts in chunks of any length, decoding together, arenas used again: outputs and what is kept, in float64.

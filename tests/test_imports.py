@@ -53,7 +53,7 @@ def test_importing_the_package_imports_neither_torch_nor_transformers():
     "imports",
     [
         "import reasonalloc, importlib.util; importlib.util.find_spec('transformers.modeling_utils')",
-        "from transformers import PreTrainedModel; import reasonalloc",
+        pytest.param("from transformers import PreTrainedModel; import reasonalloc", marks=pytest.mark.slow),
         "import reasonalloc.calibration.sensitivity",  # transformers comes in the midst of our own imports
     ],
 )

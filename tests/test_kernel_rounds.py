@@ -45,7 +45,14 @@ def run(batch, steps):
 
 
 @pytest.mark.parametrize(
-    "method", ["rkv", "reasonalloc-head", "reasonalloc-dynamic", "snapkv", "h2o", "random", "adakv-rkv"]
+    "method",
+    [
+        "reasonalloc-head",
+        "snapkv",
+        "h2o",
+        "random",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("rkv", "reasonalloc-dynamic", "adakv-rkv")),
+    ],
 )
 def test_a_batch(method, kernels, request):
     by_kernels = run(Batch(method, rows=2), 9)
