@@ -24,7 +24,7 @@ test-slow: venv
 
 # Runs examples/quickstart.ipynb, cell by cell, without Jupyter: half a minute.
 notebook: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_notebook.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_notebook.py
 
 # vLLM has an environment of its own. The model is the built-in reasoner, or the folder that REASONALLOC_TEST_MODEL names.
 test-vllm: .venv-vllm/.installed

@@ -133,7 +133,7 @@ def check_equal(mine, row, theirs):
     ("layers", "layers_at_once"),
     [
         pytest.param(UNEQUAL, 1, id="unequal-1"),
-        pytest.param(UNEQUAL, LAYERS, id="unequal-all"),
+        pytest.param(UNEQUAL, LAYERS, id="unequal-all", marks=pytest.mark.slow),
         pytest.param("uniform", LAYERS, id="equal-all"),
         pytest.param("uniform", 1, id="equal-1", marks=pytest.mark.slow),
     ],

@@ -136,7 +136,7 @@ def test_arenas(kernels, request):
 OF_THE_INTERPRETER = {"set_", "copy_", "_to_copy"}  # it carries a kernel's tensors to the CPU and back
 
 
-@pytest.mark.parametrize("method", ["reasonalloc-head", "snapkv", "h2o"])
+@pytest.mark.parametrize("method", ["reasonalloc-head", "h2o", pytest.param("snapkv", marks=pytest.mark.slow)])
 def test_a_round_is_a_few_hundred_launches_and_waits_for_nothing(method, kernels, monkeypatch):
     found, launched = [], []
     plain, execute = Round.run, interpreter.GridExecutor.__call__

@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import pytest
-
 NOTEBOOK = Path(__file__).parent.parent / "examples" / "quickstart.ipynb"
 
 
@@ -40,7 +38,6 @@ class Shown:
         assert Path(name).stat().st_size > 1000
 
 
-@pytest.mark.slow
 def test_the_notebook_runs_and_prints_what_is_stored(tmp_path, monkeypatch, capsys):
     display = ModuleType("IPython.display")
     display.Image = display.IFrame = Shown
