@@ -14,6 +14,11 @@ MOST_BYTES = 1 << 28  # of an array in a file; few bytes that are not true can c
 _KINDS = ("uint8", "uint16", "uint32")
 
 
+def smallest(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Whole numbers of at least 0 in as few bytes as they fit in."""
+    return array.astype(np.min_scalar_type(int(array.max(initial=0))))
+
+
 def pack(array: npt.NDArray[Any]) -> dict[str, Any]:
     """An array as a JSON object: its kind, its shape, and its bytes (little-endian, zlib, base64).
 

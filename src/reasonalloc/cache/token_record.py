@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reasonalloc.cache.packed import MOST_BYTES
+from reasonalloc.cache.packed import MOST_BYTES, smallest
 
 HELD = -1  # stands in ``let_go`` for a token that the head still holds
 NO_SCORE = 255  # stands in ``scores`` for a token that no head scored in the round
@@ -233,8 +233,7 @@ class TokenRecord:
         Raises:
             ValueError: one is larger than a file may hold.
         """
-        let_go = self.let_go + 1
-        arrays = {"let_go": let_go.astype(np.min_scalar_type(int(let_go.max(initial=0)))), "scores": self.scores}
+        arrays = {"let_go": smallest(self.let_go + 1), "scores": self.scores}
         for name, array in arrays.items():
             if array.nbytes > MOST_BYTES:
                 raise ValueError(

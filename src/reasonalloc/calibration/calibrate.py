@@ -20,7 +20,7 @@ from reasonalloc.calibration.probe import nine_digits
 from reasonalloc.calibration.sensitivity import loss_sensitivity
 from reasonalloc.engines.models import architecture, model_shape
 from reasonalloc.engines.transformers.cache import Cache
-from reasonalloc.engines.transformers.loading import encode, model_name
+from reasonalloc.engines.transformers.loading import encode, end_tokens, model_name
 from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
 from reasonalloc.policies.allocation import DemandProfile, PromptDemand, merge
 from reasonalloc.policies.allocation.profile import differences
@@ -198,7 +198,7 @@ def _generate(
     steps for all; the probe is told where it ended.
     """
     draw = _Draw(prompts, settings, model.device)
-    ends = _end_tokens(model)
+    ends = end_tokens(model.generation_config) or end_tokens(model.config)
     answers: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
     running = set(alive)
@@ -305,9 +305,3 @@ class _Draw:
         chances = chances.to(self.generators[0].device)  # of a sharded model the logits may be elsewhere
         drawn = [torch.multinomial(chances[i], 1, generator=self.generators[row]) for i, row in enumerate(rows)]
         return torch.cat(drawn).tolist()
-
-
-def _end_tokens(model: Any) -> set[int]:
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = model.config.eos_token_id if ends is None else ends
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)

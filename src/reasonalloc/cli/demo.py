@@ -7,7 +7,6 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 METHODS = ("full", "rkv", "reasonalloc", "lossalloc")
 RECORDED = "reasonalloc"  # its heads are split anew in every round
 TASKS = ("maps:12", "programs:24", "search:28")
-LOSS_PROFILE = "reasoner/loss_profile.json"  # made as profiles/README.md says
+LOSS_PROFILE = "loss_profile.json"  # made as profiles/README.md says
 EACH = 8  # problems of every task
 LONGEST = 500  # tokens of one answer; a mistaken search could go on for ever
 EXCERPT = 16  # words shown before and after the place where the texts part
@@ -140,11 +139,12 @@ def _problems() -> list[Asked]:
 
 
 def _compression(name: str, budget: int, interval: int) -> Compression:
+    from reasonalloc.engines.transformers.loading import built_in_folder
     from reasonalloc.policies.compression import AUTO_PROFILE, Compression
 
     if name == "full":
         return Compression.method(name)
-    profiles = {"reasonalloc": AUTO_PROFILE, "lossalloc": str(resources.files("reasonalloc") / LOSS_PROFILE)}
+    profiles = {"reasonalloc": AUTO_PROFILE, "lossalloc": str(built_in_folder().parent / LOSS_PROFILE)}
     profile = {"profile": profiles[name]} if name in profiles else {}
     return Compression.method(name, budget, interval=interval, prompt="protect", **profile)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from reasonalloc.cli.options import (
     Temperature,
     TopP,
     Window,
+    asked_by,
     given,
     prompt_of,
     whole_numbers,
@@ -225,14 +225,12 @@ def _refuse(context: typer.Context, allowed: set[str]) -> None:
 def _caches(context: typer.Context, model: str, methods: str, budgets: str) -> dict[str, Any]:
     """A study's methods and budgets; without an option that says which, what the model's own folder asks for."""
     if not {*KEEPING, "methods", "budgets"} & {*given(context)}:
-        from reasonalloc.engines.transformers.asked import compression_of_name, where
         from reasonalloc.evaluation.study import FULL
         from reasonalloc.policies.written import DEFAULT_METHOD
 
-        found = compression_of_name(model)
+        found = asked_by(model)
         if found is not None:
             field, compression = found
-            say(f"{where(model)}: {json.dumps(field)}")
             method = field.get("method", DEFAULT_METHOD)
             if method == FULL:
                 return {"variants": [FULL], "budgets": []}

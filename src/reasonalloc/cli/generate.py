@@ -20,6 +20,7 @@ from reasonalloc.cli.options import (
     Temperature,
     TopP,
     Window,
+    asked_by,
     given,
     prompt_of,
 )
@@ -73,7 +74,8 @@ def generate(
         if profile is not None:
             overrides["profile"] = profile
         options = {*given(context)}
-        asked = None if KEEPING & options else _asked(model)
+        found = None if KEEPING & options else asked_by(model)
+        asked = None if found is None else found[1]
         if asked is not None and "seed" in options:
             asked = asked.replace(seed=seed)
         compression = asked or Compression.method(method, budget, **overrides)
@@ -82,18 +84,6 @@ def generate(
         if temperature:
             generation.update(temperature=temperature, top_p=top_p)
         _answer(model, question, compression, generation, seed, raw, stream, record, stats, dtype, device)
-
-
-def _asked(model: str) -> Compression | None:
-    """What the model's own folder asks for."""
-    from reasonalloc.engines.transformers.asked import compression_of_name, where
-
-    found = compression_of_name(model)
-    if found is None:
-        return None
-    field, compression = found
-    say(f"{where(model)}: {json.dumps(field)}")
-    return compression
 
 
 def _answer(
@@ -116,7 +106,7 @@ def _answer(
     from reasonalloc.calibration.auto import auto_profile
     from reasonalloc.engines.models import beyond_positions
     from reasonalloc.engines.transformers import Cache
-    from reasonalloc.engines.transformers.loading import encode, load, quiet
+    from reasonalloc.engines.transformers.loading import encode, end_tokens, load, quiet
     from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
     from reasonalloc.files import write_atomically
     from reasonalloc.policies.compression import AUTO_PROFILE
@@ -150,8 +140,8 @@ def _answer(
     if not stream:
         print(tokenizer.decode(answer, skip_special_tokens=True))
     found = cache.stats()
-    most, end = generation["max_new_tokens"], network.generation_config.eos_token_id
-    cut = len(answer) == most and int(answer[-1]) not in (end if isinstance(end, list) else [end])
+    most = generation["max_new_tokens"]
+    cut = len(answer) == most and int(answer[-1]) not in end_tokens(network.generation_config)
     stopped = f"; stopped at --max-new-tokens {most}" if cut else ""
     say(f"\n{len(answer)} tokens in {seconds:.1f} s ({len(answer) / seconds:.1f} tokens/s){stopped}")
     say(_summary(found, compression, inputs["input_ids"].shape[1]))

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import json
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from reasonalloc.cli.console import say
+
+if TYPE_CHECKING:
+    from reasonalloc.policies.compression import Compression
 
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Window = Annotated[
@@ -22,6 +28,16 @@ KEEPING = {"budget", "method", "profile", "interval", "window", "protect_prompt"
 def given(context: typer.Context) -> list[str]:
     """Options that the command line names, as the command's parameters are called."""
     return [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+
+
+def asked_by(model: str) -> tuple[dict[str, Any], Compression] | None:
+    """What a model's own folder asks for, field and compression, and says so; None if it asks for nothing."""
+    from reasonalloc.engines.transformers.asked import compression_of_name, where
+
+    found = compression_of_name(model)
+    if found is not None:
+        say(f"{where(model)}: {json.dumps(found[0])}")
+    return found
 
 
 def whole_numbers(text: str, option: str) -> list[int]:

@@ -11,7 +11,7 @@ import transformers
 from reasonalloc.cache.recorder import Recorder
 from reasonalloc.engines.transformers.cache import Cache
 from reasonalloc.engines.transformers.generation import OnStep, decoding_loop
-from reasonalloc.engines.transformers.loading import encode, ranks
+from reasonalloc.engines.transformers.loading import encode, end_tokens, ranks
 from reasonalloc.engines.transformers.names import CACHE_ARGUMENT
 from reasonalloc.evaluation.footprint import Footprint
 from reasonalloc.policies.compression import Compression
@@ -93,8 +93,7 @@ def answer(
         on_step: called at every step, see ``decoding_loop``.
     """
     inputs = encode(tokenizer, prompts, True, model.device)
-    end = model.generation_config.eos_token_id
-    ends = set(end) if isinstance(end, list) else {end}
+    ends = end_tokens(model.generation_config)
     cache = Cache(model.config, compression, recorder=recorder, tensor_parallel=ranks(model))
     footprint = Footprint(len(prompts))
 

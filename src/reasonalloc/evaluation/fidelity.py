@@ -223,9 +223,8 @@ def read_together(
             steps = torch.arange(first, last, device=position.device)
             padded = {"attention_mask": mask, "position_ids": position + steps} if len(traces) > 1 else {}
             logits = model(answers[alive, first:last], **padded, **{CACHE_ARGUMENT: cache}).logits
-            if (
-                not evicts or last == 1 or (begun + last) % compression.interval == 0
-            ):  # else it has evicted ahead of its time
+            # Elsewhere it has evicted ahead of its time.
+            if not evicts or last == 1 or (begun + last) % compression.interval == 0:
                 footprint.look(cache, [row for row in alive if lengths[row] - 1 >= last])
         for row, own in zip(alive, logits, strict=True):
             to = min(last, lengths[row] - 1) + 1

@@ -50,11 +50,6 @@ def write_page(path: str | Path, name: str, facts: dict[str, Any], arrays: dict[
     write_atomically(path, page.encode())
 
 
-def smallest(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Whole numbers of at least 0 in as few bytes as they fit in."""
-    return array.astype(np.min_scalar_type(int(array.max(initial=0))))
-
-
 def _read(name: str) -> str:
     return (_ASSETS / name).read_text(encoding="utf-8")
 

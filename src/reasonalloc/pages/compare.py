@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from reasonalloc.cache.packed import smallest
 from reasonalloc.cache.recorder import Recorder
 from reasonalloc.cache.token_record import Text
-from reasonalloc.pages.assembly import smallest, write_page
+from reasonalloc.pages.assembly import write_page
 from reasonalloc.pages.history import Ints, Tokens, load, tokens_of
 
 _BEYOND = 80  # tokens shown behind the place where the texts part

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from reasonalloc.cache.packed import smallest
 from reasonalloc.cache.recorder import Recorder
-from reasonalloc.pages.assembly import smallest, write_page
+from reasonalloc.pages.assembly import write_page
 from reasonalloc.pages.history import History, Ints, Tokens, history, load
 
 

@@ -199,6 +199,12 @@ def model_name(config: Any) -> str:
     return BUILT_IN if name and Path(name) == built_in_folder() else name
 
 
+def end_tokens(config: Any) -> set[int]:
+    """Tokens that end a text, by a ``generation_config`` or a model's own configuration; none if it names none."""
+    ends = getattr(config, "eos_token_id", None)
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+
 def encode(tokenizer: Any, questions: list[str], chat: bool, device: torch.device) -> dict[str, torch.Tensor]:
     """Left-padded inputs for ``generate``; with ``chat`` each question becomes a user's turn of the model's template.
 

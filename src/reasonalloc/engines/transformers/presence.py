@@ -11,9 +11,7 @@ from transformers import LogitsProcessor
 
 from reasonalloc.engines.models import UnsupportedModelError
 from reasonalloc.engines.transformers.continuation import GENERATE
-from reasonalloc.engines.transformers.names import CACHE_NAMES, FIELD
-
-_NAMES = CACHE_NAMES[:2]  # of a model's argument, since 5.24 and before
+from reasonalloc.engines.transformers.names import CACHE_NAMES, FIELD, MODEL_CACHE_NAMES
 
 
 def check_presence(module: Module) -> None:
@@ -44,7 +42,7 @@ def check_presence(module: Module) -> None:
                 _compare(_cache(frame.f_locals.get("model_kwargs", {})), model.f_locals)
                 _check_asked(frame.f_locals)
             return
-        if code.co_name == "forward" and any(name in code.co_varnames for name in _NAMES):
+        if code.co_name == "forward" and any(name in code.co_varnames for name in MODEL_CACHE_NAMES):
             model = frame
         elif code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), LogitsProcessor):
             return  # a model that helps to choose tokens (guidance) has a cache of its own
@@ -75,7 +73,7 @@ def _check_asked(call: dict[str, Any]) -> None:
 
 
 def _cache(arguments: dict[str, Any]) -> Any:
-    return next((arguments[name] for name in _NAMES if arguments.get(name) is not None), None)
+    return next((arguments[name] for name in MODEL_CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def left_behind(model: Any, seen: int) -> UnsupportedModelError:

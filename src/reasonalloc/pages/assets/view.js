@@ -1,5 +1,5 @@
 // What the page shows, and where it stands: a round, one head or all of them, the token under the pointer.
-let data, rounds, layers, heads, tokens, perHead, gone, born, held, spans = [];
+let data, rounds, layers, heads, perHead, gone, born, held, spans = [];
 let round = 0, chosen = null, pointed = null, playing = null;
 const LEFT = 48, TOP = 6, BOTTOM = 32, RIGHT = 14;
 const LABEL = 34; // width of a label of the time axis
@@ -11,7 +11,6 @@ const at = (numbers, r, layer, head) => numbers[(r * layers + layer) * heads + h
 function prepare() {
   [rounds, layers, heads] = data.kept.shape;
   perHead = data.recordsTokens ? data.lived.shape[2] : 0;
-  tokens = data.pieces ? data.pieces.length : perHead;
   if (!data.recordsTokens) return;
   // gone[head * perHead + token]: the round that evicted the token; as many as there are rounds: it never was.
   const never = data.lived.BYTES_PER_ELEMENT === 1 ? 255 : 65535;
